@@ -202,7 +202,7 @@ def show(self:BarlowTwins,
     _,axes = plt.subplots(n, 2, figsize=(2*size, n*size), squeeze=False, layout="constrained")
     for j,(aug,v) in enumerate(((self.aug1, v1), (self.aug2, v2))):
         for ax,im in zip(axes[:,j], displayable(aug, v[:n])):
-            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", title=f"view {j+1}" if ax is axes[0,j] else None)
+            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=f"view {j+1}" if ax is axes[0,j] else None)
     return list(axes.flat)
 
 @patch
