@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
+from . import augmentations, layers, losses, barlow_twins, evaluation, diagnostics, data, checkpoints
 from .augmentations import *
 from .layers import *
 from .losses import *
@@ -14,3 +15,5 @@ from .evaluation import *
 from .diagnostics import *
 from .data import *
 from .checkpoints import *
+
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, evaluation, diagnostics, data, checkpoints) for name in m.__all__]

@@ -88,11 +88,11 @@ class BarlowTwins(Callback):
 
     def loss(self, z1, z2): return barlow_twins_loss(z1, z2, lmb=self.lmb)
 
-    def before_fit(self):
+    def before_fit(self): self.lend()
+    def before_train(self):
         check_set_up(self.learn)
-        check_model(self.model).encoder.clean_pipeline = self.clean
-        self.lend()
-    def before_train(self): check_batches(self.dls.train)
+        check_batches(self.dls.train)
+    def before_validate(self): check_set_up(self.learn)
     def before_batch(self):
         x = self.input_images()
         if self.predicting: self.learn.xb = (self.clean(x),)
@@ -167,8 +167,9 @@ def _after_batch(dl): return getattr(getattr(dl, "after_batch", None), "fs", [])
 
 def check_set_up(learn:Learner # about to fit, validate or predict
                 )->None:       # raises `ValueError`, warns
-    "What would go wrong later, said now"
+    "What would go wrong later, said now; the encoder learns what images it is trained on"
     cbs = learn._grab_cbs(BarlowTwins)
+    check_model(learn.model).encoder.clean_pipeline = cbs[0].clean
     if len(cbs) > 1: raise ValueError(f"the Learner has {len(cbs)} BarlowTwins callbacks: learn.remove_cbs(BarlowTwins), then add one")
     if any(cb.with_loss for cb in learn._grab_cbs(GatherPredsCallback)):
         raise ValueError("with_loss=True: the Barlow Twins loss belongs to a batch, an image has none. Leave with_loss out")

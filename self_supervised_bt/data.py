@@ -35,6 +35,9 @@ class ImageTensors:
     def __getitem__(self, i):
         x = self.kind(self.x[i])
         return (x,) if self.y is None else (x, self.y[i])
+    def new_empty(self):
+        "The same without images: what an exported Learner keeps"
+        return type(self)(self.x[:0], None if self.y is None else self.y[:0])
 
 class TensorDL(TfmdDL):
     "A fastai `DataLoader` that takes a whole batch out of `ImageTensors` at once"

@@ -1,0 +1,39 @@
+# Two verbs set everything up by themselves: `make demo` and `make test`. `make help` lists all.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+CONSTRAINTS ?= constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test pytest notebooks export readme bench clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(READY): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "Installing torch, fastai, timm, kornia and what they need (about 5.5 GB, minutes)..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## train on handwritten digits and show whether it worked; DATA=folder for your own images
+	$(BIN)/bt_demo $(if $(DATA),--data "$(DATA)") $(DEMO)
+
+test: $(READY) notebooks pytest ## everything CI checks: notebooks, library in step with them, tests
+
+pytest: $(READY)
+	$(BIN)/python -m pytest
+
+notebooks: $(READY)
+	cd nbs && ../$(BIN)/nbdev-test --n_workers 1 --do_print
+
+export: $(READY) ## notebooks -> library and README, then clean the notebooks
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+
+bench: $(READY) ## the benchmarks, side by side with installed peers
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[bench]"
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+clean: ## remove the environment and everything made
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,65 @@
+"Small real inputs, made on the spot"
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, defaults
+from fastai.torch_core import TensorImage, set_seed
+from PIL import Image
+from torch import nn
+
+from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.data import digits
+
+matplotlib.use("Agg")
+if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    set_seed(0)
+
+
+def image_items(n=48, labels=True, size=8, channels=1):
+    "Handwritten digits as (image, label) or (image,) items"
+    x, y = digits()
+    x = nn.functional.interpolate(x[:n].float()/255, size=size).expand(-1, channels, -1, -1)
+    return [(TensorImage(im), int(l)) if labels else (TensorImage(im),) for im, l in zip(x, y)]
+
+
+@pytest.fixture
+def make_dls():
+    def make(n=48, labels=True, bs=16, n_valid=20, **kwargs):
+        items = image_items(n, labels, **{k: kwargs.pop(k) for k in ("size", "channels") if k in kwargs})
+        return DataLoaders.from_dsets(items, items[:n_valid], bs=bs, device="cpu", num_workers=0, **kwargs)
+    return make
+
+
+def small_model(channels=1, width=16):
+    encoder = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return create_barlow_twins_model(encoder, 32, width)
+
+
+@pytest.fixture
+def make_learner(make_dls):
+    def make(dls=None, model=None, stats=None, size=8, lmb=5e-3, cbs=(), **kwargs):
+        augs = get_barlow_twins_aug_pipelines(size, stats=stats)
+        learn = Learner(dls or make_dls(), model or small_model(), cbs=[BarlowTwins(augs, lmb=lmb), *cbs], **kwargs)
+        learn.logger = lambda *_: None
+        return learn
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "40 small pictures in two class folders"
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        f = tmp_path/"pictures"/("dark" if i % 2 else "light")/f"{i:02}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((8, 8, 1))) + (0 if i % 2 else 127)
+        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    return tmp_path/"pictures"
