@@ -11,7 +11,6 @@ import os
 import warnings
 from pathlib import Path
 
-import kornia.augmentation as K
 import torch
 from fastai.data.transforms import Normalize
 from fasttransform import Pipeline
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .augmentations import CropTfm, NormalizeViews, clean_pipeline
+from .augmentations import CropTfm, NormalizeViews, clean_pipeline, get_batch_augs
 from .evaluation import encoder_of
 from .layers import create_encoder
 
@@ -37,7 +36,7 @@ def describe_input(clean # the pipeline that `clean_pipeline` gives
 def restore_input(described:dict # what `describe_input` gave
                  )->Pipeline:    # applies it
     "The transforms that make images what the encoder expects"
-    tfms = [CropTfm(K.RandomResizedCrop(tuple(described["size"])))] if "size" in described else []
+    tfms = [t for t in get_batch_augs(described["size"], stats=None) if isinstance(t, CropTfm)] if "size" in described else []
     if "stats" in described: tfms.append(NormalizeViews.from_stats(*described["stats"], cuda=False))
     return clean_pipeline(Pipeline(tfms, split_idx=0))
 

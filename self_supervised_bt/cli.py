@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")   # fastai's own, on every import
+
 import matplotlib
 import torch
 from fastai.callback import progress, schedule  # bars, and fit_one_cycle
@@ -130,7 +132,6 @@ def bt_demo(data:str="",      # folder of images; the embedded digits if not giv
            ):
     "Train an encoder on images without labels, and show whether it worked"
     matplotlib.use("Agg")
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     try: job = folder_job(data, size, not no_labels) if data else digits_job()
     except (OSError, ValueError) as e: raise SystemExit(f"bt_demo: {e}")
     job.epochs = epochs or job.epochs

@@ -1,0 +1,159 @@
+"Encoders of every kind, projectors, and measuring without a trace"
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from self_supervised_bt.barlow_twins import create_barlow_twins_model
+from self_supervised_bt.layers import (
+    PoolingType, create_encoder, create_mlp_module, encoder_channels, encoder_width, is_resnet, set_channels)
+from self_supervised_bt.losses import barlow_twins_loss
+
+VIT = dict(img_size=32, patch_size=8)
+ARCHS = [("xresnet18", {}), ("xresnet18_deep", {}), ("xse_resnet18", {}), ("xresnext18", {}), ("resnet18", {}), ("resnext50_32x4d", {}), ("alexnet", {}),
+         ("vgg11_bn", {}), ("densenet121", {}), ("squeezenet1_1", {}), ("mobilenet_v2", {}), ("mobilenet_v3_small", {}), ("mnasnet0_5", {}),
+         ("shufflenet_v2_x0_5", {}), ("regnet_y_400mf", {}), ("efficientnet_b0", {}), ("googlenet", {}), ("convnext_tiny", {}), ("swin_t", {}),
+         ("timm/resnet18", {}), ("resnet10t", {}), ("tf_efficientnet_b0", {}), ("convnext_atto", {}), ("convnextv2_atto", {}),
+         ("mobilenetv3_small_050", {}), ("vit_tiny_patch16_224", VIT), ("deit_tiny_patch16_224", VIT),
+         ("swin_tiny_patch4_window7_224", dict(img_size=64, window_size=4)), ("ghostnet_050", {}), ("repvgg_a0", {})]
+
+
+@pytest.mark.parametrize("n_in", [1, 3])
+@pytest.mark.parametrize("arch,kwargs", ARCHS, ids=lambda a: a if isinstance(a, str) else "")
+def test_builds_projects_and_takes_a_step(arch, kwargs, n_in):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = create_encoder(arch, pretrained=False, n_in=n_in, **kwargs)
+    assert encoder_channels(encoder) == n_in
+    model = create_barlow_twins_model(encoder, hidden_size=16, projection_size=8)
+    x = torch.rand(4, n_in, *([kwargs["img_size"]]*2 if kwargs else (64, 64)))
+    h = encoder(x)
+    assert h.shape == (4, encoder_width(encoder))
+    assert not any(isinstance(m, nn.Linear) and m.out_features == 1000 for m in encoder.modules())
+    opt, z = torch.optim.SGD(model.parameters(), 1e-2), model(torch.cat([x, x.flip(-1)]))
+    before = [p.detach().clone() for p in encoder.parameters()]
+    barlow_twins_loss(*z.chunk(2)).backward()
+    opt.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, encoder.parameters()))
+
+
+@pytest.mark.parametrize("pool,factor", [(PoolingType.Avg, 1), (PoolingType.Max, 1), ("catavgmax", 2)])
+@pytest.mark.parametrize("arch", ["xresnet18", "resnet18", "densenet121", "timm/resnet18"])
+def test_pools(arch, pool, factor):
+    encoder = create_encoder(arch, pretrained=False, pool_type=pool)
+    assert encoder_width(encoder) == factor*(1024 if arch == "densenet121" else 512)
+
+
+def test_pools_are_what_they_say():
+    x = torch.rand(2, 3, 64, 64)
+    encoder = create_encoder("resnet18", pretrained=False, pool_type=PoolingType.CatAvgMax).eval()
+    maps = []
+    encoder.layer4.register_forward_hook(lambda m, i, o: maps.append(o))
+    h = encoder(x)
+    assert torch.allclose(h, torch.cat([maps[0].amax((2, 3)), maps[0].mean((2, 3))], dim=1), atol=1e-5)
+
+
+def test_a_pool_the_architecture_cannot_do_falls_back_and_says_so():
+    for arch in ("vit_tiny_patch16_224", "vit_b_16"):
+        with pytest.warns(UserWarning, match="its own pooling"): create_encoder(arch, pretrained=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        create_encoder("vit_tiny_patch16_224", pretrained=False, pool_type=PoolingType.Avg)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm/resnet18", "xresnet18", "resnet10t"])
+def test_small_stem(arch):
+    encoder = create_encoder(arch, pretrained=False, n_in=1, small_stem=True)
+    seen = []
+    first = encoder[4] if isinstance(encoder, nn.Sequential) else encoder.layer1
+    first.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape[-2:]))
+    encoder(torch.rand(2, 1, 32, 32))
+    assert seen == [(32, 32)]
+    assert is_resnet(create_encoder(arch, pretrained=False)) and not is_resnet(create_encoder("convnext_atto", pretrained=False, pool_type="avg"))
+
+
+def test_pretrained_weights_from_a_local_file(tmp_path):
+    "timm loads what it is pointed to, and one channel gets the sum of the RGB filters"
+    source = timm.create_model("test_resnet", num_classes=0)
+    save_file(source.state_dict(), tmp_path/"w.safetensors")
+    overlay = dict(file=str(tmp_path/"w.safetensors"), num_classes=0)
+    encoder = create_encoder("timm/test_resnet", pretrained=True, pool_type="avg", pretrained_cfg_overlay=overlay)
+    assert torch.equal(encoder.conv1[0].weight if isinstance(encoder.conv1, nn.Sequential) else encoder.conv1.weight,
+                       source.conv1[0].weight if isinstance(source.conv1, nn.Sequential) else source.conv1.weight)
+
+
+def test_pretrained_torchvision_weights_from_the_cache(tmp_path, monkeypatch):
+    import torchvision.models as tvm
+    source = tvm.resnet18(weights=None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path/"hub/checkpoints"/tvm.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1]
+    cached.parent.mkdir(parents=True)
+    torch.save(source.state_dict(), cached)
+    assert torch.equal(create_encoder("resnet18").layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+    grey = create_encoder("resnet18", n_in=1)
+    assert torch.allclose(grey.conv1.weight, source.conv1.weight.sum(1, keepdim=True), atol=1e-6)
+
+
+def test_weights_that_cannot_be_had():
+    with pytest.warns(UserWarning, match="no pretrained weights for xresnet18"): create_encoder("xresnet18")
+
+
+def test_measuring_leaves_no_trace():
+    encoder = create_encoder("resnet18", pretrained=False).train()
+    encoder.layer1.eval()
+    state, modes = copy.deepcopy(encoder.state_dict()), [m.training for m in encoder.modules()]
+    torch.manual_seed(1); expected = torch.rand(3)
+    torch.manual_seed(1); create_barlow_twins_model(encoder, 8, 8)
+    torch.manual_seed(1); encoder_width(encoder)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
+    assert [m.training for m in encoder.modules()] == modes
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_measuring_follows_the_weights(dtype):
+    encoder = nn.Sequential(nn.Conv2d(2, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(dtype)
+    assert encoder_width(encoder) == 5
+    assert encoder_width(nn.Sequential(nn.Flatten(), nn.Linear(784, 7))) == 7       # takes 28x28 grey images alone
+    assert encoder_width(encoder.to("meta")) == 5
+
+
+def test_channels_are_changed_in_place_of_the_first_convolution():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True)), nn.Conv2d(4, 4, 1))
+    rgb = net[0][0].weight.clone()
+    assert set_channels(net, 1, pretrained=True)[0][0].weight.shape == (4, 1, 3, 3)
+    assert torch.allclose(net[0][0].weight, rgb.sum(1, keepdim=True)) and net[0][0].stride == (2, 2)
+
+
+@pytest.mark.parametrize("bn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("nlayers", [1, 2, 3, 4])
+def test_mlp(bn, bias, nlayers):
+    mlp = create_mlp_module(10, 20, 5, bn=bn, nlayers=nlayers, bias=bias)
+    linears = [m for m in mlp if isinstance(m, nn.Linear)]
+    assert len(linears) == nlayers and all((m.bias is not None) == bias for m in linears)
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in mlp) == (nlayers - 1)*bn
+    assert isinstance(mlp[-1], nn.Linear) and mlp(torch.rand(4, 10)).shape == (4, 5)
+
+
+@pytest.mark.parametrize("kwargs,words", [
+    (dict(arch="resnt50"), "did you mean"), (dict(arch="resnt50"), "resnet50"), (dict(arch="qqqqqqqq"), "list_models"),
+    (dict(arch="fastai/resnet50"), "unknown architecture 'resnet50'"),
+    (dict(arch="resnet18", n_in=0), "n_in must be"), (dict(arch="resnet18", n_in=1.5), "n_in must be"),
+    (dict(arch="resnet18", pool_type="median"), "PoolingType.Avg, PoolingType.Max, PoolingType.CatAvgMax"),
+    (dict(arch="vgg11", small_stem=True), "ResNets")])
+def test_bad_encoders(kwargs, words):
+    with pytest.raises(ValueError) as e: create_encoder(**{"pretrained": False, **kwargs})
+    assert words in str(e.value)
+
+
+def test_encoders_that_are_none():
+    with pytest.raises(ValueError, match="nn.Flatten"): create_barlow_twins_model(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="no probe image"): create_barlow_twins_model(nn.Linear(7, 7))
+    with pytest.raises(ValueError, match="projection_size"): create_mlp_module(4, 4, 0)
