@@ -230,13 +230,14 @@ def test_the_encoder_remembers_its_normalisation(make_learner, make_dls):
 
 # 10. Devices follow the batch
 
-def test_nothing_moves_to_a_default_device():
-    "Pipelines built while another default device is set still follow the batch (`meta` stands in for a GPU)"
-    with torch.device("meta"): augs = get_barlow_twins_aug_pipelines(8)
-    for aug in augs:
-        assert all(t.mean.device.type in ("meta", "cpu") for t in aug.fs if hasattr(t, "mean"))
-    augs = get_barlow_twins_aug_pipelines(8, cuda=True)
-    assert augs[0](TensorImage(torch.rand(2, 3, 8, 8))).device.type == "cpu"
+def test_statistics_follow_the_batch_whatever_cuda_says():
+    "`meta` stands in for a GPU: statistics made on the CPU, with `cuda=` of any value, go where the batch is"
+    for cuda in (True, False, None):
+        norm = get_barlow_twins_aug_pipelines(8, cuda=cuda)[0].fs[-1]
+        assert norm.mean.device.type == "cpu"
+        for device in ("meta", "cpu"):
+            x = TensorImage(torch.rand(2, 3, 8, 8, device=device))
+            assert norm(x).device.type == norm.decode(norm(x)).device.type == device
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,6 +1,8 @@
 "README.md from nbs/index.ipynb; --check says whether the two are in step (exit 1 if not)"
+import re
 import sys
 from pathlib import Path
+from posixpath import normpath
 
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import RegexRemovePreprocessor
@@ -9,13 +11,14 @@ root = Path(__file__).resolve().parents[1]
 
 
 def readme():
-    "The index notebook as Markdown: no hidden cells, pictures where the README finds them"
+    "The index notebook as Markdown: no hidden cells, and links seen from the folder above"
     exporter = MarkdownExporter()
     hidden = RegexRemovePreprocessor(patterns=[r"#\|\s*hide", r"\s*\Z"])
     hidden.enabled = True
     exporter.register_preprocessor(hidden, enabled=True)
     text, _ = exporter.from_filename(str(root/"nbs"/"index.ipynb"))
-    return text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/').strip() + "\n"
+    def from_root(m): return m[0] if "://" in m[2] else m[1] + normpath("nbs/" + m[2])
+    return re.sub(r"""(\]\(|src=")([^)"]+)""", from_root, text).strip() + "\n"
 
 
 if __name__ == "__main__":
