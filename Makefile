@@ -26,7 +26,7 @@ pytest: $(READY)
 	$(BIN)/python -m pytest
 
 notebooks: $(READY)
-	cd nbs && ../$(BIN)/nbdev-test --n_workers 1 --do_print
+	cd nbs && ../$(BIN)/nbdev-test --n-workers 1 --do-print
 
 export: $(READY) ## notebooks -> library and README, then clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
