@@ -135,15 +135,14 @@ def _from_parts(model, pool_type):
 # %% ../nbs/01_layers.ipynb #534b5b45
 def _timm_encoder(arch, pretrained, n_in, pool_type, **kwargs):
     import timm
-    make = partial(timm.create_model, arch, pretrained=pretrained, in_chans=n_in, num_classes=0, **kwargs)
+    make,pool = partial(timm.create_model, arch, in_chans=n_in, num_classes=0, **kwargs),dict(global_pool=pool_type.value)
     try:
-        encoder = make(global_pool=pool_type.value)
+        encoder = make(**pool)
         encoder_width(encoder)
-        return encoder
     except Exception:
-        encoder = make()   # raises for itself if the pool was not to blame
+        pool,encoder = {},make()   # raises for itself if the pool was not to blame
         _warn_own_pool(arch, pool_type)
-        return encoder
+    return make(pretrained=True, **pool) if pretrained else encoder
 
 # %% ../nbs/01_layers.ipynb #ad96e277
 def _source(arch):
