@@ -11,7 +11,6 @@ import os
 import warnings
 from pathlib import Path
 
-import torch
 from fastai.data.transforms import Normalize
 from fasttransform import Pipeline
 from safetensors import SafetensorError, safe_open

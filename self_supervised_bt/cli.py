@@ -22,7 +22,7 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from PIL import Image
 
-from .augmentations import displayable, get_barlow_twins_aug_pipelines, image_batch
+from .augmentations import get_barlow_twins_aug_pipelines, image_batch
 from .barlow_twins import bt_learner
 from .checkpoints import save_encoder
 from .data import digits, folder_labels, image_files, load_images, tensor_dls, train_test_split

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from fastai.learner import Learner
-from fastai.torch_core import TensorImage
 from fastprogress.fastprogress import progress_bar
-from torch import Tensor, nn
+from torch import Tensor
 
 from .augmentations import image_batch
 from .barlow_twins import BarlowTwins

@@ -2,7 +2,6 @@
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, defaults

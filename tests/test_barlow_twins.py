@@ -14,7 +14,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
-from fastai.learner import CastToTensor, Learner, Recorder, load_learner
+from fastai.learner import CastToTensor, Learner, load_learner
 from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline
@@ -22,8 +22,7 @@ from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.augmentations import NormalizeViews, get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import (
-    BarlowTwins, BarlowTwinsModel, ViewsLoss, bt_learner, create_barlow_twins_model, no_loss)
+from self_supervised_bt.barlow_twins import BarlowTwins, bt_learner, create_barlow_twins_model, no_loss
 from self_supervised_bt.data import digits, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import PoolingType, create_encoder
@@ -49,8 +48,6 @@ def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner)
     spy = Spy()
     learn = make_learner(stats=imagenet_stats, cbs=[spy])
     seen = []
-    aug = learn.barlow_twins.aug1.fs[0]
-    encodes = aug.aug.forward
     learn.barlow_twins.aug1 = Pipeline([lambda x: (seen.append(type(x)), x)[1], *learn.barlow_twins.aug1.fs], split_idx=0)
     learn.fit(1)
     assert all(issubclass(t, TensorImage) for t in seen) and seen
@@ -308,7 +305,6 @@ def test_gradient_accumulation_adds_up(make_dls):
     grads = []
     for x in (torch.stack([o[0] for o in part]) for part in (learn.dls.train_ds[:16], learn.dls.train_ds[16:])):
         model = copy.deepcopy(learn.model).train()
-        z = model(x.as_subclass(torch.Tensor))
         barlow_twins_loss(*model(torch.cat([x, x]).as_subclass(torch.Tensor)).chunk(2), lmb=1.).backward()
         grads.append(model.encoder[0].weight.grad)
     before = learn.model.encoder[0].weight.detach().clone()

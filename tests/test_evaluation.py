@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import Datasets
 from fastai.vision.augment import Flip
 
 from conftest import image_items, small_model
@@ -41,7 +41,6 @@ def test_encode_keeps_order_mode_and_every_image(make_learner, make_dls):
 
 def test_encode_augments_nothing():
     items = [(o[0],) for o in image_items(32)]
-    dls = DataLoaders.from_dsets(items, items, bs=8, device="cpu", num_workers=0, after_batch=[Flip(p=1.)])
     tds = Datasets(range(32), [[lambda i: items[i][0]]], splits=(range(32), range(32)))
     dls = tds.dataloaders(bs=8, device="cpu", num_workers=0, after_batch=[Flip(p=.5)])
     encoder = small_model().encoder
