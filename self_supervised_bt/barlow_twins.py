@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BarlowTwinsModel', 'create_barlow_twins_model', 'check_model', 'ViewsLoss', 'BarlowTwins', 'give_back',
-           'check_set_up', 'check_batches', 'no_loss', 'bt_learner']
+           'check_set_up', 'check_batches', 'training_images', 'no_loss', 'bt_learner']
 
 # %% ../nbs/03_barlow_twins.ipynb #44356756
 import inspect
@@ -23,7 +23,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .augmentations import (
-    check_pipelines, clean_pipeline, displayable, get_barlow_twins_aug_pipelines, image_batch)
+    batch_images, check_pipelines, clean_pipeline, displayable, get_barlow_twins_aug_pipelines, image_batch)
 from .layers import PoolingType, create_encoder, create_mlp_module, encoder_width, is_resnet
 from .losses import barlow_twins_loss, check_lmb
 
@@ -209,10 +209,14 @@ def show(self:BarlowTwins,
 @patch
 def draw_views(self:BarlowTwins)->tuple: # v1,v2 (B,C,H,W)
     "Two views of a batch of training images"
-    dl = self.dls.train
-    b = dl.one_batch() if hasattr(dl, "one_batch") else first(dl)
-    x = image_batch(b[0] if isinstance(b, (tuple, list)) else b)
+    x = training_images(self.dls)
     return self.aug1(x),self.aug2(x)
+
+def training_images(dls # fastai's `DataLoaders`, of its own loaders or of PyTorch's
+                   )->TensorImage: # (B,C,H,W) float
+    "One batch of training images"
+    dl = dls.train
+    return batch_images(dl.one_batch() if hasattr(dl, "one_batch") else first(dl))
 
 # %% ../nbs/03_barlow_twins.ipynb #a3a9b50d
 def no_loss(pred, *yb):
@@ -250,8 +254,7 @@ def bt_learner(dls,                      # images, with or without labels
                **kwargs
               )->Learner:                # with a `BarlowTwins` callback, ready to fit
     "A Learner that trains an encoder on the images of `dls`"
-    b = dls.one_batch()
-    x = image_batch(b[0] if isinstance(b, (tuple, list)) else b)
+    x = training_images(dls)
     size = size or tuple(x.shape[-2:])
     encoder = arch if isinstance(arch, nn.Module) else _encoder_for(
         arch, size, small_stem, pretrained=pretrained, n_in=n_in or x.shape[1], pool_type=pool_type)

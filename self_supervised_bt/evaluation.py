@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
-from .augmentations import image_batch
-from .barlow_twins import BarlowTwins
+from .augmentations import batch_images
+from .barlow_twins import BarlowTwins, check_model
 from .layers import politely
 
 # %% ../nbs/05_evaluation.ipynb #1df8a118
@@ -37,8 +38,6 @@ def _batches(data, bs=512):
     dl = data.new(shuffle=False, drop_last=False) if hasattr(data, "new") else data
     return dl,dl.dataset.set_split_idx(1) if hasattr(dl.dataset, "set_split_idx") else nullcontext()
 
-def _images(b, device): return image_batch((b[0] if isinstance(b, (tuple, list)) else b).to(device))
-
 # %% ../nbs/05_evaluation.ipynb #a04f7023
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
            data,              # a data loader of images, with labels or without, or a tensor of images (N,C,H,W)
@@ -49,7 +48,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     (batches,switch),device,h,y = _batches(data),next(encoder.parameters()).device,[],[]
     with politely(encoder), switch:
         for b in progress_bar(batches, leave=False) if progress else batches:
-            h.append(encoder(clean(_images(b, device)).as_subclass(Tensor)).float().cpu())
+            h.append(encoder(clean(batch_images(to_device(b, device))).as_subclass(Tensor)).float().cpu())
             if isinstance(b, (tuple, list)) and len(b) > 1: y.append(b[1].as_subclass(Tensor).cpu())
     return torch.cat(h),torch.cat(y) if y else None
 
@@ -161,12 +160,12 @@ def encode_views(learn:Learner, # with a `BarlowTwins` callback
                 )->tuple:       # h1,h2 (N,F) and z1,z2 (N,D), on the CPU
     "Representations and embeddings of two views of every image, in eval mode"
     bt,out,(encoder,_) = learn.barlow_twins,[],encoder_of(learn)
-    projector,device = getattr(learn.model, "module", learn.model).projector,next(encoder.parameters()).device
+    projector,device = check_model(learn.model).projector,next(encoder.parameters()).device
     batches,switch = _batches(data)
     with politely(learn.model), switch:
         torch.manual_seed(seed)   # inside `politely`: the random state outside stays as it was
         for b in batches:
-            x = _images(b, device)
+            x = batch_images(to_device(b, device))
             hs = [encoder(aug(x).as_subclass(Tensor)) for aug in (bt.aug1, bt.aug2)]
             out.append([o.float().cpu() for o in (*hs, *(projector(h) for h in hs))])
     return tuple(torch.cat(o) for o in zip(*out))

@@ -352,6 +352,12 @@ def test_bt_learner_reads_channels_and_size_off_the_images(make_dls, labels):
     assert bt_learner(make_dls(labels=labels, channels=3), encoder, size=16).model.encoder is encoder
 
 
+def test_bt_learner_takes_pytorchs_loaders():
+    dls = DataLoaders(*(torch.utils.data.DataLoader(image_items(32), batch_size=16, collate_fn=collate) for _ in range(2)))
+    learn = bt_learner(dls, small_model().encoder, loss_func=nn.MSELoss())
+    assert learn.barlow_twins.clean.fs[0].aug.flags["size"] == (8, 8)
+
+
 def test_the_papers_model_has_the_papers_size():
     with torch.device("meta"):
         encoder = create_encoder("timm/resnet50", pretrained=False, pool_type=PoolingType.Avg)
