@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, evaluation, diagnostics, data, checkpoints
+from . import augmentations, layers, losses, barlow_twins, mixed, evaluation, diagnostics, data, checkpoints
 from .augmentations import *
 from .layers import *
 from .losses import *
 from .barlow_twins import *
+from .mixed import *
 from .evaluation import *
 from .diagnostics import *
 from .data import *
 from .checkpoints import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, evaluation, diagnostics, data, checkpoints) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, evaluation, diagnostics, data, checkpoints) for name in m.__all__]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FORMS', 'VARIANTS', 'check_embeddings', 'check_lmb', 'check_choice', 'normalise',
-           'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'check_loss', 'off_diagonal',
-           'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
+           'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'squared_sum', 'mixed_terms',
+           'check_loss', 'off_diagonal', 'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
 
 # %% ../nbs/02_losses.ipynb #e22a7efb
 from typing import NamedTuple
@@ -16,20 +16,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/02_losses.ipynb #1a71d63c
-def check_embeddings(z1:Tensor, # (N,D) embeddings of view 1
-                     z2:Tensor  # (N,D) embeddings of view 2
-                    )->None:    # raises `TypeError` or `ValueError`
+def check_embeddings(z1:Tensor,        # (N,D) embeddings of view 1
+                     z2:Tensor,        # (N,D) embeddings of view 2
+                     other:str="z2"    # what to call the second in a message
+                    )->None:           # raises `TypeError` or `ValueError`
     "Refuse embeddings that have no cross-correlation, saying which and why"
-    for name,z in (("z1",z1),("z2",z2)):
+    for name,z in (("z1",z1),(other,z2)):
         if not isinstance(z, Tensor) or not z.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(z, 'dtype', type(z).__name__)}: "
                             f"pass embeddings, e.g. {name}.float()")
         if z.ndim != 2: raise ValueError(f"{name} must be (N,D), an embedding a row, got shape {tuple(z.shape)}")
     if z1.shape != z2.shape:
-        raise ValueError(f"z1 and z2 must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}: "
+        raise ValueError(f"z1 and {other} must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}: "
                          "row i of both must come from image i")
     if len(z1) < 2:
-        raise ValueError(f"z1 and z2 have {len(z1)} row(s), at least 2 are needed: a correlation over one image "
+        raise ValueError(f"z1 and {other} have {len(z1)} row(s), at least 2 are needed: a correlation over one image "
                          "does not exist. Use a larger batch, or drop_last=True")
 
 # %% ../nbs/02_losses.ipynb #33a13b54
@@ -81,11 +82,12 @@ def _cross(a, b):
 # %% ../nbs/02_losses.ipynb #b5d80eb5
 FORMS = ("gram", "direct")
 
-def cheaper_form(n:int, # rows: images of the batch
-                 d:int  # columns: embedding dimensions
-                )->str: # "gram" (two N x N matrices) or "direct" (one D x D matrix)
+def cheaper_form(n:int,            # rows: images of the batch
+                 d:int,            # columns: embedding dimensions
+                 mixed:bool=False  # with the regulariser of Mixed Barlow Twins, 12 N² D against 18 N D²?
+                )->str:            # "gram" (N x N matrices) or "direct" (D x D matrices)
     "Which of the two exact forms of the loss takes less time"
-    return "gram" if 10*n < 7*d else "direct"
+    return "gram" if 10*n < 7*d*(1 + mixed) else "direct"
 
 # %% ../nbs/02_losses.ipynb #5a7f43e5
 def _full_precision(backward):
@@ -98,16 +100,31 @@ def _dot(k, m):
     "<k,m> of two matrices, summed row by row"
     return torch.linalg.vecdot(k, m).sum()
 
+def _gram(a):
+    "`a a'`: on the CPU and from 256 rows on, the upper triangle is copied and not multiplied"
+    n = len(a)
+    if n < 256 or a.device.type != "cpu": return a @ a.T
+    k,cuts = a.new_empty(n, n),[n*i//4 for i in range(5)]
+    for i,j in zip(cuts, cuts[1:]):
+        torch.mm(a[i:j], a[:j].T, out=k[i:j,:j])
+        k[:i,i:j] = k[i:j,:i].T
+    return k
+
+def _diagonal(a, b, width=1024):
+    "Diagonal of `a'b/N`, some columns at a time: a whole temporary matrix would not fit the cache"
+    d = a.shape[1]
+    parts = [torch.linalg.vecdot(a[:,j:j+width], b[:,j:j+width], dim=0) for j in range(0, d, width)]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0])/len(a)
+
 class _Gram(torch.autograd.Function):
     "Off-diagonal squares and diagonal of `c = a'b/N`, and `|e'a/N|² + |e'b/N|²` where there is an `e`, from N x N matrices"
     @staticmethod
     def forward(ctx, a, b, e):
         n,mixed = len(a),a.new_zeros(())
-        ka,kb,ke = a @ a.T, b @ b.T, None
-        diag = torch.linalg.vecdot(a, b, dim=0)/n
+        ka,kb,ke,diag = _gram(a),_gram(b),None,_diagonal(a, b)
         off = (_dot(ka, kb)/n**2 - diag.square().sum()).clamp(min=0)   # rounding may leave less than nothing
         if e is not None:
-            ke = e @ e.T
+            ke = _gram(e)
             mixed = _dot(ke, ka + kb)/n**2
         ctx.save_for_backward(a, b, e, ka, kb, ke, diag)
         return off,diag,mixed
@@ -146,6 +163,7 @@ class Terms(NamedTuple):
     redundancy:Tensor  # scalar: sum of the squared c_ij, i != j
     diagonal:Tensor    # (D,) diagonal of `c`, without gradient
     squares:Tensor     # scalar: sum of the squared c_ij, i != j, without gradient
+    regulariser:Tensor=None # scalar, in Mixed Barlow Twins alone
     @property
     def diagonal_mean(self)->Tensor: # 1 where the views agree
         "Mean of the diagonal of `c`"
@@ -157,7 +175,8 @@ class Terms(NamedTuple):
         return (self.squares/max(1, d*(d-1))).sqrt()
     def detach(self)->"Terms": # the same numbers, without gradient
         "Terms to keep: they hold no graph"
-        return Terms(self.invariance.detach(), self.redundancy.detach(), self.diagonal, self.squares)
+        regulariser = None if self.regulariser is None else self.regulariser.detach()
+        return Terms(self.invariance.detach(), self.redundancy.detach(), self.diagonal, self.squares, regulariser)
 
 # %% ../nbs/02_losses.ipynb #a074c907
 def correlation_terms(a:Tensor,            # (N,D) normalised embeddings of view 1
@@ -171,34 +190,54 @@ def correlation_terms(a:Tensor,            # (N,D) normalised embeddings of view
         squares,diag = _Gram.apply(a, b, None)[:2] if (form or cheaper_form(*a.shape)) == "gram" else _Direct.apply(a, b)
         return _terms(a, b, squares, diag, off_target)
 
-def _terms(a, b, squares, diag, off_target=0.):
+def _terms(a, b, squares, diag, off_target=0., regulariser=None):
     redundancy,d = squares,len(diag)
     if off_target:
         total = torch.dot(a.sum(1), b.sum(1))/len(a)
         redundancy = squares - 2*off_target*(total - diag.sum()) + off_target**2*d*(d-1)
-    return Terms((diag-1).square().sum(), redundancy, diag.detach(), squares.detach())
+    return Terms((diag-1).square().sum(), redundancy, diag.detach(), squares.detach(), regulariser)
 
-# %% ../nbs/02_losses.ipynb #a3699d19
+# %% ../nbs/02_losses.ipynb #2159f53b
+def squared_sum(e:Tensor,      # (N,D)
+                a:Tensor,      # (N,D)
+                form:str=None  # "gram" or "direct"; the cheaper one if not given
+               )->Tensor:      # scalar
+    "Sum of all squared entries of `e'a/N`"
+    check_choice("form", form, (None, *FORMS))
+    with torch.autocast(a.device.type, enabled=False):
+        squares,diag = _Gram.apply(e, a, None)[:2] if (form or cheaper_form(*a.shape)) == "gram" else _Direct.apply(e, a)
+        return squares + diag.square().sum()
+
+def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
+                b:Tensor,      # (N,D) normalised embeddings of view 2
+                e:Tensor,      # (N,D) what is to be independent of both
+                form:str=None  # "gram" or "direct"; the cheaper one if not given
+               )->Terms:       # of `c = a'b/N`, with `|e'a/N|² + |e'b/N|²` as `regulariser`
+    "`correlation_terms` and the regulariser of Mixed Barlow Twins, from shared products"
+    check_choice("form", form, (None, *FORMS))
+    with torch.autocast(a.device.type, enabled=False):
+        if (form or cheaper_form(*a.shape, mixed=True)) == "gram":
+            squares,diag,regulariser = _Gram.apply(a, b, e)
+        else:
+            (squares,diag),regulariser = _Direct.apply(a, b),squared_sum(e, a, "direct") + squared_sum(e, b, "direct")
+        return _terms(a, b, squares, diag, regulariser=regulariser)
+
+# %% ../nbs/02_losses.ipynb #662ba212
 def check_loss(loss:Tensor, # scalar
-               z1:Tensor,   # (N,D) embeddings of view 1
-               z2:Tensor    # (N,D) embeddings of view 2
+               **zs         # embeddings (N,D) by name
               )->None:      # raises `FloatingPointError`
-    "Refuse a loss that is nan or infinite, saying which view's embeddings are"
+    "Refuse a loss that is nan or infinite, saying which embeddings are"
     if loss.isfinite(): return
     def count(name, z):
         rows = int((~z.isfinite()).any(1).sum())
         return f"{name} has {int(z.isnan().sum())} nan and {int(z.isinf().sum())} inf, in {rows} of {len(z)} rows" if rows else f"{name} is finite"
-    if z1.isfinite().all() and z2.isfinite().all():
-        what = f"z1 and z2 are finite, of size {float(z1.abs().max()):.1e} and {float(z2.abs().max()):.1e}: too large to square"
-    else: what = f"{count('z1', z1)}; {count('z2', z2)}"
+    if all(z.isfinite().all() for z in zs.values()):
+        what = f"{', '.join(zs)} are finite, of sizes {', '.join(f'{float(z.abs().max()):.1e}' for z in zs.values())}: too large to square"
+    else: what = "; ".join(count(*o) for o in zs.items())
     raise FloatingPointError(f"the loss is {float(loss.detach())}: {what}. Look for bad pixels in the batch, lower the learning rate, "
                              "or train without half precision")
 
-def _looks(check_finite, loss):
-    if torch.compiler.is_compiling(): return False   # a look would break the graph
-    return loss.device.type == "cpu" if check_finite is None else check_finite
-
-# %% ../nbs/02_losses.ipynb #662ba212
+# %% ../nbs/02_losses.ipynb #99ac9bb5
 def off_diagonal(c:Tensor # (D,D)
                 )->Tensor: # (D-1,D) a view of everything but the diagonal
     "The off-diagonal entries, without a mask or a copy"
@@ -212,10 +251,11 @@ def _cross_entropy_terms(a, b, temperature):
     redundancy = torch.logsumexp(rest.clamp(min=0).flatten()/temperature, 0) if len(c) > 1 else c.new_zeros(())
     return Terms(-torch.logsumexp(diag/temperature, 0), redundancy, diag.detach().clone(), rest.detach().square().sum())
 
-# %% ../nbs/02_losses.ipynb #6fc80f37
+# %% ../nbs/02_losses.ipynb #d306d504
 class BarlowTwinsLoss:
     "Invariance + `lmb` * redundancy of two embeddings, with the paper's variants as options (Zbontar et al. 2021, Table 5)"
     terms = past = None
+    term_names = "invariance", "redundancy", "diagonal_mean", "off_diagonal_rms"
     def __init__(self,
                  lmb:float=5e-3,             # λ, weight of the redundancy term
                  normalisation:str="batch",  # "batch", "feature" or "none"
@@ -249,7 +289,7 @@ class BarlowTwinsLoss:
             if self.invariance: loss = loss + terms.invariance
             if self.scale != 1: loss = loss*self.scale
         self.terms = terms.detach()
-        if _looks(self.check_finite, loss): check_loss(loss, z1, z2)
+        if self.looks(loss): check_loss(loss, z1=z1, z2=z2)
         if self.queue and z1.requires_grad: self.remember(z1, z2)
         return loss
 
@@ -271,11 +311,16 @@ class BarlowTwinsLoss:
         if self.past is not None and self.past[0].shape[1:] == z1.shape[1:]: new = [torch.cat([z, p.to(z)]) for z,p in zip(new, self.past)]
         self.past = [z[:self.queue].clone() for z in new]
 
+    def looks(self, loss):
+        "Is the finished loss to be looked at?"
+        if torch.compiler.is_compiling(): return False   # it would break the graph
+        return loss.device.type == "cpu" if self.check_finite is None else self.check_finite
+
     def reset(self):
         "Forget past embeddings and terms"
         self.terms = self.past = None
 
-# %% ../nbs/02_losses.ipynb #d306d504
+# %% ../nbs/02_losses.ipynb #fab316ea
 def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
                       z2:Tensor,             # (N,D) embeddings of view 2
                       lmb:float=5e-3,        # λ, weight of the redundancy term
@@ -286,7 +331,7 @@ def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
     "Barlow Twins objective: invariance + `lmb` * redundancy (Zbontar et al. 2021, eq. 1)"
     return BarlowTwinsLoss(lmb, eps=eps, form=form, check_finite=check_finite)(z1, z2)
 
-# %% ../nbs/02_losses.ipynb #1d7c92e3
+# %% ../nbs/02_losses.ipynb #d87bcc97
 VARIANTS = {
     "baseline": {},
     "invariance only": {"lmb": 0.},

@@ -26,7 +26,7 @@ from self_supervised_bt.barlow_twins import BarlowTwins, bt_learner, create_barl
 from self_supervised_bt.data import digits, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import PoolingType, create_encoder
-from self_supervised_bt.losses import barlow_twins_loss
+from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss, variant_loss
 
 AUGS = dict(size=8, stats=None)
 
@@ -86,6 +86,140 @@ def test_the_loss_is_that_of_the_two_halves(make_learner):
     learn.add_cb(Callback(after_pred=lambda self: z.append(self.pred.detach().clone())))
     learn.fit(1)
     for pred, loss in zip(z, losses): assert loss == pytest.approx(float(barlow_twins_loss(*pred.chunk(2), lmb=.02)), rel=1e-5)
+
+
+class Pixels(Callback):
+    "Spoils the views of one batch, from the inside"
+    order = BarlowTwins.order + 1
+    def __init__(self, batch, value): self.batch, self.value = batch, value
+    def before_batch(self):
+        if self.training and self.train_iter == self.batch:
+            self.xb[0][3] = self.value
+
+
+def test_any_loss_of_two_embeddings(make_dls):
+    augs, calls = get_barlow_twins_aug_pipelines(**AUGS), []
+    def mean_distance(z1, z2):
+        calls.append((z1.shape, z2.shape))
+        return (z1 - z2).square().mean()
+    learn = Learner(make_dls(), small_model(), cbs=BarlowTwins(augs, loss=mean_distance))
+    learn.fit(1)
+    assert calls[0] == ((16, 16), (16, 16)) and learn.barlow_twins.lmb is None
+    hsic = Learner(make_dls(), small_model(), cbs=BarlowTwins(augs, loss=variant_loss("hsic", lmb=.02)))
+    hsic.fit(1)
+    assert hsic.barlow_twins.lmb == .02 and hsic.recorder.losses[0] > 1.5
+
+
+def test_bad_losses():
+    augs = get_barlow_twins_aug_pipelines(**AUGS)
+    with pytest.raises(TypeError, match="loss must be a function"): BarlowTwins(augs, loss="hsic")
+    with pytest.raises(ValueError, match="lmb=0.1 would have no effect"): BarlowTwins(augs, lmb=.1, loss=BarlowTwinsLoss())
+    with pytest.raises(ValueError, match="terms=True needs a loss"): BarlowTwins(augs, loss=lambda a, b: (a - b).mean(), terms=True)
+
+
+def test_lmb_may_be_set_while_training(make_learner):
+    learn = make_learner(lmb=.02)
+    assert learn.barlow_twins.lmb == .02
+    learn.barlow_twins.lmb = .5
+    assert learn.barlow_twins.objective.lmb == .5
+    with pytest.raises(ValueError, match="lmb"): learn.barlow_twins.lmb = -1
+
+
+def test_terms_are_means_over_the_training_batches(make_dls):
+    augs, terms, sizes = get_barlow_twins_aug_pipelines(**AUGS), [], []
+    learn = Learner(make_dls(n=40, drop_last=False), small_model(), cbs=BarlowTwins(augs, terms=True))
+    learn.logger = lambda *_: None
+    def keep(self):
+        if not self.training: return
+        terms.append(self.learn.barlow_twins.objective.terms)
+        sizes.append(len(self.yb[0]))
+    learn.add_cb(Callback(after_loss=keep))
+    learn.fit(2)
+    names = ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms"]
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", *names, "time"]
+    assert sizes == [16, 16, 8]*2
+    for epoch in range(2):
+        mine = slice(3*epoch, 3*epoch + 3)
+        for name, value in zip(names, learn.recorder.values[epoch][2:]):
+            expected = sum(float(getattr(t, name))*s for t, s in zip(terms[mine], sizes[mine]))/40
+            assert value == pytest.approx(expected, rel=1e-5)
+    assert not learn.metrics and not learn.barlow_twins.columns
+
+
+def test_terms_where_fastai_measures_training_itself(make_dls):
+    learn = Learner(make_dls(), small_model(), cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), terms=True))
+    learn.recorder.train_metrics = True
+    learn.logger = lambda *_: None
+    learn.fit(1)
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
+    assert row["valid_loss"] == pytest.approx(row["valid_invariance"] + 5e-3*row["valid_redundancy"], rel=1e-4)
+    assert row["train_invariance"] != row["valid_invariance"]
+
+
+def test_terms_of_a_lone_validation_and_without_one(make_dls):
+    augs = get_barlow_twins_aug_pipelines(**AUGS)
+    learn = Learner(make_dls(n_valid=16), small_model(), cbs=BarlowTwins(augs, terms=True))
+    loss, invariance, redundancy, *_ = learn.validate()
+    assert loss == pytest.approx(invariance + 5e-3*redundancy, rel=1e-4)
+    alone = Learner(make_dls(n_valid=0), small_model(), cbs=BarlowTwins(augs, terms=True))
+    alone.logger = lambda *_: None
+    alone.fit(1)
+    assert alone.recorder.values[0][-4] > 1
+
+
+def test_terms_cost_no_forward_of_clean_images(make_learner, make_dls):
+    calls = []
+    model = small_model()
+    model.register_forward_hook(lambda m, x, z: calls.append(len(z)))
+    learn = Learner(make_dls(), model, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), terms=True))
+    learn.logger = lambda *_: None
+    learn.fit(1)
+    assert calls == [32, 32, 32, 32, 8]
+
+
+@pytest.mark.parametrize("loss", [None, lambda a, b: (a - b).square().mean()], ids=["ours", "another"])
+def test_a_nan_is_named_before_it_reaches_the_weights(make_dls, loss):
+    learn = Learner(make_dls(), small_model(), cbs=[BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=loss), Pixels(1, float("nan"))])
+    own = learn.loss_func
+    with pytest.raises(FloatingPointError, match="z1 has 256 nan and 0 inf, in 16 of 16 rows"): learn.fit(1)   # BatchNorm spreads it
+    assert learn.loss_func is own and all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_a_search_that_goes_too_far_just_ends(make_learner, tmp_path):
+    learn = make_learner(cbs=[Pixels(12, float("inf"))])
+    learn.path = tmp_path
+    learn.lr_find(num_it=20, show_plot=False)
+    assert len(learn.recorder.losses) == 12 and all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_on_an_accelerator_a_nan_is_noticed_later(make_dls, monkeypatch):
+    "The device is taken for an accelerator: the loss is added up, and looked at after the epoch"
+    learn = Learner(make_dls(), small_model(), cbs=[BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=BarlowTwinsLoss(check_finite=False)),
+                                                    Pixels(1, float("nan"))])
+    monkeypatch.setattr("self_supervised_bt.barlow_twins.at_once", lambda loss: False)
+    with pytest.raises(FloatingPointError, match="within the last 100 batches, up to batch 2 of epoch 0"): learn.fit(1)
+    assert learn.barlow_twins.running is None
+    learn.remove_cbs(Pixels)
+    learn.model = small_model()
+    learn.fit(1)
+
+
+def test_a_predictor_works_on_view_1_alone(make_dls):
+    model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)
+    seen = []
+    model.predictor.register_forward_hook(lambda m, x, z: seen.append((x[0].detach().clone(), z.detach().clone())))
+    spy = Spy()
+    learn = Learner(make_dls(), model, cbs=[BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=variant_loss("stop-gradient")), spy])
+    before = model.predictor[0].weight.clone()
+    learn.fit(1)
+    assert [len(x) for x, _ in seen] == [16, 16, 16, 16, 4] and not torch.equal(before, model.predictor[0].weight)
+    x = spy.inputs[-1]
+    with torch.no_grad():
+        model.eval()
+        z = model.projector(model.encoder(x))
+        assert torch.equal(model(x), z)
+        assert torch.equal(model(x, True), torch.cat([model.predictor(z[:len(z)//2]), z[len(z)//2:]]))
+    assert learn.get_preds()[0].shape == (20, 16)
 
 
 # 3. Give back what you take

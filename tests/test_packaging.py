@@ -79,7 +79,7 @@ def test_notebooks_hold_no_errors_no_nan_and_no_paths_of_a_machine():
 
 
 def test_modules_import_lower_rooms_by_name_alone():
-    order = ["augmentations", "layers", "losses", "barlow_twins", "evaluation", "diagnostics", "data", "checkpoints", "cli"]
+    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "evaluation", "diagnostics", "data", "checkpoints", "cli"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((root/f"self_supervised_bt/{name}.py").read_text())):
             if not isinstance(node, ast.ImportFrom): continue
