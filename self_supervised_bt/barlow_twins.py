@@ -118,12 +118,10 @@ class BarlowTwins(Callback):
         else: self.train_on(x)
     def after_loss(self):
         if self.predicting: return
+        for c in self.columns: c.after_loss(self.learn)
         self.learn.pred = self.pred[:len(self.pred)//2]
         if not self.training and len(self.learn.metrics) > len(self.columns): self.learn.pred = self.clean_pred()
-    def after_batch(self):
-        if self.training:
-            for c in self.columns: c.train(self.learn)
-        self.views = self.images = None
+    def after_batch(self): self.views = self.images = None
     def after_train(self): self.look_back()
     def after_fit(self): give_back(self.learn)
 
@@ -171,8 +169,8 @@ class TermMean(Metric):
         self.by_callback = False
         self.reset()
         self.by_callback = not train_metrics
-    def train(self, learn):
-        if self.by_callback: self.add(learn)
+    def after_loss(self, learn):
+        if self.by_callback and learn.training: self.add(learn)
 
 # %% ../nbs/03_barlow_twins.ipynb #fd422803
 def at_once(loss:Tensor # scalar
@@ -183,7 +181,7 @@ def at_once(loss:Tensor # scalar
 @patch
 def watch(self:BarlowTwins, loss:Tensor, z1:Tensor, z2:Tensor):
     "See to it that a loss that is no number is noticed, now or within 100 batches; raises `FloatingPointError`"
-    if at_once(loss): return check_loss(loss, z1=z1, z2=z2)
+    if at_once(loss): return check_loss(loss, True, z1=z1, z2=z2)
     if not self.training: return
     self.running = loss.detach() + (0 if self.running is None else self.running)
     if self.iter % 100 == 99: self.look_back()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FORMS', 'VARIANTS', 'check_embeddings', 'check_lmb', 'check_choice', 'normalise',
            'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'squared_sum', 'mixed_terms',
-           'check_loss', 'off_diagonal', 'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
+           'check_loss', 'off_diagonal', 'EmbeddingQueue', 'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
 
 # %% ../nbs/02_losses.ipynb #e22a7efb
 from typing import NamedTuple
@@ -87,7 +87,7 @@ def cheaper_form(n:int,            # rows: images of the batch
                  mixed:bool=False  # with the regulariser of Mixed Barlow Twins, 12 N² D against 18 N D²?
                 )->str:            # "gram" (N x N matrices) or "direct" (D x D matrices)
     "Which of the two exact forms of the loss takes less time"
-    return "gram" if 10*n < 7*d*(1 + mixed) else "direct"
+    return "gram" if 10*n < (7 if n < 256 else 8)*d*(1 + mixed) else "direct"   # as measured
 
 # %% ../nbs/02_losses.ipynb #5a7f43e5
 def _full_precision(backward):
@@ -116,6 +116,7 @@ def _diagonal(a, b, width=1024):
     parts = [torch.linalg.vecdot(a[:,j:j+width], b[:,j:j+width], dim=0) for j in range(0, d, width)]
     return (torch.cat(parts) if len(parts) > 1 else parts[0])/len(a)
 
+# %% ../nbs/02_losses.ipynb #56a71fbf
 class _Gram(torch.autograd.Function):
     "Off-diagonal squares and diagonal of `c = a'b/N`, and `|e'a/N|² + |e'b/N|²` where there is an `e`, from N x N matrices"
     @staticmethod
@@ -138,7 +139,7 @@ class _Gram(torch.autograd.Function):
                 (a*w).addmm_(through(ka), b) if need_b else None,
                 (ka + kb).mul_(t) @ e if need_e else None)
 
-# %% ../nbs/02_losses.ipynb #56a71fbf
+# %% ../nbs/02_losses.ipynb #4f018a26
 class _Direct(torch.autograd.Function):
     "Off-diagonal squares and diagonal of `c = a'b/N`, from the D x D matrix"
     @staticmethod
@@ -156,7 +157,7 @@ class _Direct(torch.autograd.Function):
         need_a,need_b = ctx.needs_input_grad
         return b @ g.T if need_a else None, a @ g if need_b else None
 
-# %% ../nbs/02_losses.ipynb #ab37e116
+# %% ../nbs/02_losses.ipynb #a074c907
 class Terms(NamedTuple):
     "The two terms of the loss, differentiable, and what they were made of"
     invariance:Tensor  # scalar: sum of (1 - c_ii)²
@@ -178,7 +179,7 @@ class Terms(NamedTuple):
         regulariser = None if self.regulariser is None else self.regulariser.detach()
         return Terms(self.invariance.detach(), self.redundancy.detach(), self.diagonal, self.squares, regulariser)
 
-# %% ../nbs/02_losses.ipynb #a074c907
+# %% ../nbs/02_losses.ipynb #3601bd8a
 def correlation_terms(a:Tensor,            # (N,D) normalised embeddings of view 1
                       b:Tensor,            # (N,D) normalised embeddings of view 2
                       form:str=None,       # "gram" or "direct"; the cheaper one if not given
@@ -197,7 +198,7 @@ def _terms(a, b, squares, diag, off_target=0., regulariser=None):
         redundancy = squares - 2*off_target*(total - diag.sum()) + off_target**2*d*(d-1)
     return Terms((diag-1).square().sum(), redundancy, diag.detach(), squares.detach(), regulariser)
 
-# %% ../nbs/02_losses.ipynb #2159f53b
+# %% ../nbs/02_losses.ipynb #a3699d19
 def squared_sum(e:Tensor,      # (N,D)
                 a:Tensor,      # (N,D)
                 form:str=None  # "gram" or "direct"; the cheaper one if not given
@@ -222,12 +223,15 @@ def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
             (squares,diag),regulariser = _Direct.apply(a, b),squared_sum(e, a, "direct") + squared_sum(e, b, "direct")
         return _terms(a, b, squares, diag, regulariser=regulariser)
 
-# %% ../nbs/02_losses.ipynb #662ba212
-def check_loss(loss:Tensor, # scalar
-               **zs         # embeddings (N,D) by name
-              )->None:      # raises `FloatingPointError`
+# %% ../nbs/02_losses.ipynb #6fc80f37
+def check_loss(loss:Tensor,            # scalar
+               check_finite:bool=None, # look at it? If not given, on the CPU alone, where nothing has to be waited for
+               **zs                    # embeddings (N,D) by name
+              )->None:                 # raises `FloatingPointError`
     "Refuse a loss that is nan or infinite, saying which embeddings are"
-    if loss.isfinite(): return
+    if torch.compiler.is_compiling(): return   # a look would break the graph
+    if check_finite is None: check_finite = loss.device.type == "cpu"
+    if not check_finite or loss.isfinite(): return
     def count(name, z):
         rows = int((~z.isfinite()).any(1).sum())
         return f"{name} has {int(z.isnan().sum())} nan and {int(z.isinf().sum())} inf, in {rows} of {len(z)} rows" if rows else f"{name} is finite"
@@ -237,7 +241,7 @@ def check_loss(loss:Tensor, # scalar
     raise FloatingPointError(f"the loss is {float(loss.detach())}: {what}. Look for bad pixels in the batch, lower the learning rate, "
                              "or train without half precision")
 
-# %% ../nbs/02_losses.ipynb #99ac9bb5
+# %% ../nbs/02_losses.ipynb #d306d504
 def off_diagonal(c:Tensor # (D,D)
                 )->Tensor: # (D-1,D) a view of everything but the diagonal
     "The off-diagonal entries, without a mask or a copy"
@@ -251,11 +255,37 @@ def _cross_entropy_terms(a, b, temperature):
     redundancy = torch.logsumexp(rest.clamp(min=0).flatten()/temperature, 0) if len(c) > 1 else c.new_zeros(())
     return Terms(-torch.logsumexp(diag/temperature, 0), redundancy, diag.detach().clone(), rest.detach().square().sum())
 
-# %% ../nbs/02_losses.ipynb #d306d504
+# %% ../nbs/02_losses.ipynb #fa9a9fbf
+class EmbeddingQueue:
+    "The newest embeddings of both views, as constants"
+    past = None
+    def __init__(self, size:int=0 # embeddings to keep
+                ):
+        if size < 0 or int(size) != size: raise ValueError(f"queue must be a whole number of embeddings >= 0, got {size}")
+        self.size = size
+    def join(self, z1:Tensor, z2:Tensor)->tuple: # the batch, with what came before below it
+        "Both views with past embeddings, in training"
+        if self.past is None or not z1.requires_grad or self.past[0].shape[1] != z1.shape[1]: return z1,z2
+        return tuple(torch.cat([z, past.to(z)]) for z,past in zip((z1, z2), self.past))
+    def push(self, z1:Tensor, z2:Tensor):
+        "Put the batch at the head of the queue, in training"
+        if self.size and z1.requires_grad: self.past = [z.detach()[:self.size].clone() for z in self.join(z1, z2)]
+
+# %% ../nbs/02_losses.ipynb #fab316ea
+def _check_options(normalisation, off_target, temperature, form, eps):
+    "Refuse what cannot be, and what cannot be together"
+    check_choice("normalisation", normalisation, NORMALISATIONS)
+    check_choice("form", form, (None, *FORMS))
+    if eps <= 0: raise ValueError(f"eps must be > 0, got {eps}: a constant dimension would be divided by 0")
+    if temperature is None: return
+    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+    if form == "gram": raise ValueError("the cross-entropy variant needs every entry of c: leave form='gram' or temperature out")
+    if off_target: raise ValueError("the cross-entropy variant has no off_target: leave one of the two out")
+
+# %% ../nbs/02_losses.ipynb #4c2b862f
 class BarlowTwinsLoss:
     "Invariance + `lmb` * redundancy of two embeddings, with the paper's variants as options (Zbontar et al. 2021, Table 5)"
-    terms = past = None
-    term_names = "invariance", "redundancy", "diagonal_mean", "off_diagonal_rms"
+    terms,term_names = None,("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
     def __init__(self,
                  lmb:float=5e-3,             # λ, weight of the redundancy term
                  normalisation:str="batch",  # "batch", "feature" or "none"
@@ -269,58 +299,33 @@ class BarlowTwinsLoss:
                  eps:float=1e-5,             # added to the variance, as in BatchNorm
                  check_finite:bool=None      # look for nan? If not given, on the CPU alone
                 ):
-        check_choice("normalisation", normalisation, NORMALISATIONS)
-        check_choice("form", form, (None, *FORMS))
-        if eps <= 0: raise ValueError(f"eps must be > 0, got {eps}: a constant dimension would be divided by 0")
-        if queue < 0 or int(queue) != queue: raise ValueError(f"queue must be a whole number of embeddings >= 0, got {queue}")
-        if temperature is not None:
-            if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-            if form == "gram": raise ValueError("the cross-entropy variant needs every entry of c: leave form='gram' or temperature out")
-            if off_target: raise ValueError("the cross-entropy variant has no off_target: leave one of the two out")
-        self.lmb,self.scale = check_lmb(lmb),check_lmb(scale, "scale")
+        _check_options(normalisation, off_target, temperature, form, eps)
+        self.lmb,self.scale,self.queue = check_lmb(lmb),check_lmb(scale, "scale"),EmbeddingQueue(queue)
         self.normalisation,self.invariance,self.off_target,self.temperature = normalisation,invariance,off_target,temperature
-        self.stop_gradient,self.queue,self.form,self.eps,self.check_finite = stop_gradient,queue,form,eps,check_finite
+        self.stop_gradient,self.form,self.eps,self.check_finite = stop_gradient,form,eps,check_finite
 
     def __call__(self, z1:Tensor, z2:Tensor)->Tensor: # scalar
         check_embeddings(z1, z2)
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms_of(*self.normalised(z1, z2))
+            terms = self.terms_of(*(_normalise(z, self.eps, self.normalisation) for z in self.rows(z1, z2)))
             loss = self.lmb*terms.redundancy
             if self.invariance: loss = loss + terms.invariance
             if self.scale != 1: loss = loss*self.scale
         self.terms = terms.detach()
-        if self.looks(loss): check_loss(loss, z1=z1, z2=z2)
-        if self.queue and z1.requires_grad: self.remember(z1, z2)
+        check_loss(loss, self.check_finite, z1=z1, z2=z2)
+        self.queue.push(z1, z2)
         return loss
 
-    def normalised(self, z1, z2):
-        "Both embeddings as the loss multiplies them, past ones included"
-        if self.stop_gradient: z2 = z2.detach()
-        if self.past is not None and z1.requires_grad and self.past[0].shape[1:] == z1.shape[1:]:
-            z1,z2 = (torch.cat([z, past.to(z)]) for z,past in zip((z1, z2), self.past))
-        return _normalise(z1, self.eps, self.normalisation),_normalise(z2, self.eps, self.normalisation)
-
+    def rows(self, z1, z2): return self.queue.join(z1, z2.detach() if self.stop_gradient else z2)
     def terms_of(self, a, b):
         "The terms of two normalised embeddings"
         if self.temperature is not None: return _cross_entropy_terms(a, b, self.temperature)
         return correlation_terms(a, b, self.form, self.off_target)
-
-    def remember(self, z1, z2):
-        "Put the newest embeddings at the head of the queue"
-        new = z1.detach(),z2.detach()
-        if self.past is not None and self.past[0].shape[1:] == z1.shape[1:]: new = [torch.cat([z, p.to(z)]) for z,p in zip(new, self.past)]
-        self.past = [z[:self.queue].clone() for z in new]
-
-    def looks(self, loss):
-        "Is the finished loss to be looked at?"
-        if torch.compiler.is_compiling(): return False   # it would break the graph
-        return loss.device.type == "cpu" if self.check_finite is None else self.check_finite
-
     def reset(self):
-        "Forget past embeddings and terms"
-        self.terms = self.past = None
+        "Forget terms and past embeddings"
+        self.terms = self.queue.past = None
 
-# %% ../nbs/02_losses.ipynb #fab316ea
+# %% ../nbs/02_losses.ipynb #1d7c92e3
 def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
                       z2:Tensor,             # (N,D) embeddings of view 2
                       lmb:float=5e-3,        # λ, weight of the redundancy term
@@ -331,7 +336,7 @@ def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
     "Barlow Twins objective: invariance + `lmb` * redundancy (Zbontar et al. 2021, eq. 1)"
     return BarlowTwinsLoss(lmb, eps=eps, form=form, check_finite=check_finite)(z1, z2)
 
-# %% ../nbs/02_losses.ipynb #d87bcc97
+# %% ../nbs/02_losses.ipynb #9a6e76c7
 VARIANTS = {
     "baseline": {},
     "invariance only": {"lmb": 0.},

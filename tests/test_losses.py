@@ -297,10 +297,10 @@ def test_the_queue_joins_the_batch_as_constants():
     expected = value_and_gradients(lambda a, b: textbook(torch.cat([a, past[0]]), torch.cat([b, past[1]]), .01), *batches[3])
     assert distance(got, expected) < 1e-5
     with torch.no_grad(): assert float(loss(*batches[0])) == pytest.approx(float(textbook(*batches[0], .01)), rel=1e-5)
-    assert torch.equal(loss.past[0], torch.cat([batches[3][0], batches[2][0], batches[1][0][:4]]))
+    assert torch.equal(loss.queue.past[0], torch.cat([batches[3][0], batches[2][0], batches[1][0][:4]]))
     assert math.isfinite(value_and_gradients(loss, *torch.randn(2, 8, 6))[0])   # another width: the past is dropped
     loss.reset()
-    assert loss.past is None and loss.terms is None
+    assert loss.queue.past is None and loss.terms is None
 
 
 def test_a_used_loss_can_be_copied_and_saved():

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, EVAL, DATA, CKPT = (f"self_supervised_bt/{n}.py" for n in (
-    "losses", "augmentations", "layers", "barlow_twins", "evaluation", "data", "checkpoints"))
+LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, DATA, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "data", "checkpoints"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
@@ -40,9 +40,33 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("loss: autocast stays on", LOSSES, "enabled=False", "enabled=True", "autocast"),
     ("loss: unbiased variance", LOSSES, "return F.batch_norm(z, None, None, training=True, eps=eps)", "return (z - z.mean(0))/(z.var(0) + eps).sqrt()", "textbook"),
     ("loss: no eps", LOSSES, "eps=eps)", "eps=1e-30)", "constant_dimensions"),
-    ("loss: views normalised jointly", LOSSES, "    z1,z2 = normalise(z1, eps),normalise(z2, eps)\n",
-     "    z1,z2 = normalise(torch.cat([z1, z2]), eps).chunk(2)\n", "normalised_apart"),
-    ("loss: a diagonal too many", LOSSES, "view(d-1, d+1)[:, :-1]", "view(d-1, d+1)", "textbook"),
+    ("loss: views normalised jointly", LOSSES, "return _cross(_normalise(z1, eps), _normalise(z2, eps))",
+     "return _cross(*_normalise(torch.cat([z1, z2]), eps).chunk(2))", "normalised_apart"),
+    ("loss: a diagonal too many", LOSSES, "view(d-1, d+1)[:, :-1]", "view(d-1, d+1)", "variants_equal"),
+    ("loss: autocast stays on in the backward pass", LOSSES, "grads[0].device.type, enabled=False", "grads[0].device.type, enabled=True", "autocast"),
+    ("loss: Gram gradient takes the wrong matrix", LOSSES, "(b*w).addmm_(through(kb), a)", "(b*w).addmm_(through(ka), a)", "textbook"),
+    ("loss: the diagonal stays among the squares", LOSSES, " - diag.square().sum()).clamp", ").clamp", "both_forms_agree"),
+    ("loss: half of a Gram matrix missing", LOSSES, "k[:i,i:j] = k[i:j,:i].T", "k[:i,i:j] = 0", "textbook"),
+    ("loss: one long float32 sum", LOSSES, "torch.linalg.vector_norm(c, dim=1).square().sum()", "torch.linalg.vector_norm(c).square()", "large_matrix"),
+    ("loss: redundancy below 0", LOSSES, ".clamp(min=0)   #", "   #", "never_negative"),
+    ("loss: never the cheaper form", LOSSES, 'return "gram" if 10*n <', 'return "direct" if 10*n <', "cheaper_form"),
+    ("loss: second derivatives silently wrong", LOSSES, "staticmethod(once_differentiable(wrapped))", "staticmethod(wrapped)", "second_derivative"),
+    ("loss: nan passes", LOSSES, "check_loss(loss, self.check_finite, z1=z1, z2=z2)", "pass", "nan_names_the_view"),
+    ("loss: a GPU is waited for", LOSSES, 'check_finite = loss.device.type == "cpu"', "check_finite = True", "on_an_accelerator"),
+    ("loss: gradient through the stopped branch", LOSSES, "z2.detach() if self.stop_gradient else z2", "z2", "stop_gradient"),
+    ("loss: the queue keeps the oldest", LOSSES, "torch.cat([z, past.to(z)])", "torch.cat([past.to(z), z])", "queue_joins"),
+    ("mixed: weights the wrong way round", MIXED, "torch.lerp(v2[perm], v1,", "torch.lerp(v1, v2[perm],", "test_mixing"),
+    ("mixed: an image mixed with itself", MIXED, "torch.lerp(v2[perm], v1,", "torch.lerp(v2, v1,", "equal_the_formula"),
+    ("mixed: no gradient for the mixture", LOSSES, "(ka + kb).mul_(t) @ e if need_e else None", "None", "equal_the_formula"),
+    ("mixed: the script's target in the paper's place", MIXED, 'if self.target == "paper"', 'if self.target != "paper"', "equal_the_formula"),
+    ("mixed: one permutation for all batches", MIXED, "torch.randperm(len(v1), device=v1.device)", "torch.arange(len(v1), device=v1.device)",
+     "loss_is_that_of_the_mixture"),
+    ("terms: training batches not counted", BT, "if self.by_callback and learn.training: self.add(learn)", "pass", "terms_are_means"),
+    ("terms: left among the metrics", BT, "if not isinstance(m, TermMean)", "if True", "terms_are_means"),
+    ("nan: reaches the weights", BT, "if at_once(loss): return check_loss(loss, True, z1=z1, z2=z2)", "return", "nan_is_named"),
+    ("nan: never noticed on an accelerator", BT, "def after_train(self): self.look_back()", "def after_train(self): pass", "noticed_later"),
+    ("search: dies of a nan", BT, "if self.cb.learn._grab_cbs(LRFinder)", "if False", "search_that_goes_too_far"),
+    ("predictor: on both branches", BT, "return torch.cat([self.predictor(z1), z2])", "return self.predictor(z)", "predictor_works"),
     ("views: one draw for the whole batch", AUGS, "same_on_batch:bool=False", "same_on_batch:bool=True", "draws_for_itself"),
     ("views: crops of another size", AUGS, "K.RandomResizedCrop(size, scale, ratio,", "K.RandomResizedCrop(size, (.2, 1.), ratio,", "follow_their_ranges"),
     ("views: one pipeline twice", AUGS, "return [Pipeline(get_batch_augs(size, **kwargs), split_idx=0) for _ in range(n)]",
