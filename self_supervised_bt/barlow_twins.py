@@ -181,7 +181,7 @@ def at_once(loss:Tensor # scalar
 @patch
 def watch(self:BarlowTwins, loss:Tensor, z1:Tensor, z2:Tensor):
     "See to it that a loss that is no number is noticed, now or within 100 batches; raises `FloatingPointError`"
-    if at_once(loss): return check_loss(loss, True, z1=z1, z2=z2)
+    if at_once(loss): return check_loss(loss, dict(z1=z1, z2=z2), True)
     if not self.training: return
     self.running = loss.detach() + (0 if self.running is None else self.running)
     if self.iter % 100 == 99: self.look_back()

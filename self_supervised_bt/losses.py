@@ -224,10 +224,10 @@ def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
         return _terms(a, b, squares, diag, regulariser=regulariser)
 
 # %% ../nbs/02_losses.ipynb #6fc80f37
-def check_loss(loss:Tensor,            # scalar
-               check_finite:bool=None, # look at it? If not given, on the CPU alone, where nothing has to be waited for
-               **zs                    # embeddings (N,D) by name
-              )->None:                 # raises `FloatingPointError`
+def check_loss(loss:Tensor,           # scalar
+               zs:dict,               # embeddings (N,D) by name
+               check_finite:bool=None # look at it? If not given, on the CPU alone, where nothing has to be waited for
+              )->None:                # raises `FloatingPointError`
     "Refuse a loss that is nan or infinite, saying which embeddings are"
     if torch.compiler.is_compiling(): return   # a look would break the graph
     if check_finite is None: check_finite = loss.device.type == "cpu"
@@ -312,7 +312,7 @@ class BarlowTwinsLoss:
             if self.invariance: loss = loss + terms.invariance
             if self.scale != 1: loss = loss*self.scale
         self.terms = terms.detach()
-        check_loss(loss, self.check_finite, z1=z1, z2=z2)
+        check_loss(loss, dict(z1=z1, z2=z2), self.check_finite)
         self.queue.push(z1, z2)
         return loss
 
@@ -349,8 +349,8 @@ VARIANTS = {
 }
 
 def variant_loss(name:str="baseline",  # a key of `VARIANTS`
-                 **options             # further options of `BarlowTwinsLoss`; they win
+                 **kwargs              # further options of `BarlowTwinsLoss`; they win
                 )->BarlowTwinsLoss:    # (z1,z2) to scalar
     "A variant of the loss by its name"
     check_choice("variant", name, tuple(VARIANTS))
-    return BarlowTwinsLoss(**{**VARIANTS[name], **options})
+    return BarlowTwinsLoss(**{**VARIANTS[name], **kwargs})

@@ -60,7 +60,7 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
             loss = terms.invariance + self.lmb*terms.redundancy + self.lmb_reg*self.lmb*terms.regulariser
             if self.scale != 1: loss = loss*self.scale
         self.terms = terms.detach()
-        check_loss(loss, self.check_finite, z1=z1, z2=z2, zm=zm)
+        check_loss(loss, dict(z1=z1, z2=z2, zm=zm), self.check_finite)
         return loss
 
     def terms_of(self, a1, a2, am, perm, a):

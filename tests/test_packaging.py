@@ -87,7 +87,7 @@ def test_modules_import_lower_rooms_by_name_alone():
             if node.level: assert node.module in order[:i], f"{name} imports {node.module}, which comes later"
     imported = {n.names[0].name.split(".")[0] if isinstance(n, ast.Import) else n.module.split(".")[0]
                 for n in ast.walk(ast.parse((root/"self_supervised_bt/losses.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    assert imported == {"torch"}
+    assert imported - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_everything_public_is_documented():
