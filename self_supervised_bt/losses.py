@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FORMS', 'VARIANTS', 'check_embeddings', 'check_lmb', 'check_choice', 'normalise',
-           'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'squared_sum', 'mixed_terms',
-           'check_loss', 'off_diagonal', 'EmbeddingQueue', 'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
+           'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'batch_gram_terms', 'squared_sum',
+           'mixed_terms', 'check_loss', 'off_diagonal', 'EmbeddingQueue', 'BarlowTwinsLoss', 'barlow_twins_loss',
+           'variant_loss']
 
 # %% ../nbs/02_losses.ipynb #e22a7efb
 from typing import NamedTuple
@@ -139,7 +140,28 @@ class _Gram(torch.autograd.Function):
                 (a*w).addmm_(through(ka), b) if need_b else None,
                 (ka + kb).mul_(t) @ e if need_e else None)
 
-# %% ../nbs/02_losses.ipynb #4f018a26
+# %% ../nbs/02_losses.ipynb #ab37e116
+class _BatchGram(torch.autograd.Function):
+    "`_Gram` of two embeddings still to be standardised over the batch, without an `e`"
+    @staticmethod
+    def forward(ctx, z1, z2, eps):
+        n = len(z1)
+        (a,_,r1),(b,_,r2) = (torch.native_batch_norm(z, None, None, None, None, True, 0., eps) for z in (z1, z2))
+        ka,kb,diag = _gram(a),_gram(b),_diagonal(a, b)
+        ctx.save_for_backward(a, b, r1, r2, ka, kb, diag)
+        return (_dot(ka, kb)/n**2 - diag.square().sum()).clamp(min=0),diag
+    @_full_precision
+    def backward(ctx, g_off, g_diag):
+        a,b,r1,r2,ka,kb,diag = ctx.saved_tensors
+        n,(need_1,need_2,_) = len(a),ctx.needs_input_grad
+        s,w = 2*g_off/n**2, (g_diag - 2*g_off*diag)/n
+        def gradient(a, b, kb, r):
+            g = (b*w).addmm_(kb*s, a)
+            q = _diagonal(g, a)
+            return g.sub_(g.mean(0)).addcmul_(a, q, value=-1).mul_(r)
+        return gradient(a, b, kb, r1) if need_1 else None, gradient(b, a, ka, r2) if need_2 else None, None
+
+# %% ../nbs/02_losses.ipynb #a074c907
 class _Direct(torch.autograd.Function):
     "Off-diagonal squares and diagonal of `c = a'b/N`, from the D x D matrix"
     @staticmethod
@@ -157,7 +179,7 @@ class _Direct(torch.autograd.Function):
         need_a,need_b = ctx.needs_input_grad
         return b @ g.T if need_a else None, a @ g if need_b else None
 
-# %% ../nbs/02_losses.ipynb #a074c907
+# %% ../nbs/02_losses.ipynb #2159f53b
 class Terms(NamedTuple):
     "The two terms of the loss, differentiable, and what they were made of"
     invariance:Tensor  # scalar: sum of (1 - c_ii)²
@@ -179,7 +201,7 @@ class Terms(NamedTuple):
         regulariser = None if self.regulariser is None else self.regulariser.detach()
         return Terms(self.invariance.detach(), self.redundancy.detach(), self.diagonal, self.squares, regulariser)
 
-# %% ../nbs/02_losses.ipynb #3601bd8a
+# %% ../nbs/02_losses.ipynb #a3699d19
 def correlation_terms(a:Tensor,            # (N,D) normalised embeddings of view 1
                       b:Tensor,            # (N,D) normalised embeddings of view 2
                       form:str=None,       # "gram" or "direct"; the cheaper one if not given
@@ -197,8 +219,16 @@ def _terms(a, b, squares, diag, off_target=0., regulariser=None):
         total = torch.dot(a.sum(1), b.sum(1))/len(a)
         redundancy = squares - 2*off_target*(total - diag.sum()) + off_target**2*d*(d-1)
     return Terms((diag-1).square().sum(), redundancy, diag.detach(), squares.detach(), regulariser)
+def batch_gram_terms(z1:Tensor,       # (N,D) embeddings of view 1, as they come
+                     z2:Tensor,       # (N,D) embeddings of view 2
+                     eps:float=1e-5   # added to the variance, as in BatchNorm
+                    )->Terms:         # those of `correlation_terms` of the standardised embeddings
+    "Standardising over the batch and Gram form in one step"
+    with torch.autocast(z1.device.type, enabled=False):
+        z1,z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
+        return _terms(z1, z2, *_BatchGram.apply(z1, z2, eps))
 
-# %% ../nbs/02_losses.ipynb #a3699d19
+# %% ../nbs/02_losses.ipynb #662ba212
 def squared_sum(e:Tensor,      # (N,D)
                 a:Tensor,      # (N,D)
                 form:str=None  # "gram" or "direct"; the cheaper one if not given
@@ -223,7 +253,7 @@ def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
             (squares,diag),regulariser = _Direct.apply(a, b),squared_sum(e, a, "direct") + squared_sum(e, b, "direct")
         return _terms(a, b, squares, diag, regulariser=regulariser)
 
-# %% ../nbs/02_losses.ipynb #6fc80f37
+# %% ../nbs/02_losses.ipynb #d306d504
 def check_loss(loss:Tensor,           # scalar
                zs:dict,               # embeddings (N,D) by name
                check_finite:bool=None # look at it? If not given, on the CPU alone, where nothing has to be waited for
@@ -241,7 +271,7 @@ def check_loss(loss:Tensor,           # scalar
     raise FloatingPointError(f"the loss is {float(loss.detach())}: {what}. Look for bad pixels in the batch, lower the learning rate, "
                              "or train without half precision")
 
-# %% ../nbs/02_losses.ipynb #d306d504
+# %% ../nbs/02_losses.ipynb #fab316ea
 def off_diagonal(c:Tensor # (D,D)
                 )->Tensor: # (D-1,D) a view of everything but the diagonal
     "The off-diagonal entries, without a mask or a copy"
@@ -255,7 +285,7 @@ def _cross_entropy_terms(a, b, temperature):
     redundancy = torch.logsumexp(rest.clamp(min=0).flatten()/temperature, 0) if len(c) > 1 else c.new_zeros(())
     return Terms(-torch.logsumexp(diag/temperature, 0), redundancy, diag.detach().clone(), rest.detach().square().sum())
 
-# %% ../nbs/02_losses.ipynb #fa9a9fbf
+# %% ../nbs/02_losses.ipynb #4c2b862f
 class EmbeddingQueue:
     "The newest embeddings of both views, as constants"
     past = None
@@ -271,7 +301,7 @@ class EmbeddingQueue:
         "Put the batch at the head of the queue, in training"
         if self.size and z1.requires_grad: self.past = [z.detach()[:self.size].clone() for z in self.join(z1, z2)]
 
-# %% ../nbs/02_losses.ipynb #fab316ea
+# %% ../nbs/02_losses.ipynb #3eb9afae
 def _check_options(normalisation, off_target, temperature, form, eps):
     "Refuse what cannot be, and what cannot be together"
     check_choice("normalisation", normalisation, NORMALISATIONS)
@@ -282,7 +312,7 @@ def _check_options(normalisation, off_target, temperature, form, eps):
     if form == "gram": raise ValueError("the cross-entropy variant needs every entry of c: leave form='gram' or temperature out")
     if off_target: raise ValueError("the cross-entropy variant has no off_target: leave one of the two out")
 
-# %% ../nbs/02_losses.ipynb #4c2b862f
+# %% ../nbs/02_losses.ipynb #1d7c92e3
 class BarlowTwinsLoss:
     "Invariance + `lmb` * redundancy of two embeddings, with the paper's variants as options (Zbontar et al. 2021, Table 5)"
     terms,term_names = None,("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
@@ -307,7 +337,7 @@ class BarlowTwinsLoss:
     def __call__(self, z1:Tensor, z2:Tensor)->Tensor: # scalar
         check_embeddings(z1, z2)
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms_of(*(_normalise(z, self.eps, self.normalisation) for z in self.rows(z1, z2)))
+            terms = self.terms_of(*self.rows(z1, z2))
             loss = self.lmb*terms.redundancy
             if self.invariance: loss = loss + terms.invariance
             if self.scale != 1: loss = loss*self.scale
@@ -317,15 +347,18 @@ class BarlowTwinsLoss:
         return loss
 
     def rows(self, z1, z2): return self.queue.join(z1, z2.detach() if self.stop_gradient else z2)
-    def terms_of(self, a, b):
-        "The terms of two normalised embeddings"
+    def terms_of(self, z1, z2):
+        "The terms of two embeddings"
+        plain = self.normalisation == "batch" and self.temperature is None and not self.off_target
+        if plain and (self.form or cheaper_form(*z1.shape)) == "gram": return batch_gram_terms(z1, z2, self.eps)
+        a,b = (_normalise(z, self.eps, self.normalisation) for z in (z1, z2))
         if self.temperature is not None: return _cross_entropy_terms(a, b, self.temperature)
         return correlation_terms(a, b, self.form, self.off_target)
     def reset(self):
         "Forget terms and past embeddings"
         self.terms = self.queue.past = None
 
-# %% ../nbs/02_losses.ipynb #1d7c92e3
+# %% ../nbs/02_losses.ipynb #d87bcc97
 def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
                       z2:Tensor,             # (N,D) embeddings of view 2
                       lmb:float=5e-3,        # λ, weight of the redundancy term
@@ -336,7 +369,7 @@ def barlow_twins_loss(z1:Tensor,             # (N,D) embeddings of view 1
     "Barlow Twins objective: invariance + `lmb` * redundancy (Zbontar et al. 2021, eq. 1)"
     return BarlowTwinsLoss(lmb, eps=eps, form=form, check_finite=check_finite)(z1, z2)
 
-# %% ../nbs/02_losses.ipynb #9a6e76c7
+# %% ../nbs/02_losses.ipynb #8ae8b798
 VARIANTS = {
     "baseline": {},
     "invariance only": {"lmb": 0.},

@@ -56,17 +56,18 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
         check_embeddings(z1, zm, "zm")
         check_weight(a, len(z1))
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms_of(*(normalise(z, self.eps) for z in (z1, z2, zm)), perm, a)
+            terms = self.mixed_terms_of(z1, z2, zm, perm, a)
             loss = terms.invariance + self.lmb*terms.redundancy + self.lmb_reg*self.lmb*terms.regulariser
             if self.scale != 1: loss = loss*self.scale
         self.terms = terms.detach()
         check_loss(loss, dict(z1=z1, z2=z2, zm=zm), self.check_finite)
         return loss
 
-    def terms_of(self, a1, a2, am, perm, a):
-        "The terms of three normalised embeddings"
+    def mixed_terms_of(self, z1, z2, zm, perm, a):
+        "The terms of three embeddings"
+        a1,a2,am = (normalise(z, self.eps) for z in (z1, z2, zm))
         if self.target == "paper": return mixed_terms(a1, a2, am - mix(a1, a2, perm, a), self.form)
-        terms = super().terms_of(a1, a2)
+        terms = self.terms_of(z1, z2)
         return terms._replace(regulariser=(squared_sum(am - mix(a1, a2, perm, a), a1, self.form)
                                            + squared_sum(am - mix(a2, a2, perm, a), a2, self.form))/2)
 

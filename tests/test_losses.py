@@ -137,8 +137,8 @@ def test_the_sum_over_a_large_matrix_is_exact():
 
 def test_the_cheaper_form_is_chosen(monkeypatch):
     used = []
-    for form in FORMS:
-        kind = getattr(__import__("self_supervised_bt.losses", fromlist=["_"]), f"_{form.capitalize()}")
+    for form, kind in (("gram", "_BatchGram"), ("direct", "_Direct")):
+        kind = getattr(__import__("self_supervised_bt.losses", fromlist=["_"]), kind)
         monkeypatch.setattr(kind, "forward", staticmethod(lambda ctx, *a, f=kind.forward, form=form: used.append(form) or f(ctx, *a)))
     for n, d in ((8, 64), (64, 8)): barlow_twins_loss(torch.randn(n, d), torch.randn(n, d))
     assert used == ["gram", "direct"] == [cheaper_form(8, 64), cheaper_form(64, 8)]
