@@ -362,12 +362,13 @@ def test_nan_names_the_view_and_counts(form):
         BarlowTwinsLoss(normalisation="none", form=form)(torch.full((8, 20), 1e20), torch.full((8, 20), 1e20))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="older PyTorch asks the driver even for fake CUDA tensors")
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("options", [*VARIANTS.values(), {"queue": 4}, {"form": "gram"}, {"form": "direct"}], ids=str)
 def test_nothing_looks_at_a_number_on_an_accelerator(options):
     "A look at a number waits for the device. A fake tensor has shapes and no numbers: any look raises"
     with FakeTensorMode():
-        on_gpu, on_cpu = ([torch.randn(8, 20, device=d, requires_grad=True) for _ in range(2)] for d in ("cuda", "cpu"))
+        on_gpu, on_cpu = ([torch.randn(8, 20, device=d, requires_grad=d == "cpu") for _ in range(2)] for d in ("cuda", "cpu"))
         assert BarlowTwinsLoss(**options)(*on_gpu).device.type == "cuda"
         BarlowTwinsLoss(check_finite=False, **options)(*on_cpu).backward()   # the backward engine wants a real device
         assert on_cpu[0].grad.shape == on_cpu[0].shape
