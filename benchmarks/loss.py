@@ -12,6 +12,7 @@ import ctypes
 import gc
 import logging
 import multiprocessing as mp
+import os
 import statistics
 import time
 import warnings
@@ -192,9 +193,11 @@ def main():
     p.add_argument("--repeats", type=int, default=5, help="turns of every contender")
     p.add_argument("--most", type=float, default=2., help="leave out what takes more than so many TFLOP a call")
     p.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
+    p.add_argument("--keep", action="store_true", help="freed memory stays with the process, for every contender: what is left without page faults")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     from self_supervised_bt.losses import cheaper_form
+    if args.keep: os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))   # glibc reads them when a process starts
     contenders = [Contender(name, args.device) for name in args.only]
     available = gpu_memory() if args.device != "cpu" else 1024*next(int(l.split()[1]) for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
     print(machine("lightly") + (f", {args.device}" if args.device != "cpu" else ""))
