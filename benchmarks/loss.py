@@ -145,7 +145,7 @@ def left_out(name, n, d, args, available):
 def measure(contenders, n, d, repeats):
     "Seconds of every turn, peak bytes and results, by contender; a contender that fails is named with its message"
     seconds, peaks, results, failed = {}, {}, {}, {}
-    for c in list(contenders):
+    for c in contenders:
         try:
             c.ask("inputs", n, d)
             results[c.name], once = c.ask("result"), c.ask("seconds", 1)

@@ -314,6 +314,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'self_supervised_bt/losses.py'),
                                            'self_supervised_bt.losses._Gram.forward': ( 'losses.html#_gram.forward',
                                                                                         'self_supervised_bt/losses.py'),
+                                           'self_supervised_bt.losses._at_least_float32': ( 'losses.html#_at_least_float32',
+                                                                                            'self_supervised_bt/losses.py'),
                                            'self_supervised_bt.losses._check_options': ( 'losses.html#_check_options',
                                                                                          'self_supervised_bt/losses.py'),
                                            'self_supervised_bt.losses._cross': ('losses.html#_cross', 'self_supervised_bt/losses.py'),

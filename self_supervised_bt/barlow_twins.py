@@ -252,7 +252,8 @@ def train_on(self:BarlowTwins, x:TensorImage):
     if v1.shape != v2.shape:
         raise ValueError(f"the two pipelines make views of different shapes, {tuple(v1.shape)} and {tuple(v2.shape)}: give both one size")
     self.views,self.images = (v1, v2),x
-    paired = isinstance(check_model(self.model), BarlowTwinsModel) and check_model(self.model).predictor is not None
+    model = check_model(self.model)
+    paired = isinstance(model, BarlowTwinsModel) and model.predictor is not None
     self.learn.xb = (torch.cat([v1, v2]), True) if paired else (torch.cat([v1, v2]),)
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 

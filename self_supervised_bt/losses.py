@@ -60,9 +60,11 @@ def normalise(z:Tensor,              # (N,D) embeddings of one view
     check_choice("along", along, NORMALISATIONS)
     with torch.autocast(z.device.type, enabled=False): return _normalise(z, eps, along)
 
+def _at_least_float32(z): return z if z.dtype == torch.float64 else z.float()
+
 def _normalise(z, eps, along="batch"):
     "`normalise` where autocast is off already"
-    z = z if z.dtype == torch.float64 else z.float()
+    z = _at_least_float32(z)
     if along == "none": return z
     if along == "feature": return F.rms_norm(z, z.shape[1:], eps=eps)
     return F.batch_norm(z, None, None, training=True, eps=eps)
@@ -225,7 +227,7 @@ def batch_gram_terms(z1:Tensor,       # (N,D) embeddings of view 1, as they come
                     )->Terms:         # those of `correlation_terms` of the standardised embeddings
     "Standardising over the batch and Gram form in one step"
     with torch.autocast(z1.device.type, enabled=False):
-        z1,z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
+        z1,z2 = _at_least_float32(z1),_at_least_float32(z2)
         return _terms(z1, z2, *_BatchGram.apply(z1, z2, eps))
 
 # %% ../nbs/02_losses.ipynb #662ba212
