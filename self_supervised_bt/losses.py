@@ -90,6 +90,7 @@ def cheaper_form(n:int,            # rows: images of the batch
                  mixed:bool=False  # with the regulariser of Mixed Barlow Twins, 12 N² D against 18 N D²?
                 )->str:            # "gram" (N x N matrices) or "direct" (D x D matrices)
     "Which of the two exact forms of the loss takes less time"
+    if d <= 128: return "direct"   # fewer steps, and the arithmetic does not count
     return "gram" if 10*n < (7 if n < 256 else 8)*d*(1 + mixed) else "direct"   # as measured
 
 # %% ../nbs/02_losses.ipynb #5a7f43e5
@@ -103,15 +104,27 @@ def _dot(k, m):
     "<k,m> of two matrices, summed row by row"
     return torch.linalg.vecdot(k, m).sum()
 
-def _gram(a):
-    "`a a'`: on the CPU and from 256 rows on, the upper triangle is copied and not multiplied"
-    n = len(a)
-    if n < 256 or a.device.type != "cpu": return a @ a.T
-    k,cuts = a.new_empty(n, n),[n*i//4 for i in range(5)]
-    for i,j in zip(cuts, cuts[1:]):
-        torch.mm(a[i:j], a[:j].T, out=k[i:j,:j])
-        k[:i,i:j] = k[i:j,:i].T
+def _strips(n, device):
+    "Rows of a symmetric product that are multiplied at once: on the CPU and from 256 rows on the upper triangle is copied, not multiplied"
+    parts = 4 if n >= 256 and device.type == "cpu" else 1
+    return [(n*i//parts, n*(i+1)//parts) for i in range(parts)]
+
+def _add_gram(k, a):
+    "`k + a a'` in the lower strips, in place; `k` may be None for nothing yet"
+    strips = _strips(len(a), a.device)
+    if len(strips) == 1: return a @ a.T if k is None else k.addmm_(a, a.T)
+    if k is None: k = a.new_zeros(len(a), len(a))
+    for i,j in strips: k[i:j,:j].addmm_(a[i:j], a[:j].T)
     return k
+
+def _mirror(k):
+    "The lower strips, copied to the upper ones"
+    for i,j in _strips(len(k), k.device)[1:]: k[:i,i:j] = k[i:j,:i].T
+    return k
+
+def _gram(a):
+    "`a a'`"
+    return _mirror(_add_gram(None, a))
 
 def _diagonal(a, b, width=1024):
     "Diagonal of `a'b/N`, some columns at a time: a whole temporary matrix would not fit the cache"
@@ -143,25 +156,43 @@ class _Gram(torch.autograd.Function):
                 (ka + kb).mul_(t) @ e if need_e else None)
 
 # %% ../nbs/02_losses.ipynb #ab37e116
+def _blocks(z):
+    "Ranges of columns that are worked on together: all at once on an accelerator, about 2^18 entries on the CPU"
+    n,d = z.shape
+    width = max(512, 2**18//n) if z.device.type == "cpu" else d
+    return [(j, min(j + width, d)) for j in range(0, d, width)]
+
 class _BatchGram(torch.autograd.Function):
     "`_Gram` of two embeddings still to be standardised over the batch, without an `e`"
     @staticmethod
     def forward(ctx, z1, z2, eps):
-        n = len(z1)
-        (a,_,r1),(b,_,r2) = (torch.native_batch_norm(z, None, None, None, None, True, 0., eps) for z in (z1, z2))
-        ka,kb,diag = _gram(a),_gram(b),_diagonal(a, b)
-        ctx.save_for_backward(a, b, r1, r2, ka, kb, diag)
+        n,blocks,ka,kb,parts = len(z1),_blocks(z1),None,None,[]
+        for i,j in blocks:
+            (a,m1,r1),(b,m2,r2) = (torch.native_batch_norm(z[:,i:j].contiguous(), None, None, None, None, True, 0., eps) for z in (z1, z2))
+            ka,kb = _add_gram(ka, a),_add_gram(kb, b)
+            parts.append((m1, r1, m2, r2, _diagonal(a, b)))
+        *stats,diag = parts[0] if len(blocks) == 1 else map(torch.cat, zip(*parts))
+        ctx.blocks,ka,kb = blocks,_mirror(ka),_mirror(kb)
+        ctx.save_for_backward(*((a, b) if len(blocks) == 1 else (z1, z2)), *stats, ka, kb, diag)
         return (_dot(ka, kb)/n**2 - diag.square().sum()).clamp(min=0),diag
     @_full_precision
     def backward(ctx, g_off, g_diag):
-        a,b,r1,r2,ka,kb,diag = ctx.saved_tensors
-        n,(need_1,need_2,_) = len(a),ctx.needs_input_grad
+        z1,z2,m1,r1,m2,r2,ka,kb,diag = ctx.saved_tensors
+        n,needed = len(z1),ctx.needs_input_grad[:2]
         s,w = 2*g_off/n**2, (g_diag - 2*g_off*diag)/n
-        def gradient(a, b, kb, r):
-            g = (b*w).addmm_(kb*s, a)
-            q = _diagonal(g, a)
-            return g.sub_(g.mean(0)).addcmul_(a, q, value=-1).mul_(r)
-        return gradient(a, b, kb, r1) if need_1 else None, gradient(b, a, ka, r2) if need_2 else None, None
+        ka,kb = ka*s,kb*s
+        def gradients(a, b, i, j):
+            "By the columns i:j of both, as far as needed"
+            for k,a,b,r,need in ((kb, a, b, r1, needed[0]), (ka, b, a, r2, needed[1])):
+                g = torch.mm(k, a).addcmul_(b, w[i:j]) if need else None
+                yield g.sub_(g.mean(0)).addcmul_(a, _diagonal(g, a), value=-1).mul_(r[i:j]) if need else None
+        if len(ctx.blocks) == 1: return *gradients(z1, z2, *ctx.blocks[0]),None
+        out = [torch.empty_like(z) if need else None for z,need in zip((z1, z2), needed)]
+        for i,j in ctx.blocks:
+            a,b = (z1[:,i:j] - m1[i:j]).mul_(r1[i:j]),(z2[:,i:j] - m2[i:j]).mul_(r2[i:j])
+            for o,g in zip(out, gradients(a, b, i, j)):
+                if g is not None: o[:,i:j] = g
+        return *out,None
 
 # %% ../nbs/02_losses.ipynb #a074c907
 class _Direct(torch.autograd.Function):
