@@ -18,16 +18,16 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import Normalize
 from fastai.learner import CastToTensor, Learner, Metric
-from fastai.torch_core import TensorImage, find_bs, show_image, to_float
+from fastai.torch_core import TensorImage, find_bs, show_image, to_cpu, to_float
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .augmentations import (
-    batch_images, check_pipelines, clean_pipeline, displayable, get_barlow_twins_aug_pipelines, image_batch)
+    batch_images, centre_resize, check_pipelines, clean_pipeline, displayable, fused_views, get_barlow_twins_aug_pipelines, image_batch)
 from .layers import PoolingType, create_encoder, create_mlp_module, encoder_width, is_resnet
-from .losses import BarlowTwinsLoss, check_lmb, check_loss
+from .losses import AllPairs, BarlowTwinsLoss, check_lmb, check_loss
 
 # %% ../nbs/03_barlow_twins.ipynb #0914f44e
 class BarlowTwinsModel(nn.Module):
@@ -70,13 +70,13 @@ def check_model(model:nn.Module # what the Learner trains
 
 # %% ../nbs/03_barlow_twins.ipynb #23cf006d
 class ViewsLoss:
-    "What `learn.loss_func` is while `BarlowTwins` is at work: the callback's loss on the two halves of `z`"
+    "What `learn.loss_func` is while `BarlowTwins` is at work: the callback's loss on the views' parts of `z`"
     def __init__(self, cb): self.cb = cb
     def __call__(self, z, *yb):
         if self.cb.predicting: return z.new_zeros(())   # one row an image: there is no pair to compare
         try:
             loss = self.cb.loss(z)
-            self.cb.watch(loss, *z.chunk(2))
+            self.cb.watch(loss, *z.chunk(len(self.cb.augs)))
         except FloatingPointError:
             if self.cb.learn._grab_cbs(LRFinder): raise CancelFitException()   # the search went too far, and has seen enough
             raise
@@ -88,23 +88,24 @@ class ViewsLoss:
 
 # %% ../nbs/03_barlow_twins.ipynb #ef312205
 class BarlowTwins(Callback):
-    "Trains on two views of every batch with the Barlow Twins loss (Zbontar et al. 2021)"
+    "Trains on two or more views of every batch with the Barlow Twins loss (Zbontar et al. 2021)"
     order,run_valid = CastToTensor.order-1,True
     lent = views = images = running = None
     columns = ()
     _stateattrs = ("views", "images")
     def __init__(self,
-                 aug_pipelines:list,     # two `Pipeline`s with `split_idx=0`, one a view
+                 aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one a view: two, or more
                  lmb:float=5e-3,         # λ, weight of the redundancy term
-                 print_augs:bool=False,  # print the two pipelines?
+                 print_augs:bool=False,  # print the pipelines?
                  loss:callable=None,     # embeddings (z1,z2), each (B,D), to a scalar; `BarlowTwinsLoss(lmb)` if not given
                  terms:bool=False        # the loss's terms as columns of the Recorder?
                 ):
-        self.aug1,self.aug2 = check_pipelines(aug_pipelines)
-        self.clean,self.objective,self.terms = clean_pipeline(self.aug1),check_objective(loss, lmb, terms),terms
-        if print_augs: print(self.aug1, self.aug2, sep="\n")
+        self.augs = check_pipelines(aug_pipelines)
+        self.clean,self.objective,self.terms = clean_pipeline(self.augs[0]),check_objective(loss, lmb, terms),terms
+        if len(self.augs) > 2: self.objective = AllPairs(self.objective)
+        if print_augs: print(*self.augs, sep="\n")
 
-    def loss(self, z): return self.objective(*z.chunk(2))
+    def loss(self, z): return self.objective(*z.chunk(len(self.augs)))
 
     def before_fit(self): self.lend()
     def before_train(self):
@@ -119,7 +120,7 @@ class BarlowTwins(Callback):
     def after_loss(self):
         if self.predicting: return
         for c in self.columns: c.after_loss(self.learn)
-        self.learn.pred = self.pred[:len(self.pred)//2]
+        self.learn.pred = self.pred[:len(self.pred)//len(self.augs)]
         if not self.training and len(self.learn.metrics) > len(self.columns): self.learn.pred = self.clean_pred()
     def after_batch(self): self.views = self.images = None
     def after_train(self): self.look_back()
@@ -179,9 +180,9 @@ def at_once(loss:Tensor # scalar
     return loss.device.type == "cpu"
 
 @patch
-def watch(self:BarlowTwins, loss:Tensor, z1:Tensor, z2:Tensor):
+def watch(self:BarlowTwins, loss:Tensor, *zs:Tensor):
     "See to it that a loss that is no number is noticed, now or within 100 batches; raises `FloatingPointError`"
-    if at_once(loss): return check_loss(loss, dict(z1=z1, z2=z2), True)
+    if at_once(loss): return check_loss(loss, {f"z{i}": z for i,z in enumerate(zs, 1)}, True)
     if not self.training: return
     self.running = loss.detach() + (0 if self.running is None else self.running)
     if self.iter % 100 == 99: self.look_back()
@@ -242,19 +243,20 @@ def input_images(self:BarlowTwins)->TensorImage:
 # %% ../nbs/03_barlow_twins.ipynb #52132e19
 @patch
 def train_on(self:BarlowTwins, x:TensorImage):
-    "Two views of `x` as the Learner's batch, with a target to stand in where there is none"
+    "The views of `x` as the Learner's batch, with a target to stand in where there is none"
     if len(x) == 1:
         if self.training: raise ValueError("a batch of one image has no correlation: use drop_last=True or another batch size")
         warnings.warn("a validation batch of one image is left out of the loss: it has no correlation")
         self.learn.yb = ()
         raise CancelBatchException()
-    with torch.no_grad(): v1,v2 = self.aug1(x),self.aug2(x)
-    if v1.shape != v2.shape:
-        raise ValueError(f"the two pipelines make views of different shapes, {tuple(v1.shape)} and {tuple(v2.shape)}: give both one size")
-    self.views,self.images = (v1, v2),x
+    with torch.no_grad(): self.views,self.images = tuple(aug(x) for aug in self.augs),x
+    shapes = {tuple(v.shape) for v in self.views}
+    if len(shapes) > 1:
+        raise ValueError(f"the pipelines make views of different shapes, {' and '.join(map(str, sorted(shapes)))}: give all of them one size")
     model = check_model(self.model)
     paired = isinstance(model, BarlowTwinsModel) and model.predictor is not None
-    self.learn.xb = (torch.cat([v1, v2]), True) if paired else (torch.cat([v1, v2]),)
+    if paired and len(self.augs) > 2: raise ValueError(f"a predictor works on one of two views, and there are {len(self.augs)}: give two pipelines")
+    self.learn.xb = (torch.cat(self.views), True) if paired else (torch.cat(self.views),)
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
 @patch
@@ -293,29 +295,35 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
 # %% ../nbs/03_barlow_twins.ipynb #1de07bc1
 @patch
 def show(self:BarlowTwins,
-         n:int=5,            # rows: images to show, at most a batch
-         size:float=1.8      # inches a view
-        )->list:             # axes, row by row: view 1, view 2 of each image
-    "`n` rows of view pairs, denormalised"
+         n:int=5,             # rows: images to show, at most a batch
+         size:float=1.8,      # inches a view
+         original:bool=False, # the image first?
+         drawn:bool=False     # below each view, what was drawn for it? (fused backend)
+        )->list:              # axes, row by row: the original if wanted, the views of each image
+    "`n` rows of views, denormalised"
     if not isinstance(n, int) or n < 1: raise ValueError(f"n must be a positive int, got {n!r}")
-    pictures = self.pictures(*(self.views or self.draw_views()))
+    x,views = (self.images, self.views) if self.views else self.draw_views()
+    pictures = self.pictures(*views)
+    tellers = {title: fused_views(aug) for title,aug in zip(pictures, self.augs)} if drawn else {}
+    if original: pictures = {"original": to_cpu(centre_resize(x, views[0].shape[-2:])).clamp(0, 1), **pictures}
     n = min(n, *map(len, pictures.values()))
-    _,axes = plt.subplots(n, len(pictures), figsize=(len(pictures)*size, n*size), squeeze=False, layout="constrained")
+    _,axes = plt.subplots(n, len(pictures), figsize=(len(pictures)*size, n*size*(1.5 if drawn else 1)), squeeze=False, layout="constrained")
     for column,(title,images) in zip(axes.T, pictures.items()):
-        for ax,im in zip(column, images):
-            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=title if ax is column[0] else None)
+        for i,(ax,im) in enumerate(zip(column, images)):
+            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=None if i else title)
+            if title in tellers: ax.text(.5, -.03, tellers[title].tell(i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
     return list(axes.flat)
 
 @patch
-def pictures(self:BarlowTwins, v1:Tensor, v2:Tensor)->dict: # title of a column to (B,C,H,W) in [0,1]
+def pictures(self:BarlowTwins, *views:Tensor)->dict: # title of a column to (B,C,H,W) in [0,1]
     "What `show` shows"
-    return {"view 1": displayable(self.aug1, v1), "view 2": displayable(self.aug2, v2)}
+    return {f"view {i}": displayable(aug, v) for i,(aug,v) in enumerate(zip(self.augs, views), 1)}
 
 @patch
-def draw_views(self:BarlowTwins)->tuple: # v1,v2 (B,C,H,W)
-    "Two views of a batch of training images"
+def draw_views(self:BarlowTwins)->tuple: # images (B,C,H,W), and their views
+    "A batch of training images and its views"
     x = training_images(self.dls)
-    return self.aug1(x),self.aug2(x)
+    return x,tuple(aug(x) for aug in self.augs)
 
 def training_images(dls # fastai's `DataLoaders`, of its own loaders or of PyTorch's
                    )->TensorImage: # (B,C,H,W) float

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .augmentations import CropTfm, NormalizeViews, clean_pipeline, get_batch_augs
+from .augmentations import CentreResize, CropTfm, NormalizeViews, clean_pipeline
 from .evaluation import encoder_of
 from .layers import create_encoder
 
@@ -27,7 +27,7 @@ def describe_input(clean # the pipeline that `clean_pipeline` gives
     "Size and normalisation of the images an encoder expects, as plain data"
     described = {}
     for t in getattr(clean, "fs", []):
-        if isinstance(t, CropTfm): described["size"] = list(t.aug.flags["size"])
+        if isinstance(t, (CentreResize, CropTfm)): described["size"] = list(t.size)
         elif isinstance(t, Normalize): described["stats"] = [t.mean.flatten().tolist(), t.std.flatten().tolist()]
         elif t.split_idx != 0: warnings.warn(f"{t.name} cannot be saved with the encoder: apply it yourself to images you encode later")
     return described
@@ -35,7 +35,7 @@ def describe_input(clean # the pipeline that `clean_pipeline` gives
 def restore_input(described:dict # what `describe_input` gave
                  )->Pipeline:    # applies it
     "The transforms that make images what the encoder expects"
-    tfms = [t for t in get_batch_augs(described["size"], stats=None) if isinstance(t, CropTfm)] if "size" in described else []
+    tfms = [CentreResize(tuple(described["size"]))] if "size" in described else []
     if "stats" in described: tfms.append(NormalizeViews.from_stats(*described["stats"], cuda=False))
     return clean_pipeline(Pipeline(tfms, split_idx=0))
 

@@ -34,8 +34,7 @@ from .losses import cross_correlation
 def digits_job()->SimpleNamespace: # images, labels and settings
     "The embedded digits, and settings that learn them in half a minute"
     x,y = digits()
-    augs = get_barlow_twins_aug_pipelines(16, flip_p=0, rotate_deg=12, rotate_p=1, resize_scale=(.6, 1), jitter_s=.5, jitter_p=.8,
-                                          bw=False, blur_s=(.1, 1.), blur_p=.5, stats=None)
+    augs = get_barlow_twins_aug_pipelines(16, "digits")
     return SimpleNamespace(name="digits", x=x, y=y, n_test=500, augs=augs, size=16, arch="timm/test_resnet", width=256, bs=128, epochs=60,
                            lr=2e-2, about=f"{len(x):,} handwritten digits of 8x8 pixels (shipped with scikit-learn)")
 
@@ -54,7 +53,7 @@ def folder_job(path:str,        # folder of images
     y,classes = folder_labels(files) if labels else (None, None)
     n_test = min(2000, len(x)//5)
     epochs = max(5, min(60, 150_000//len(x)))
-    augs = get_barlow_twins_aug_pipelines(size, rotate=False, blur=False, jitter_s=.5, jitter_p=.8, bw_p=.2)
+    augs = get_barlow_twins_aug_pipelines(size, "cifar")
     return SimpleNamespace(name=Path(path).resolve().name, x=x, y=y, n_test=n_test, augs=augs, size=size, arch="timm/resnet10t", width=512,
                            bs=min(256, (len(x)-n_test)//2), epochs=epochs, lr=5e-3,
                            about=f"{len(x):,} images of {path}" + (f" in {len(classes)} class folders" if classes else ", without labels"))
@@ -74,7 +73,7 @@ def _view_pixels(learn, x):
     bt = learn.barlow_twins
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pairs = [(bt.aug1(b).flatten(1), bt.aug2(b).flatten(1)) for b in image_batch(x).split(512)]
+        pairs = [[aug(b).flatten(1) for aug in bt.augs[:2]] for b in image_batch(x).split(512)]
     return tuple(torch.cat(v).as_subclass(torch.Tensor) for v in zip(*pairs))
 
 # %% ../nbs/11_cli.ipynb #42c652f4

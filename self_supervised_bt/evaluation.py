@@ -166,7 +166,7 @@ def encode_views(learn:Learner, # with a `BarlowTwins` callback
         torch.manual_seed(seed)   # inside `politely`: the random state outside stays as it was
         for b in batches:
             x = batch_images(to_device(b, device))
-            hs = [encoder(aug(x).as_subclass(Tensor)) for aug in (bt.aug1, bt.aug2)]
+            hs = [encoder(aug(x).as_subclass(Tensor)) for aug in bt.augs[:2]]
             out.append([o.float().cpu() for o in (*hs, *(projector(h) for h in hs))])
     return tuple(torch.cat(o) for o in zip(*out))
 

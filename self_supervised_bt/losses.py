@@ -6,9 +6,11 @@
 __all__ = ['NORMALISATIONS', 'FORMS', 'VARIANTS', 'check_embeddings', 'check_lmb', 'check_choice', 'normalise',
            'cross_correlation', 'cheaper_form', 'Terms', 'correlation_terms', 'batch_gram_terms', 'squared_sum',
            'mixed_terms', 'check_loss', 'off_diagonal', 'EmbeddingQueue', 'BarlowTwinsLoss', 'barlow_twins_loss',
-           'variant_loss']
+           'variant_loss', 'AllPairs']
 
 # %% ../nbs/02_losses.ipynb #e22a7efb
+from itertools import combinations
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -420,3 +422,31 @@ def variant_loss(name:str="baseline",  # a key of `VARIANTS`
     "A variant of the loss by its name"
     check_choice("variant", name, tuple(VARIANTS))
     return BarlowTwinsLoss(**{**VARIANTS[name], **kwargs})
+
+# %% ../nbs/02_losses.ipynb #51c1db9b
+class AllPairs:
+    "Any loss of two embeddings for any number of views: its mean over all pairs of views"
+    terms = None
+    def __init__(self,
+                 objective:callable # embeddings (z1,z2), each (N,D), to a scalar
+                ):
+        if getattr(getattr(objective, "queue", None), "size", 0):
+            raise ValueError("a queue remembers the past of two views, and there are more: leave queue out")
+        self.objective,self.term_names = objective,getattr(objective, "term_names", ())
+    @property
+    def lmb(self): return getattr(self.objective, "lmb", None)
+    @lmb.setter
+    def lmb(self, value): self.objective.lmb = value
+    def __call__(self, *zs:Tensor)->Tensor: # scalar; each of `zs` (N,D)
+        if len(zs) < 2: raise ValueError(f"a loss over pairs needs at least two embeddings, got {len(zs)}")
+        losses,seen = [],[]
+        for i,j in combinations(range(len(zs)), 2):
+            try: losses.append(self.objective(zs[i], zs[j]))
+            except FloatingPointError as e: raise FloatingPointError(f"of views {i+1} and {j+1}: {e}") from e
+            seen.append([getattr(self.objective.terms, name) for name in self.term_names])
+        self.terms = SimpleNamespace(**{name: sum(values)/len(values) for name,values in zip(self.term_names, zip(*seen))})
+        return sum(losses)/len(losses)
+    def reset(self):
+        "Forget terms"
+        self.terms = None
+        if hasattr(self.objective, "reset"): self.objective.reset()

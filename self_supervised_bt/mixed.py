@@ -9,6 +9,7 @@ __all__ = ['TARGETS', 'mix', 'check_weight', 'MixedBarlowTwinsLoss', 'MixedBarlo
 import torch
 from torch import Tensor
 
+from .augmentations import check_pipelines
 from .barlow_twins import BarlowTwins, check_model
 from .losses import (
     BarlowTwinsLoss, check_choice, check_embeddings, check_lmb, check_loss, mixed_terms, normalise, squared_sum)
@@ -87,6 +88,7 @@ class MixedBarlowTwins(BarlowTwins):
                  terms:bool=False        # the loss's terms as columns of the Recorder?
                 ):
         if not 0 < alpha < float("inf"): raise ValueError(f"alpha must be a finite number > 0, got {alpha}")
+        if len(check_pipelines(aug_pipelines)) != 2: raise ValueError(f"MixedBarlowTwins mixes two views, got {len(aug_pipelines)} pipelines")
         super().__init__(aug_pipelines, print_augs=print_augs, loss=MixedBarlowTwinsLoss(lmb, lmb_reg, target), terms=terms)
         self.alpha,self.per_sample = alpha,per_sample
 

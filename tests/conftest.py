@@ -9,7 +9,7 @@ from fastai.torch_core import TensorImage, set_seed
 from PIL import Image
 from torch import nn
 
-from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits
 
@@ -44,8 +44,8 @@ def small_model(channels=1, width=16):
 
 @pytest.fixture
 def make_learner(make_dls):
-    def make(dls=None, model=None, stats=None, size=8, lmb=5e-3, cbs=(), **kwargs):
-        augs = get_barlow_twins_aug_pipelines(size, stats=stats)
+    def make(dls=None, model=None, stats=None, size=8, lmb=5e-3, cbs=(), views=2, backend="fused", **kwargs):
+        augs = get_multi_aug_pipelines(views, size, stats=stats, backend=backend)
         learn = Learner(dls or make_dls(), model or small_model(), cbs=[BarlowTwins(augs, lmb=lmb), *cbs], **kwargs)
         learn.logger = lambda *_: None
         return learn

@@ -21,12 +21,13 @@ from fasttransform import Pipeline
 from torch import nn
 
 from conftest import image_items, small_model
-from self_supervised_bt.augmentations import NormalizeViews, get_barlow_twins_aug_pipelines
+from self_supervised_bt.augmentations import BACKENDS, NormalizeViews, get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, bt_learner, create_barlow_twins_model, no_loss
 from self_supervised_bt.data import digits, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import PoolingType, create_encoder
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss, variant_loss
+from self_supervised_bt.mixed import MixedBarlowTwins
 
 AUGS = dict(size=8, stats=None)
 
@@ -48,19 +49,20 @@ def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner)
     spy = Spy()
     learn = make_learner(stats=imagenet_stats, cbs=[spy])
     seen = []
-    learn.barlow_twins.aug1 = Pipeline([lambda x: (seen.append(type(x)), x)[1], *learn.barlow_twins.aug1.fs], split_idx=0)
+    learn.barlow_twins.augs[0] = Pipeline([lambda x: (seen.append(type(x)), x)[1], *learn.barlow_twins.augs[0].fs], split_idx=0)
     learn.fit(1)
     assert all(issubclass(t, TensorImage) for t in seen) and seen
     assert type(spy.inputs[0]) is torch.Tensor
     assert spy.inputs[0].min() < -.5             # black, normalised: Normalize was not skipped
 
 
-def test_a_plain_tensor_is_normalised_too(make_learner):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plain_tensor_is_normalised_too(make_learner, backend):
     "A loader that gives plain tensors is no reason to skip typed transforms"
     x = torch.rand(32, 1, 8, 8)
     dls = DataLoaders(*(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=16) for _ in range(2)))
     spy = Spy()
-    learn = make_learner(dls=dls, stats=imagenet_stats, cbs=[spy])
+    learn = make_learner(dls=dls, stats=imagenet_stats, cbs=[spy], backend=backend)
     learn.fit(1)
     assert spy.inputs[0].min() < -.5
 
@@ -364,7 +366,7 @@ def test_the_encoder_remembers_its_normalisation(make_learner, make_dls):
 def test_statistics_follow_the_batch_whatever_cuda_says():
     "`meta` stands in for a GPU: statistics made on the CPU, with `cuda=` of any value, go where the batch is"
     for cuda in (True, False, None):
-        norm = get_barlow_twins_aug_pipelines(8, cuda=cuda)[0].fs[-1]
+        norm = get_barlow_twins_aug_pipelines(8, cuda=cuda)[0].fs[0].norm
         assert norm.mean.device.type == "cpu"
         for device in ("meta", "cpu"):
             x = TensorImage(torch.rand(2, 3, 8, 8, device=device))
@@ -472,13 +474,59 @@ def test_show_the_views_about_to_be_trained_on(make_learner):
     assert torch.allclose(torch.as_tensor(shown), learn.xb[0][0, 0], atol=1e-6)
 
 
+def test_show_the_image_first_and_what_was_drawn(make_learner, make_dls):
+    learn = make_learner(make_dls(channels=3), stats=imagenet_stats, views=3)
+    b = learn.dls.one_batch()
+    learn._split(b)
+    learn("before_batch")
+    axes = learn.barlow_twins.show(n=2, original=True, drawn=True)
+    assert [ax.get_title() for ax in axes] == ["original", "view 1", "view 2", "view 3", "", "", "", ""]
+    assert torch.allclose(torch.as_tensor(axes[4].get_images()[0].get_array()), b[0][1].permute(1, 2, 0), atol=1e-6)
+    for row in (0, 1):
+        told = [ax.texts[0].get_text() for ax in axes[4*row+1:4*row+4]]
+        assert told == [aug.fs[0].tell(row) for aug in learn.barlow_twins.augs] and len(set(told)) == 3
+        assert not axes[4*row].texts
+    with pytest.raises(ValueError, match="only backend='fused'"): make_learner(backend="kornia").barlow_twins.show(drawn=True)
+
+
+# More than two views
+
+def test_three_views_are_three_pairs(make_learner):
+    losses, spy = [], Spy()
+    learn = make_learner(cbs=[spy, Callback(after_loss=lambda self: losses.append(float(self.loss.detach())))], lmb=.02, views=3)
+    learn.barlow_twins.terms = True
+    learn.fit(1)
+    assert [len(x) for x in spy.inputs] == [48, 48, 48, 48, 12] and learn.recorder.loss.count == 20
+    learn.barlow_twins.columns = ()
+    learn.barlow_twins.lend()
+    z = torch.randn(48, 16)
+    v1, v2, v3 = z.chunk(3)
+    expected = sum(float(barlow_twins_loss(a, b, lmb=.02)) for a, b in ((v1, v2), (v1, v3), (v2, v3)))/3
+    assert float(learn.barlow_twins.loss(z)) == pytest.approx(expected, rel=1e-5)
+    assert learn.barlow_twins.lmb == .02 and len(losses) == 5
+
+
+def test_three_views_predict_one_row_an_image(make_learner):
+    learn = make_learner(views=3, metrics=lambda pred, y: pred.new_tensor(float(len(pred) == len(y))))
+    learn.fit(1)
+    assert learn.recorder.values[-1][2] == 1 and learn.get_preds()[0].shape == (20, 16)
+
+
+def test_what_needs_two_views_says_so(make_dls):
+    three = get_multi_aug_pipelines(3, **AUGS)
+    with pytest.raises(ValueError, match="queue"): BarlowTwins(three, loss=BarlowTwinsLoss(queue=8))
+    with pytest.raises(ValueError, match="two views, got 3"): MixedBarlowTwins(three)
+    model = create_barlow_twins_model(small_model().encoder, 16, 8, predictor=True)
+    with pytest.raises(ValueError, match="predictor"): Learner(make_dls(labels=False), model, cbs=BarlowTwins(three)).fit(1)
+
+
 # bt_learner
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_bt_learner_reads_channels_and_size_off_the_images(make_dls, labels):
     learn = bt_learner(make_dls(labels=labels, channels=3), "resnet18", hidden_size=16, projection_size=8)
     assert learn.model.encoder.conv1.in_channels == 3 and learn.model.encoder.conv1.stride == (1, 1)
-    assert learn.barlow_twins.clean.fs[0].aug.flags["size"] == (8, 8)
+    assert learn.barlow_twins.clean.fs[0].size == (8, 8)
     assert learn.model.projector[-1].out_features == 8
     learn.logger = print
     learn.fit(1)
@@ -489,7 +537,7 @@ def test_bt_learner_reads_channels_and_size_off_the_images(make_dls, labels):
 def test_bt_learner_takes_pytorchs_loaders():
     dls = DataLoaders(*(torch.utils.data.DataLoader(image_items(32), batch_size=16, collate_fn=collate) for _ in range(2)))
     learn = bt_learner(dls, small_model().encoder, loss_func=nn.MSELoss())
-    assert learn.barlow_twins.clean.fs[0].aug.flags["size"] == (8, 8)
+    assert learn.barlow_twins.clean.fs[0].size == (8, 8)
 
 
 def test_the_papers_model_has_the_papers_size():
@@ -504,7 +552,7 @@ def test_the_papers_model_has_the_papers_size():
 def test_bad_models_pipelines_and_batches(make_learner, make_dls):
     augs = get_barlow_twins_aug_pipelines(**AUGS)
     with pytest.raises(ValueError, match="no encoder and no projector"): make_learner(model=nn.Linear(1, 1)).fit(1)
-    with pytest.raises(ValueError, match="two Pipelines"): BarlowTwins(augs[:1])
+    with pytest.raises(ValueError, match="two or more Pipelines"): BarlowTwins(augs[:1])
     for lmb in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lmb"): BarlowTwins(augs, lmb=lmb)
     two = make_learner()
@@ -524,4 +572,7 @@ def test_bad_models_pipelines_and_batches(make_learner, make_dls):
 def test_normalisation_in_the_dls_is_noticed(make_learner, make_dls):
     dls = make_dls(after_batch=[Normalize.from_stats(*imagenet_stats, cuda=False)], channels=3)
     learn = make_learner(dls, small_model(3))
+    with pytest.warns(UserWarning, match="take Normalize out"), pytest.raises(ValueError, match="-2.* to 2.*: divide by 255, or take Normalize out"): learn.fit(1)
+    learn.remove_cbs(BarlowTwins)
+    learn.add_cb(BarlowTwins(get_barlow_twins_aug_pipelines(8, jitter=False, bw=False, stats=None)))      # nothing that needs [0,1]
     with pytest.warns(UserWarning, match="take Normalize out"): learn.fit(1)

@@ -1,5 +1,6 @@
 "The loss against references that share no code with it"
 import copy
+import itertools
 import math
 import pickle
 import random
@@ -12,7 +13,7 @@ from torch.autograd import gradcheck
 
 from self_supervised_bt import losses
 from self_supervised_bt.losses import (
-    FORMS, VARIANTS, BarlowTwinsLoss, barlow_twins_loss, cheaper_form, correlation_terms, cross_correlation, normalise, off_diagonal,
+    FORMS, VARIANTS, AllPairs, BarlowTwinsLoss, barlow_twins_loss, cheaper_form, correlation_terms, cross_correlation, normalise, off_diagonal,
     variant_loss)
 
 EPS = 1e-5
@@ -312,6 +313,29 @@ def test_the_queue_joins_the_batch_as_constants():
     assert math.isfinite(value_and_gradients(loss, *torch.randn(2, 8, 6))[0])   # another width: the past is dropped
     loss.reset()
     assert loss.queue.past is None and loss.terms is None
+
+
+def test_all_pairs_is_the_mean_over_pairs():
+    zs = torch.randn(4, 20, 12)
+    ours = AllPairs(BarlowTwinsLoss(.03))
+    reference = value_and_gradients(lambda *z: sum(textbook(a, b, .03) for a, b in itertools.combinations(z, 2))/6, *zs)
+    assert distance(value_and_gradients(ours, *zs), reference) < 1e-5
+    assert float(ours.terms.invariance + .03*ours.terms.redundancy) == pytest.approx(float(reference[0]), rel=1e-5)
+    assert 0 < float(ours.terms.off_diagonal_rms) < 1 and ours.term_names == BarlowTwinsLoss.term_names
+    ours.lmb = .5
+    assert ours.objective.lmb == .5
+    ours.reset()
+    assert ours.terms is None
+
+
+def test_all_pairs_of_a_plain_function_and_bad_input():
+    zs = torch.randn(3, 4, 5)
+    assert float(AllPairs(lambda a, b: (a - b).square().sum())(*zs)) == pytest.approx(
+        sum(float((zs[i] - zs[j]).square().sum()) for i, j in ((0, 1), (0, 2), (1, 2)))/3, rel=1e-5)
+    with pytest.raises(ValueError, match="at least two"): AllPairs(BarlowTwinsLoss())(zs[0])
+    with pytest.raises(ValueError, match="queue"): AllPairs(BarlowTwinsLoss(queue=4))
+    zs[2, 1, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match="views 1 and 3: .* z2 has 1 nan"): AllPairs(BarlowTwinsLoss())(*zs)
 
 
 def test_a_used_loss_can_be_copied_and_saved():

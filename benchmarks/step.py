@@ -1,0 +1,116 @@
+"""Images per second of whole training steps: ours through Learner.fit, lightly's recipe, and the bare network
+
+One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and one optimiser, torch's Adam; a line more
+for ours with fastai's own Adam, which is what a Learner takes by default. The floor is forward, backward and optimiser
+step on views that are there already, with the mean square of z for a loss. Contenders take turns.
+
+    python benchmarks/step.py                  # five minutes on 2 cores
+    python benchmarks/step.py --device cuda
+"""
+import argparse
+import statistics
+import time
+from functools import partial
+
+import torch
+from _common import machine
+from fastai.learner import Learner
+from fastai.optimizer import Adam, OptimWrapper
+from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.data import tensor_dls
+from self_supervised_bt.layers import create_encoder
+from views import PILImages
+
+
+def network(device):
+    torch.manual_seed(0)
+    return create_barlow_twins_model(create_encoder("timm/resnet18", pretrained=False, pool_type="avg"), 2048, 2048).to(device)
+
+
+class Floor:
+    def __init__(self, x, batch, device):
+        self.model, self.batch = network(device), batch
+        self.opt = torch.optim.Adam(self.model.parameters(), 1e-3)
+        self.views = torch.rand(2*batch, 3, 32, 32, device=device)
+
+    def step(self, views, loss):
+        self.opt.zero_grad()
+        loss(self.model(views)).backward()
+        self.opt.step()
+
+    def run(self, steps):
+        for _ in range(steps): self.step(self.views, lambda z: z.square().mean())
+        return steps*self.batch
+
+
+class InFastai:
+    "Learner.fit, an epoch of `steps` batches from bytes in memory"
+    def __init__(self, x, batch, device, opt=partial(OptimWrapper, opt=torch.optim.Adam), **kwargs):
+        dls = tensor_dls(x, bs=batch, valid_pct=0, device=device)
+        self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(32, **kwargs)))
+        self.batch = batch
+
+    def run(self, steps):
+        with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1)
+        return len(self.learn.dls.train)*self.batch
+
+
+class InLightly(Floor):
+    "The usual loop around lightly's loss, its transform in two workers that work ahead; they stop between turns"
+    def __init__(self, x, batch, device):
+        from lightly.loss import BarlowTwinsLoss
+        super().__init__(x, batch, device)
+        self.loss, self.data, self.device = BarlowTwinsLoss(), PILImages(x.float()/255, 32), device
+
+    def start(self):
+        self.batches = iter(torch.utils.data.DataLoader(self.data, self.batch, num_workers=2))
+        for _ in range(2): self.one()
+
+    def one(self):
+        views = torch.cat([v.to(self.device) for v in next(self.batches)])
+        self.step(views, lambda z: self.loss(*z.chunk(2)))
+
+    def run(self, steps):
+        for _ in range(steps): self.one()
+        return steps*self.batch
+
+    def stop(self): self.batches._shutdown_workers()
+
+
+def turn(contender, steps, device):
+    "Images a second"
+    if hasattr(contender, "start"): contender.start()
+    elif isinstance(contender, Floor): contender.run(1)
+    if device != "cpu": torch.cuda.synchronize()
+    start = time.perf_counter()
+    images = contender.run(steps)
+    if device != "cpu": torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if hasattr(contender, "stop"): contender.stop()
+    return images/seconds
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--batch", type=int, default=256)
+    p.add_argument("--steps", type=int, default=6, help="in a turn")
+    p.add_argument("--turns", type=int, default=5)
+    p.add_argument("--device", default="cpu")
+    args = p.parse_args()
+    x = torch.randint(0, 256, (args.batch*args.steps, 3, 32, 32), dtype=torch.uint8)
+    a = (x, args.batch, args.device)
+    contenders = {"bare network": Floor(*a), "ours": InFastai(*a), "ours, kornia backend": InFastai(*a, backend="kornia"),
+                  "ours, fastai's Adam": InFastai(*a, opt=Adam), "lightly, 2 workers": InLightly(*a)}
+    rates = {name: [] for name in contenders}
+    for _ in range(args.turns):
+        for name, c in contenders.items(): rates[name].append(turn(c, args.steps, args.device))
+    print(machine("fastai", "timm", "lightly") + (f", {args.device}" if args.device != "cpu" else ""))
+    print(f"timm resnet18, 32 px, batch {args.batch}, projector 2048-2048-2048; {args.turns} turns of {args.steps} steps: median (slowest-fastest)\n")
+    print(f"{'':22}{'images/s':>18}   of the bare network's, turn by turn")
+    for name, r in rates.items():
+        share = statistics.median(a/b for a, b in zip(r, rates["bare network"]))
+        print(f"{name:22}{f'{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})':>18}   {share:.3f}")
+
+
+if __name__ == "__main__": main()
