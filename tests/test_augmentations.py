@@ -294,7 +294,7 @@ def by_torchvision(tfm, x, i):
 def test_views_are_torchvisions_pixel_by_pixel(n, shape, size, interpolation):
     "Every step on, in every image its own draw, sizes that shrink and enlarge, images handled together and one by one"
     torch.manual_seed(0)
-    tfm, = get_batch_augs(size, interpolation=interpolation, exact_jitter=True, shear_deg=10, rotate_p=.6, jitter_p=.7, blur_s=(.1, 2.))
+    tfm, = get_batch_augs(size, interpolation=interpolation, exact_jitter=True, shear_deg=10, rotate_p=.6, jitter_p=.7, blur_p=.6, blur_s=(.1, 2.))
     x = torch.nn.functional.interpolate(torch.rand(n, 3, 9, 9), size=shape, mode="bicubic").clamp(0, 1)
     v = tfm(TensorImage(x), split_idx=0)
     error = torch.stack([(ours - by_torchvision(tfm, x, i)).abs()*.2 for i, ours in enumerate(v)])    # .2: undo the normalisation, roughly

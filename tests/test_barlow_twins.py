@@ -510,6 +510,9 @@ def test_three_views_predict_one_row_an_image(make_learner):
     learn = make_learner(views=3, metrics=lambda pred, y: pred.new_tensor(float(len(pred) == len(y))))
     learn.fit(1)
     assert learn.recorder.values[-1][2] == 1 and learn.get_preds()[0].shape == (20, 16)
+    learn.recorder.train_metrics = True
+    learn.fit(1)
+    assert learn.recorder.values[-1][1] == 1
 
 
 def test_what_needs_two_views_says_so(make_dls):
