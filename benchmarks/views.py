@@ -173,7 +173,7 @@ def main():
     print(machine("torchvision", "kornia", "lightly") + (f", {args.device}" if args.device != "cpu" else ""))
     print(f"milliseconds for one view of the batch, float32; {args.repeats} turns of {args.calls}: median (fastest-slowest)")
     print(f"floor = the bytes of images and views at the rate of a copy, {rate/1e9:.1f} GB/s\n")
-    print(f"size batch | " + " | ".join(f"{k:>20}" for k in args.only), flush=True)
+    print("size batch | " + " | ".join(f"{k:>20}" for k in args.only), flush=True)
     for size in args.size:
         for n in args.batch: cell(size, n, args, rate)
 

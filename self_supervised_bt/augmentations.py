@@ -23,6 +23,7 @@ from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, show_image, to_cpu
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import cifar_stats, imagenet_stats
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Pipeline, Transform
@@ -181,6 +182,17 @@ def resize_weights(start:Tensor,         # (b,) first source pixel of the crop
     return weights/weights.sum(2, keepdim=True)
 
 # %% ../nbs/00_augmentations.ipynb #a25854ee
+def _places(start, length, n_in, n_out, flip=None):
+    "`resize_centres` for `grid_sample`, -1 to 1 across the source, none beyond the centre of the crop's last pixel"
+    c = resize_centres(start, length, n_out, flip)
+    return torch.minimum(torch.maximum(c, start[:,None] + .5), (start + length)[:,None] - .5)*(2/n_in) - 1
+
+def _resize(v, size, interpolation):
+    "A crop (1,C,h,w), brought to size by a native call, antialiased where it matters"
+    antialias = v.shape[2] > size[0] or v.shape[3] > size[1] or interpolation == "bicubic"   # without it the same, and faster
+    return F.interpolate(v, size=size, mode=interpolation, antialias=antialias, align_corners=False)
+
+# %% ../nbs/00_augmentations.ipynb #cebbf157
 class CropStep(Step):
     "Random resized crop and horizontal flip, the first step of every view"
     def __init__(self,
@@ -199,16 +211,15 @@ class CropStep(Step):
         enlarges = bool((box[:,2] <= th).all() and (box[:,3] <= tw).all())
         (top,left,ch,cw),flip = box.to(x.device, non_blocking=True).unbind(1),flip.to(x.device, non_blocking=True)
         if enlarges and self.interpolation == "bilinear":   # two neighbours a pixel; what is beyond the edge of the crop is the edge
-            def place(start, length, n_in, n_out, flip=None):
-                c = resize_centres(start, length, n_out, flip)
-                return torch.minimum(torch.maximum(c, start[:,None] + .5), (start + length)[:,None] - .5)*(2/n_in) - 1
-            return dict(down=place(top, ch, h, th), along=place(left, cw, w, tw, flip))
+            return dict(down=_places(top, ch, h, th), along=_places(left, cw, w, tw, flip))
         return dict(rows=resize_weights(top, ch, h, th, self.interpolation), columns=resize_weights(left, cw, w, tw, self.interpolation, flip))
     def apply(self, x, **ready):    # (b,C,H,W) images, and what was prepared for them
         ready = {k: t if k in ("box", "flip") else t.to(x.dtype) for k,t in ready.items()}
         if "box" in ready:
             v = x.new_empty(*x.shape[:2], *self.size)
-            for o in zip(x, v, ready["box"].tolist(), ready["flip"].tolist()): self.large(*o)
+            for i,((top,left,h,w),flip) in enumerate(zip(ready["box"].tolist(), ready["flip"].tolist())):
+                one = _resize(x[i:i+1, :, top:top+h, left:left+w], self.size, self.interpolation)[0]
+                v[i] = one.flip(-1) if flip else one
         elif "along" in ready:
             grid = x.new_empty(len(x), *self.size, 2)
             grid[...,0],grid[...,1] = ready["along"][:,None],ready["down"][:,:,None]
@@ -217,12 +228,6 @@ class CropStep(Step):
             across = torch.bmm(x.reshape(len(x), -1, x.shape[3]), ready["columns"].transpose(1, 2)).view(*x.shape[:3], -1)
             v = ready["rows"][:,None] @ across
         return v.clamp_(0, 1) if self.interpolation == "bicubic" else v   # a cubic overshoots; in Pillow bytes cannot
-    def large(self, im, out, box, flip):
-        "One image, by one native call"
-        top,left,h,w = box
-        aa = h > self.size[0] or w > self.size[1] or self.interpolation == "bicubic"   # without it the same, and faster
-        v = F.interpolate(im[None, :, top:top+h, left:left+w], size=self.size, mode=self.interpolation, antialias=aa, align_corners=False)[0]
-        out.copy_(v.flip(-1) if flip else v)
     def kornia(self, same):
         crop = K.RandomResizedCrop(self.size, self.scale, self.ratio, resample=self.interpolation, cropping_mode="resample",
                                    align_corners=False, same_on_batch=same)
@@ -232,7 +237,7 @@ class CropStep(Step):
         top,left,h,w = box.tolist()
         return f"{h}x{w} at ({top},{left})" + (", flipped" if flip else "")
 
-# %% ../nbs/00_augmentations.ipynb #6008c4c0
+# %% ../nbs/00_augmentations.ipynb #aa59a638
 class AffineStep(Step):
     "Rotation and horizontal shear around the centre, mirrored beyond the edge, bilinear"
     name = "RandomAffine"
@@ -255,7 +260,7 @@ class AffineStep(Step):
         return [KorniaTfm(K.RandomAffine(self.degrees, shear=self.shear or None, padding_mode="reflection", p=self.p, same_on_batch=same))]
     def tell(self, angle, shear): return f"{angle:+.0f}°" + (f", sheared {shear:+.0f}°" if self.shear else "")
 
-# %% ../nbs/00_augmentations.ipynb #98d1a9b2
+# %% ../nbs/00_augmentations.ipynb #4b907160
 GREY = (.2989, .587, .114)   # ITU-R 601, as in torchvision and Pillow
 
 def hue_matrices(h:np.ndarray   # (n,) shift of the hue, turns
@@ -280,7 +285,7 @@ def jitter_matrices(factors:Tensor, # (n,4) brightness, contrast, saturation fac
     whole = torch.from_numpy(last @ third @ (second @ first))
     return whole[:,:3,:3],whole[:,:3,3:]
 
-# %% ../nbs/00_augmentations.ipynb #4b907160
+# %% ../nbs/00_augmentations.ipynb #a1b4730e
 def _exact_jitter(v, factors, order):
     "torchvision's four operations in the order of every image, cutting off after each"
     grey = v.new_tensor(GREY)[:,None,None]
@@ -320,7 +325,7 @@ class JitterStep(Step):
         a,b,c,d = (values[i] for i in order)
         return f"{a}, {b},\n{c}, {d}"
 
-# %% ../nbs/00_augmentations.ipynb #17fad6c0
+# %% ../nbs/00_augmentations.ipynb #198d96cd
 class GreyStep(Step):
     "All three channels become the grey one"
     name,colour = "RandomGrayscale",True
@@ -345,7 +350,7 @@ class SolarizeStep(Step):
         return [KorniaTfm(K.RandomSolarize((self.threshold, self.threshold), (0.,0.), p=self.p, same_on_batch=same), colour=True)]
     def tell(self): return "solarised"
 
-# %% ../nbs/00_augmentations.ipynb #d7117fa0
+# %% ../nbs/00_augmentations.ipynb #4e5ee618
 def gaussian_weights(sigma:Tensor, # (b,) pixels
                      radius:int    # where the Gaussian is cut off, pixels
                     )->Tensor:     # (b,2*radius+1), rows sum to 1
@@ -361,6 +366,7 @@ def shift_matrices(radius:int, # pixels
     i = torch.where(i > n-1, 2*(n-1) - i, i)
     return F.one_hot(i, n).float()
 
+# %% ../nbs/00_augmentations.ipynb #80536697
 class BlurStep(Step):
     "Gaussian blur"
     name = "RandomGaussianBlur"
@@ -402,7 +408,7 @@ class BlurStep(Step):
     def kornia(self, same): return [KorniaTfm(K.RandomGaussianBlur((2*self.radius+1,)*2, self.sigma, p=self.p, same_on_batch=same))]
     def tell(self, sigma): return f"blur {sigma:.1f}"
 
-# %% ../nbs/00_augmentations.ipynb #958eef71
+# %% ../nbs/00_augmentations.ipynb #19a4a784
 class FusedViews(RandTransform):
     "A view in one go: the steps of a recipe, and normalisation last"
     split_idx,drawn,checked,warned = None,None,False,False
@@ -427,62 +433,69 @@ class FusedViews(RandTransform):
             return self.views(x.as_subclass(Tensor)).as_subclass(type(x))   # else fastai makes doubles floats
     def decodes(self, x:TensorImage): return self.norm.decode(x) if self.norm else x
 
-    def draw(self, n, shape):
-        "Everything random about a view of `n` images: step to its parameters, one row an image"
-        m = 1 if self.same_on_batch else n
-        drawn = {step: step.draw(m, shape) | ({"on": torch.rand(m) < step.p} if step.p < 1 else {}) for step in (self.crop, *self.steps)}
-        return {step: {k: t.expand(n, *t.shape[1:]) for k,t in d.items()} for step,d in drawn.items()} if self.same_on_batch else drawn
-
-    def views(self, x):
-        "The views (B,C,h,w) of images (B,C,H,W)"
-        if not self.checked: check_pixels(x, self.crop.interpolation == "bicubic" or any(step.unit for step in self.steps))
-        self.checked,self.drawn = True,self.draw(len(x), x.shape[-2:])
-        out = x.new_empty(*x.shape[:2], *self.crop.size)
-        crop,steps = self.crop.prepare(x, **self.drawn[self.crop]),list(self.ready(out))
-        parts = max(1, min(len(x), round(out.numel()/2**20))) if x.device.type == "cpu" else 1
-        for p in range(parts):
-            i,j = len(x)*p//parts,len(x)*(p+1)//parts
-            some = x[i:j].float() if x.dtype in (torch.float16, torch.bfloat16) else x[i:j]
-            v = self.steps_on(self.crop.apply(some, **{k: t[i:j] for k,t in crop.items()}), steps, i, j)
-            if parts == 1: return v.to(x.dtype)
-            out[i:j] = v
-        return out
-
-    def ready(self, out):
-        "Steps that have something to do, the images they are for, and what was prepared for these, on their device"
-        for step in self.steps:
-            drawn = dict(self.drawn[step])
-            on = drawn.pop("on", None)
-            at = torch.arange(len(out)) if on is None else on.nonzero()[:,0]
-            if step.colour and out.shape[1] not in (1, 3): self.step_aside(step, out.shape[1])
-            elif len(at):
-                ready = step.prepare(out, **{k: t[at] for k,t in drawn.items()})
-                yield step,at,{k: t.to(out.device, non_blocking=True) for k,t in ready.items()}
-
-    def steps_on(self, v, steps, i, j):
-        "What comes after the crop, in place, for the images i:j of the batch"
-        for step,at,ready in steps:
-            lo,hi = torch.searchsorted(at, torch.tensor([i, j])).tolist()
-            part = {k: t[lo:hi] for k,t in ready.items()}
-            if hi - lo == len(v): v.copy_(step.apply(v, **part))
-            elif hi > lo:
-                these = (at[lo:hi] - i).to(v.device, non_blocking=True)
-                v.index_copy_(0, these, step.apply(v.index_select(0, these), **part))
-        if self.norm: self.norm.normalise_(v)
-        return v
-
-    def step_aside(self, step, channels):
-        "Say once that colour has no meaning here"
-        if not self.warned: warnings.warn(f"{step.name} works on 1 or 3 channels and leaves images of {channels} channels as they are", stacklevel=4)
-        self.warned = True
-
     def tell(self, i:int # place in the last batch
             )->str:      # a line a step
         "What was drawn for an image of the last batch"
+        if self.drawn is None: raise ValueError("nothing has been drawn yet: make a view first")
         def row(d): return {k: t[i] for k,t in d.items() if k != "on"}
         return "\n".join(step.tell(**row(d)) for step,d in self.drawn.items() if "on" not in d or d["on"][i])
 
-# %% ../nbs/00_augmentations.ipynb #99f2c3b3
+# %% ../nbs/00_augmentations.ipynb #a2a40483
+@patch
+def draw(self:FusedViews, n, shape):
+    "Everything random about a view of `n` images: step to its parameters, one row an image"
+    m = 1 if self.same_on_batch else n
+    drawn = {step: step.draw(m, shape) | ({"on": torch.rand(m) < step.p} if step.p < 1 else {}) for step in (self.crop, *self.steps)}
+    return {step: {k: t.expand(n, *t.shape[1:]) for k,t in d.items()} for step,d in drawn.items()} if self.same_on_batch else drawn
+
+@patch
+def views(self:FusedViews, x):
+    "The views (B,C,h,w) of images (B,C,H,W)"
+    if not self.checked: check_pixels(x, self.crop.interpolation == "bicubic" or any(step.unit for step in self.steps))
+    self.checked,self.drawn = True,self.draw(len(x), x.shape[-2:])
+    out = x.new_empty(*x.shape[:2], *self.crop.size)
+    crop,steps = self.crop.prepare(x, **self.drawn[self.crop]),list(self.ready(out))
+    parts = max(1, min(len(x), round(out.numel()/2**20))) if x.device.type == "cpu" else 1
+    for p in range(parts):
+        i,j = len(x)*p//parts,len(x)*(p+1)//parts
+        some = x[i:j].float() if x.dtype in (torch.float16, torch.bfloat16) else x[i:j]
+        v = self.steps_on(self.crop.apply(some, **{k: t[i:j] for k,t in crop.items()}), steps, i, j)
+        if parts == 1: return v.to(x.dtype)
+        out[i:j] = v
+    return out
+
+@patch
+def ready(self:FusedViews, out):
+    "Steps that have something to do, the images they are for, and what was prepared for these, on their device"
+    for step in self.steps:
+        drawn = dict(self.drawn[step])
+        on = drawn.pop("on", None)
+        at = torch.arange(len(out)) if on is None else on.nonzero()[:,0]
+        if step.colour and out.shape[1] not in (1, 3): self.step_aside(step, out.shape[1])
+        elif len(at):
+            ready = step.prepare(out, **{k: t[at] for k,t in drawn.items()})
+            yield step,at,{k: t.to(out.device, non_blocking=True) for k,t in ready.items()}
+
+@patch
+def steps_on(self:FusedViews, v, steps, i, j):
+    "What comes after the crop, in place, for the images i:j of the batch"
+    for step,at,ready in steps:
+        lo,hi = torch.searchsorted(at, torch.tensor([i, j])).tolist()
+        part = {k: t[lo:hi] for k,t in ready.items()}
+        if hi - lo == len(v): v.copy_(step.apply(v, **part))
+        elif hi > lo:
+            these = (at[lo:hi] - i).to(v.device, non_blocking=True)
+            v.index_copy_(0, these, step.apply(v.index_select(0, these), **part))
+    if self.norm: self.norm.normalise_(v)
+    return v
+
+@patch
+def step_aside(self:FusedViews, step, channels):
+    "Say once that colour has no meaning here"
+    if not self.warned: warnings.warn(f"{step.name} works on 1 or 3 channels and leaves images of {channels} channels as they are", stacklevel=4)
+    self.warned = True
+
+# %% ../nbs/00_augmentations.ipynb #0bc23105
 class KorniaTfm(RandTransform):
     "A kornia augmentation as a batch transform: every image draws for itself"
     def __init__(self,
@@ -503,7 +516,7 @@ class KorniaTfm(RandTransform):
         warnings.warn(f"{self.name} works on 1 or 3 channels and leaves images of {x.shape[1]} channels as they are", stacklevel=2)
         return x
 
-# %% ../nbs/00_augmentations.ipynb #0bc23105
+# %% ../nbs/00_augmentations.ipynb #66fe8f6c
 class CropTfm(KorniaTfm):
     "Random resized crop for views; centre crop and antialiased resize to the same size everywhere else"
     split_idx = None
@@ -514,7 +527,7 @@ class CropTfm(KorniaTfm):
         x = x.as_subclass(Tensor)
         with torch.no_grad(): return self.aug(x) if self.random else centre_resize(x, self.size)
 
-# %% ../nbs/00_augmentations.ipynb #66fe8f6c
+# %% ../nbs/00_augmentations.ipynb #8cb22429
 def _size_pair(size):
     pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in pair):
@@ -531,7 +544,7 @@ def _probability(name, p):
     if not 0 <= p <= 1: raise ValueError(f"{name} must be a probability in [0,1], got {p!r}")
     return p
 
-# %% ../nbs/00_augmentations.ipynb #1ee1c53a
+# %% ../nbs/00_augmentations.ipynb #c02ebeb3
 def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or ints (width at 224 pixels)
                size:tuple[int,int]   # height and width of the view
               )->tuple[float,float]: # smallest and largest sigma, pixels of the view
@@ -541,7 +554,7 @@ def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or int
     if not lo > 0: raise ValueError(f"blur_s must be above 0, got {blur_s!r}")
     return lo,hi
 
-# %% ../nbs/00_augmentations.ipynb #8cb22429
+# %% ../nbs/00_augmentations.ipynb #2363b71b
 BACKENDS = ("fused", "kornia")
 
 def jitter_strengths(jitter_s # strength of SimCLR's recipe, or four strengths
@@ -556,7 +569,7 @@ def _one_of(name, value, known):
     if value not in known: raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value
 
-# %% ../nbs/00_augmentations.ipynb #a9d01906
+# %% ../nbs/00_augmentations.ipynb #41a1c186
 def get_batch_augs(size:int|tuple,         # height and width of the view, pixels
                    rotate:bool=True,       # rotate?
                    jitter:bool=True,       # jitter colours?
@@ -598,7 +611,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
     norm = [NormalizeViews.from_stats(*stats, cuda=False)] if stats is not None else []
     return [t for step in (crop, *steps) for t in step.kornia(same_on_batch)] + norm + list(xtra_tfms)
 
-# %% ../nbs/00_augmentations.ipynb #fb70c842
+# %% ../nbs/00_augmentations.ipynb #4f31aee6
 _paper = dict(resize_scale=(.08,1.), interpolation="bicubic", rotate=False, jitter_s=(.4,.4,.2,.1), jitter_p=.8, bw_p=.2, blur_s=(.1,2.))
 RECIPES = {
     "default": [{}],
@@ -607,7 +620,7 @@ RECIPES = {
     "digits": [dict(resize_scale=(.6,1.), flip_p=0., rotate_deg=12, shear_deg=8, rotate_p=1., jitter_s=.5, jitter_p=.8, bw=False,
                     blur_s=(.1,1.), blur_p=.5, stats=None)]}
 
-# %% ../nbs/00_augmentations.ipynb #6960f76c
+# %% ../nbs/00_augmentations.ipynb #1f753380
 @delegates(get_batch_augs)
 def get_multi_aug_pipelines(n:int,          # how many views
                             size:int|tuple, # height and width of a view, pixels
@@ -619,7 +632,7 @@ def get_multi_aug_pipelines(n:int,          # how many views
     views = RECIPES[_one_of("recipe", recipe, tuple(RECIPES))]
     return [Pipeline(get_batch_augs(size, **{**views[i % len(views)], **kwargs}), split_idx=0) for i in range(n)]
 
-# %% ../nbs/00_augmentations.ipynb #4f31aee6
+# %% ../nbs/00_augmentations.ipynb #92ed313e
 @delegates(get_batch_augs)
 def get_barlow_twins_aug_pipelines(size:int|tuple, # height and width of a view, pixels
                                    recipe:str="default", # one of `RECIPES`; further arguments come on top of it
@@ -628,7 +641,7 @@ def get_barlow_twins_aug_pipelines(size:int|tuple, # height and width of a view,
     "The two pipelines of Barlow Twins, to hand to the callback"
     return get_multi_aug_pipelines(2, size, recipe, **kwargs)
 
-# %% ../nbs/00_augmentations.ipynb #76352078
+# %% ../nbs/00_augmentations.ipynb #fd7f8c91
 def check_pipelines(aug_pipelines # what should be two or more `Pipeline`s with `split_idx=0`
                    )->list:       # the same; raises `ValueError`
     "Refuse anything but training pipelines, at least two, showing what to write"
@@ -645,20 +658,20 @@ def fused_views(pipeline:Pipeline # one view
     if not found: raise ValueError(f"only backend='fused' tells what it drew, and this pipeline is {pipeline}")
     return found[0]
 
-# %% ../nbs/00_augmentations.ipynb #fd7f8c91
+# %% ../nbs/00_augmentations.ipynb #78fe85bb
 def clean_pipeline(pipeline:Pipeline # makes a view, `split_idx=0`
                   )->Pipeline:       # its size and normalisation alone
     "The same transforms without their random parts: what an encoder must see wherever it is used"
     return Pipeline([t for tfm in pipeline.fs for t in (tfm.clean() if isinstance(tfm, FusedViews) else [tfm])], split_idx=1)
 
-# %% ../nbs/00_augmentations.ipynb #78fe85bb
+# %% ../nbs/00_augmentations.ipynb #338502ef
 def displayable(pipeline:Pipeline, # the pipeline the view went through
                 v:Tensor           # (B,C,H,W) view
                )->TensorImage:     # (B,C,H,W) on the CPU, in [0,1]
     "A view as images to look at: denormalised, on the CPU, clamped to [0,1]"
     return pipeline.decode(image_batch(to_cpu(v.detach()).float())).clamp(0, 1)
 
-# %% ../nbs/00_augmentations.ipynb #35e453be
+# %% ../nbs/00_augmentations.ipynb #482300c3
 _ALONE = dict(resize_scale=(1.,1.), resize_ratio=(1.,1.), flip_p=0., rotate=False, jitter=False, bw=False, blur=False, solarize_p=0., stats=None)
 _SWITCH = dict(rotate_deg=dict(rotate=True, rotate_p=1.), shear_deg=dict(rotate=True, rotate_p=1., rotate_deg=0), jitter_s=dict(jitter=True, jitter_p=1.),
                blur_s=dict(blur=True, blur_p=1.), resize_scale={}, resize_ratio={}, solarize_p={}, bw_p=dict(bw=True), flip_p={})

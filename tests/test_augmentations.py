@@ -15,7 +15,7 @@ from scipy import stats as st
 from torchvision.transforms import RandomResizedCrop
 
 from self_supervised_bt.augmentations import (
-    BACKENDS, GREY, INTERPOLATIONS, RECIPES, AffineStep, BlurStep, CropStep, JitterStep, KorniaTfm, NormalizeViews, blur_sigma, check_pipelines,
+    BACKENDS, INTERPOLATIONS, RECIPES, AffineStep, BlurStep, JitterStep, KorniaTfm, NormalizeViews, blur_sigma, check_pipelines,
     clean_pipeline, crop_boxes, displayable, get_barlow_twins_aug_pipelines, get_batch_augs, get_multi_aug_pipelines, image_batch, show_strength)
 
 OFF = dict(rotate=False, jitter=False, bw=False, blur=False, stats=None)

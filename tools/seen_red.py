@@ -85,7 +85,7 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("views: contrast forgets what came before", AUGS, "mean[:,1],own[:,2]", "mean[:,2],own[:,2]", "where_nothing_is_cut_off"),
     ("views: one blur for all", AUGS, "return dict(sigma=_uniform(n, *self.sigma))", "return dict(sigma=_uniform(1, *self.sigma).expand(n))", "draws_for_itself"),
     ("views: the blur's edge is black", AUGS, 'else (0,0,r,r), mode="reflect")', "else (0,0,r,r))", "pixel_by_pixel"),
-    ("views: a large crop is never flipped", AUGS, "out.copy_(v.flip(-1) if flip else v)", "out.copy_(v)", "pixel_by_pixel"),
+    ("views: a large crop is never flipped", AUGS, "v[i] = one.flip(-1) if flip else one", "v[i] = one", "pixel_by_pixel"),
     ("views: shrinking without antialiasing", AUGS, "/(length/n_out).clamp(min=1)).abs_()", ").abs_()", "pixel_by_pixel"),
     ("views: a step for the wrong images", AUGS, "these = (at[lo:hi] - i)", "these = (at[lo:hi]*0 + torch.arange(hi - lo))", "pixel_by_pixel"),
     ("views: probability ignored", AUGS, "torch.rand(m) < step.p}", "torch.rand(m) < .5}", "as_often"),
