@@ -155,6 +155,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations._exact_jitter': ( 'augmentations.html#_exact_jitter',
                                                                                                       'self_supervised_bt/augmentations.py'),
+                                                  'self_supervised_bt.augmentations._floats': ( 'augmentations.html#_floats',
+                                                                                                'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations._one_of': ( 'augmentations.html#_one_of',
                                                                                                 'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations._places': ( 'augmentations.html#_places',

@@ -34,6 +34,12 @@ from torch import Tensor
 def image_batch(x:Tensor      # (B,C,H,W) images, float in [0,1] or uint8
                )->TensorImage: # (B,C,H,W) float; raises `TypeError` or `ValueError`
     "The batch as a float `TensorImage` that typed transforms see; `uint8` is divided by 255"
+    kind = type(x) if isinstance(x, TensorImage) else TensorImage
+    return _floats(x).as_subclass(kind)
+
+def _floats(x):
+    "`image_batch` as a plain tensor, on which every look at an attribute is cheaper"
+    if isinstance(x, Tensor): x = x.as_subclass(Tensor)
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise ValueError(f"images must be a tensor (B,C,H,W), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}: "
                          "the first thing in each item of the dls must be an image")
@@ -41,7 +47,7 @@ def image_batch(x:Tensor      # (B,C,H,W) images, float in [0,1] or uint8
     if x.dtype == torch.uint8: x = x.float().div_(255)
     if not x.is_floating_point():
         raise TypeError(f"images must be float in [0,1] or uint8, got {x.dtype}: add IntToFloatTensor() to the dls, or call .float()")
-    return x if isinstance(x, TensorImage) else TensorImage(x)
+    return x
 
 def check_pixels(x:Tensor,       # (B,C,H,W) float
                  unit:bool=True  # must they be in [0,1]?
@@ -426,11 +432,11 @@ class FusedViews(RandTransform):
     def before_call(self, b, split_idx): self.do,self.random = True,split_idx==0
     def clean(self): return [CentreResize(self.crop.size)] + ([self.norm] if self.norm else [])
     def encodes(self, x:Tensor):
-        if x.ndim != 4: return x   # a label
-        x = image_batch(x)         # a plain tensor, too: a typed transform would skip it in silence
-        if not self.random: return Pipeline(self.clean())(x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self.views(x.as_subclass(Tensor)).as_subclass(type(x))   # else fastai makes doubles floats
+        plain,kind = x.as_subclass(Tensor),type(x) if isinstance(x, TensorImage) else TensorImage
+        if plain.ndim != 4: return x   # a label
+        if not self.random: return Pipeline(self.clean())(image_batch(x))
+        with torch.no_grad(), torch.autocast(plain.device.type, enabled=False):
+            return self.views(_floats(plain)).as_subclass(kind)   # typed here, plain tensors too: else fastai makes doubles floats
     def decodes(self, x:TensorImage): return self.norm.decode(x) if self.norm else x
 
     def tell(self, i:int # place in the last batch

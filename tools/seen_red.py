@@ -16,7 +16,7 @@ LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, DATA, CKPT = (f"self_supervised_bt/{n}.py
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
-    ("order: a plain tensor stays plain", AUGS, "return x if isinstance(x, TensorImage) else TensorImage(x)", "return x", "plain_tensor"),
+    ("order: a plain tensor stays plain", AUGS, "return _floats(x).as_subclass(kind)", "return _floats(x)", "plain_tensor"),
     ("unlabelled: no stand-in target", BT, "if not len(self.yb):", "if False:", "weights_move"),
     ("give back: not after an exception", BT, "    finally: give_back(self)", "    finally: pass", "comes_back"),
     ("give back: not after a fit", BT, "def after_fit(self): give_back(self.learn)", "def after_fit(self): pass", "refused_with_a_reason"),
