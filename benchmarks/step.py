@@ -4,7 +4,7 @@ One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and o
 for ours with fastai's own Adam, which is what a Learner takes by default. The floor is forward, backward and optimiser
 step on views that are there already, with the mean square of z for a loss. Contenders take turns.
 
-    python benchmarks/step.py                  # five minutes on 2 cores
+    python benchmarks/step.py                  # three minutes on 2 cores
     python benchmarks/step.py --device cuda
 """
 import argparse
@@ -61,7 +61,7 @@ class InLightly(Floor):
     def __init__(self, x, batch, device):
         from lightly.loss import BarlowTwinsLoss
         super().__init__(x, batch, device)
-        self.loss, self.data, self.device = BarlowTwinsLoss(), PILImages(x.float()/255, 32), device
+        self.loss, self.data, self.device = BarlowTwinsLoss(), PILImages(x, 32), device
 
     def start(self):
         self.batches = iter(torch.utils.data.DataLoader(self.data, self.batch, num_workers=2))

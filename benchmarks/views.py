@@ -4,7 +4,7 @@ All make the default recipe (crop, flip, rotation, jitter, grey, blur, normalisa
 itself; lightly's transform is its own, of the same kind, on PIL images in two workers. The contenders take turns in one
 process; a time is the median over the turns, with the fastest and slowest turn.
 
-    python benchmarks/views.py                       # the grid, about 15 minutes on 2 cores
+    python benchmarks/views.py                       # the grid; kornia takes minutes a turn at 224 pixels and batch 1024
     python benchmarks/views.py --size 32 --batch 256
     python benchmarks/views.py --device cuda
 """
@@ -52,7 +52,7 @@ class PILImages(torch.utils.data.Dataset):
     def __init__(self, x, size):
         from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
         from PIL import Image
-        self.images = [Image.fromarray(im.permute(1, 2, 0).numpy()) for im in (x*255).byte()]
+        self.images = [Image.fromarray(im.permute(1, 2, 0).numpy()) for im in x]
         self.transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
 
     def __len__(self): return 10**9
@@ -62,7 +62,7 @@ class PILImages(torch.utils.data.Dataset):
 class InWorkers:
     "Batches of lightly's two views, from two workers that work ahead"
     def __init__(self, x, size):
-        self.batches, self.device = iter(torch.utils.data.DataLoader(PILImages(x.cpu(), size), len(x), num_workers=2)), x.device
+        self.batches, self.device = iter(torch.utils.data.DataLoader(PILImages((x*255).byte().cpu(), size), len(x), num_workers=2)), x.device
         for _ in range(3): next(self.batches)
 
     def __call__(self, x): return [v.to(self.device) for v in next(self.batches)]

@@ -8,7 +8,7 @@ __all__ = ['INTERPOLATIONS', 'GREY', 'BACKENDS', 'RECIPES', 'image_batch', 'chec
            'CropStep', 'AffineStep', 'hue_matrices', 'jitter_matrices', 'JitterStep', 'GreyStep', 'SolarizeStep',
            'gaussian_weights', 'shift_matrices', 'BlurStep', 'FusedViews', 'KorniaTfm', 'CropTfm', 'blur_sigma',
            'jitter_strengths', 'get_batch_augs', 'get_multi_aug_pipelines', 'get_barlow_twins_aug_pipelines',
-           'check_pipelines', 'fused_views', 'clean_pipeline', 'displayable', 'show_strength']
+           'check_pipelines', 'fused_views', 'clean_pipeline', 'displayable', 'show_pixels', 'show_strength']
 
 # %% ../nbs/00_augmentations.ipynb #5b890027
 import math
@@ -130,10 +130,11 @@ class Step:
         return self.name
 
 def one_by_one(x:Tensor,     # (B,C,H,W)
-               size=(0, 0)   # height and width of what is made of it
-              )->bool:       # as measured
+               size=(0, 0),  # height and width of what is made of it
+               above=64      # pixels, as measured
+              )->bool:       # never on an accelerator
     "Are these images so large that each is handled on its own?"
-    return x.device.type == "cpu" and max(*x.shape[-2:], *size) > 64
+    return x.device.type == "cpu" and max(*x.shape[-2:], *size) > above
 
 def _uniform(n, lo, hi): return torch.rand(n)*(hi - lo) + lo
 
@@ -292,13 +293,16 @@ def jitter_matrices(factors:Tensor, # (n,4) brightness, contrast, saturation fac
     return whole[:,:3,:3],whole[:,:3,3:]
 
 # %% ../nbs/00_augmentations.ipynb #a1b4730e
+def _luma(v):
+    "Grey of (b,3,H,W) images, (b,1,H,W)"
+    r,g,b = v.unbind(1)
+    return (GREY[0]*r).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])[:,None]
+
 def _exact_jitter(v, factors, order):
     "torchvision's four operations in the order of every image, cutting off after each"
-    grey = v.new_tensor(GREY)[:,None,None]
     def blend(v, other, f): return (f*v + (1-f)*other).clamp_(0, 1)
-    def luma(v): return (v*grey).sum(1, keepdim=True)
-    ops = (lambda v,f: (f*v).clamp_(0, 1), lambda v,f: blend(v, luma(v).mean((2,3), keepdim=True), f),
-           lambda v,f: blend(v, luma(v), f), lambda v,f: adjust_hue(v, f.flatten()*2*math.pi))
+    ops = (lambda v,f: (f*v).clamp_(0, 1), lambda v,f: blend(v, _luma(v).mean((2,3), keepdim=True), f),
+           lambda v,f: blend(v, _luma(v), f), lambda v,f: adjust_hue(v, f.flatten()*2*math.pi))
     for slot in range(4):
         for k,op in enumerate(ops):
             at = (order[:,slot] == k).nonzero()[:,0]
@@ -337,10 +341,7 @@ class GreyStep(Step):
     name,colour = "RandomGrayscale",True
     def __init__(self, p:float=1. # probability
                 ): self.p = p
-    def apply(self, v):
-        if v.shape[1] == 1: return v
-        r,g,b = v.unbind(1)
-        return (GREY[0]*r).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])[:,None].expand_as(v)
+    def apply(self, v): return v if v.shape[1] == 1 else _luma(v).expand_as(v)
     def kornia(self, same): return [KorniaTfm(K.RandomGrayscale(p=self.p, same_on_batch=same), colour=True)]
     def tell(self): return "grey"
 
@@ -387,7 +388,7 @@ class BlurStep(Step):
     def draw(self, n, shape): return dict(sigma=_uniform(n, *self.sigma))
     def prepare(self, v, sigma):
         k = gaussian_weights(sigma, self.radius)
-        if v.device.type == "cpu" and max(v.shape[-2:]) > 128: return dict(sigma=sigma, k=k)
+        if one_by_one(v, above=128): return dict(sigma=sigma, k=k)
         k,(h,w) = k.to(v.device, non_blocking=True),v.shape[-2:]
         rows = self.matrices(k, h)
         return dict(rows=rows, columns=rows if w == h else self.matrices(k, w))
@@ -470,6 +471,7 @@ def views(self:FusedViews, x):
         out[i:j] = v
     return out
 
+# %% ../nbs/00_augmentations.ipynb #0f8ff959
 @patch
 def ready(self:FusedViews, out):
     "Steps that have something to do, the images they are for, and what was prepared for these, on their device"
@@ -501,7 +503,7 @@ def step_aside(self:FusedViews, step, channels):
     if not self.warned: warnings.warn(f"{step.name} works on 1 or 3 channels and leaves images of {channels} channels as they are", stacklevel=4)
     self.warned = True
 
-# %% ../nbs/00_augmentations.ipynb #0bc23105
+# %% ../nbs/00_augmentations.ipynb #39961ffa
 class KorniaTfm(RandTransform):
     "A kornia augmentation as a batch transform: every image draws for itself"
     def __init__(self,
@@ -522,7 +524,7 @@ class KorniaTfm(RandTransform):
         warnings.warn(f"{self.name} works on 1 or 3 channels and leaves images of {x.shape[1]} channels as they are", stacklevel=2)
         return x
 
-# %% ../nbs/00_augmentations.ipynb #66fe8f6c
+# %% ../nbs/00_augmentations.ipynb #1ee1c53a
 class CropTfm(KorniaTfm):
     "Random resized crop for views; centre crop and antialiased resize to the same size everywhere else"
     split_idx = None
@@ -533,7 +535,7 @@ class CropTfm(KorniaTfm):
         x = x.as_subclass(Tensor)
         with torch.no_grad(): return self.aug(x) if self.random else centre_resize(x, self.size)
 
-# %% ../nbs/00_augmentations.ipynb #8cb22429
+# %% ../nbs/00_augmentations.ipynb #c02ebeb3
 def _size_pair(size):
     pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in pair):
@@ -550,7 +552,7 @@ def _probability(name, p):
     if not 0 <= p <= 1: raise ValueError(f"{name} must be a probability in [0,1], got {p!r}")
     return p
 
-# %% ../nbs/00_augmentations.ipynb #c02ebeb3
+# %% ../nbs/00_augmentations.ipynb #a9d01906
 def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or ints (width at 224 pixels)
                size:tuple[int,int]   # height and width of the view
               )->tuple[float,float]: # smallest and largest sigma, pixels of the view
@@ -560,7 +562,7 @@ def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or int
     if not lo > 0: raise ValueError(f"blur_s must be above 0, got {blur_s!r}")
     return lo,hi
 
-# %% ../nbs/00_augmentations.ipynb #2363b71b
+# %% ../nbs/00_augmentations.ipynb #0c2dad15
 BACKENDS = ("fused", "kornia")
 
 def jitter_strengths(jitter_s # strength of SimCLR's recipe, or four strengths
@@ -575,7 +577,7 @@ def _one_of(name, value, known):
     if value not in known: raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value
 
-# %% ../nbs/00_augmentations.ipynb #41a1c186
+# %% ../nbs/00_augmentations.ipynb #fb70c842
 def get_batch_augs(size:int|tuple,         # height and width of the view, pixels
                    rotate:bool=True,       # rotate?
                    jitter:bool=True,       # jitter colours?
@@ -617,7 +619,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
     norm = [NormalizeViews.from_stats(*stats, cuda=False)] if stats is not None else []
     return [t for step in (crop, *steps) for t in step.kornia(same_on_batch)] + norm + list(xtra_tfms)
 
-# %% ../nbs/00_augmentations.ipynb #4f31aee6
+# %% ../nbs/00_augmentations.ipynb #1f6e678f
 _paper = dict(resize_scale=(.08,1.), interpolation="bicubic", rotate=False, jitter_s=(.4,.4,.2,.1), jitter_p=.8, bw_p=.2, blur_s=(.1,2.))
 RECIPES = {
     "default": [{}],
@@ -626,7 +628,7 @@ RECIPES = {
     "digits": [dict(resize_scale=(.6,1.), flip_p=0., rotate_deg=12, shear_deg=8, rotate_p=1., jitter_s=.5, jitter_p=.8, bw=False,
                     blur_s=(.1,1.), blur_p=.5, stats=None)]}
 
-# %% ../nbs/00_augmentations.ipynb #1f753380
+# %% ../nbs/00_augmentations.ipynb #92ed313e
 @delegates(get_batch_augs)
 def get_multi_aug_pipelines(n:int,          # how many views
                             size:int|tuple, # height and width of a view, pixels
@@ -638,7 +640,7 @@ def get_multi_aug_pipelines(n:int,          # how many views
     views = RECIPES[_one_of("recipe", recipe, tuple(RECIPES))]
     return [Pipeline(get_batch_augs(size, **{**views[i % len(views)], **kwargs}), split_idx=0) for i in range(n)]
 
-# %% ../nbs/00_augmentations.ipynb #92ed313e
+# %% ../nbs/00_augmentations.ipynb #2cc0acac
 @delegates(get_batch_augs)
 def get_barlow_twins_aug_pipelines(size:int|tuple, # height and width of a view, pixels
                                    recipe:str="default", # one of `RECIPES`; further arguments come on top of it
@@ -647,7 +649,7 @@ def get_barlow_twins_aug_pipelines(size:int|tuple, # height and width of a view,
     "The two pipelines of Barlow Twins, to hand to the callback"
     return get_multi_aug_pipelines(2, size, recipe, **kwargs)
 
-# %% ../nbs/00_augmentations.ipynb #fd7f8c91
+# %% ../nbs/00_augmentations.ipynb #17e377c3
 def check_pipelines(aug_pipelines # what should be two or more `Pipeline`s with `split_idx=0`
                    )->list:       # the same; raises `ValueError`
     "Refuse anything but training pipelines, at least two, showing what to write"
@@ -664,20 +666,27 @@ def fused_views(pipeline:Pipeline # one view
     if not found: raise ValueError(f"only backend='fused' tells what it drew, and this pipeline is {pipeline}")
     return found[0]
 
-# %% ../nbs/00_augmentations.ipynb #78fe85bb
+# %% ../nbs/00_augmentations.ipynb #fd8faa73
 def clean_pipeline(pipeline:Pipeline # makes a view, `split_idx=0`
                   )->Pipeline:       # its size and normalisation alone
     "The same transforms without their random parts: what an encoder must see wherever it is used"
     return Pipeline([t for tfm in pipeline.fs for t in (tfm.clean() if isinstance(tfm, FusedViews) else [tfm])], split_idx=1)
 
-# %% ../nbs/00_augmentations.ipynb #338502ef
+# %% ../nbs/00_augmentations.ipynb #452ce15b
 def displayable(pipeline:Pipeline, # the pipeline the view went through
                 v:Tensor           # (B,C,H,W) view
                )->TensorImage:     # (B,C,H,W) on the CPU, in [0,1]
     "A view as images to look at: denormalised, on the CPU, clamped to [0,1]"
     return pipeline.decode(image_batch(to_cpu(v.detach()).float())).clamp(0, 1)
 
-# %% ../nbs/00_augmentations.ipynb #482300c3
+# %% ../nbs/00_augmentations.ipynb #9a834efc
+def show_pixels(im:Tensor,     # (C,H,W) in [0,1]; of more than three channels the first three, of two the first
+                ax,            # to draw into
+                title:str=None # above it
+               )->None:
+    "One image as it is, not stretched to its own range"
+    show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=title)
+
 _ALONE = dict(resize_scale=(1.,1.), resize_ratio=(1.,1.), flip_p=0., rotate=False, jitter=False, bw=False, blur=False, solarize_p=0., stats=None)
 _SWITCH = dict(rotate_deg=dict(rotate=True, rotate_p=1.), shear_deg=dict(rotate=True, rotate_p=1., rotate_deg=0), jitter_s=dict(jitter=True, jitter_p=1.),
                blur_s=dict(blur=True, blur_p=1.), resize_scale={}, resize_ratio={}, solarize_p={}, bw_p=dict(bw=True), flip_p={})
@@ -697,7 +706,7 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
     for i,(row,value) in enumerate(zip(axes, values)):
         pipe = Pipeline(get_batch_augs(size, **{**_ALONE, **_SWITCH[name], **kwargs, name: value}), split_idx=0)
         for ax,im in zip(row, [centre_resize(x, _size_pair(size))[0].clamp(0, 1), *displayable(pipe, pipe(x.expand(n,-1,-1,-1)))]):
-            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1)
+            show_pixels(im, ax)
         row[0].set_title("" if i else "original", fontsize=9)
         row[1].set_title(f"{name} = {value}", fontsize=9, loc="left")
     return list(axes.flat)

@@ -18,14 +18,15 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import Normalize
 from fastai.learner import CastToTensor, Learner, Metric
-from fastai.torch_core import TensorImage, find_bs, show_image, to_cpu, to_float
+from fastai.torch_core import TensorImage, find_bs, to_cpu, to_float
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .augmentations import (
-    batch_images, centre_resize, check_pipelines, clean_pipeline, displayable, fused_views, get_barlow_twins_aug_pipelines, image_batch)
+from self_supervised_bt.augmentations import (
+    batch_images, centre_resize, check_pipelines, clean_pipeline, displayable, fused_views, get_barlow_twins_aug_pipelines, image_batch,
+    show_pixels)
 from .layers import PoolingType, create_encoder, create_mlp_module, encoder_width, is_resnet
 from .losses import AllPairs, BarlowTwinsLoss, check_lmb, check_loss
 
@@ -310,7 +311,7 @@ def show(self:BarlowTwins,
     _,axes = plt.subplots(n, len(pictures), figsize=(len(pictures)*size, n*size*(1.5 if drawn else 1)), squeeze=False, layout="constrained")
     for column,(title,images) in zip(axes.T, pictures.items()):
         for i,(ax,im) in enumerate(zip(column, images)):
-            show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=None if i else title)
+            show_pixels(im, ax, None if i else title)
             if title in tellers: ax.text(.5, -.03, tellers[title].tell(i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
     return list(axes.flat)
 
