@@ -6,15 +6,18 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, evaluation, diagnostics, data, checkpoints
+from . import augmentations, layers, losses, barlow_twins, mixed, evaluation, classifiers, diagnostics, doctor, reports, data, checkpoints
 from .augmentations import *
 from .layers import *
 from .losses import *
 from .barlow_twins import *
 from .mixed import *
 from .evaluation import *
+from .classifiers import *
 from .diagnostics import *
+from .doctor import *
+from .reports import *
 from .data import *
 from .checkpoints import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, evaluation, diagnostics, data, checkpoints) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, evaluation, classifiers, diagnostics, doctor, reports, data, checkpoints) for name in m.__all__]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BarlowTwinsModel', 'create_barlow_twins_model', 'check_model', 'ViewsLoss', 'BarlowTwins', 'check_objective',
-           'TermMean', 'at_once', 'give_back', 'check_set_up', 'check_batches', 'training_images', 'no_loss',
+           'Column', 'TermMean', 'at_once', 'give_back', 'check_set_up', 'check_batches', 'training_images', 'no_loss',
            'bt_learner']
 
 # %% ../nbs/03_barlow_twins.ipynb #44356756
@@ -106,6 +106,8 @@ class BarlowTwins(Callback):
         if len(self.augs) > 2: self.objective = AllPairs(self.objective)
         if print_augs: print(*self.augs, sep="\n")
 
+    @property
+    def between_views(self): return self.objective   # (z1,z2) to scalar
     def loss(self, z): return self.objective(*z.chunk(len(self.augs)))
 
     def before_fit(self): self.lend()
@@ -122,7 +124,7 @@ class BarlowTwins(Callback):
         if self.predicting: return
         for c in self.columns: c.after_loss(self.learn)
         self.learn.pred = self.pred[:len(self.pred)//len(self.augs)]
-        if not self.training and len(self.learn.metrics) > len(self.columns): self.learn.pred = self.clean_pred()
+        if not self.training and any(not isinstance(m, Column) for m in self.learn.metrics): self.learn.pred = self.clean_pred()
     def after_batch(self): self.views = self.images = None
     def after_train(self): self.look_back()
     def after_fit(self): give_back(self.learn)
@@ -147,16 +149,26 @@ def lmb(self:BarlowTwins): # λ, nothing if the loss has none
 BarlowTwins.lmb = BarlowTwins.lmb.setter(lambda self, value: setattr(self.objective, "lmb", check_lmb(value)))
 
 # %% ../nbs/03_barlow_twins.ipynb #45d84a71
-class TermMean(Metric):
+class Column(Metric):
+    "A number that a callback sets, as a column of the Recorder for the length of a fit"
+    value = None
+    def __init__(self, label:str # above the column
+                ): self.label = label
+    @property
+    def name(self): return self.label
+    def reset(self): pass
+    def accumulate(self, learn): pass
+
+# %% ../nbs/03_barlow_twins.ipynb #f6efd15e
+class TermMean(Column):
     "A term of the loss, averaged over the epoch's training batches, or over validation batches where nothing trains"
     def __init__(self,
                  objective, # the loss, with `terms` after each call
                  term:str   # which of them
                 ):
-        self.objective,self.term,self.by_callback = objective,term,False
+        super().__init__(term)
+        self.objective,self.by_callback = objective,False
         self.reset()
-    @property
-    def name(self): return self.term
     @property
     def value(self): return self.total/self.count if self.count else None
     def reset(self):
@@ -165,7 +177,7 @@ class TermMean(Metric):
         if not self.by_callback: self.add(learn)
     def add(self, learn):
         bs = find_bs(learn.yb)
-        self.total,self.count = self.total + getattr(self.objective.terms, self.term)*bs, self.count + bs
+        self.total,self.count = self.total + getattr(self.objective.terms, self.label)*bs, self.count + bs
     def start(self, train_metrics):
         "A new epoch: unless the Recorder measures training batches itself, the callback does"
         self.by_callback = False
@@ -174,7 +186,7 @@ class TermMean(Metric):
     def after_loss(self, learn):
         if self.by_callback and learn.training: self.add(learn)
 
-# %% ../nbs/03_barlow_twins.ipynb #fd422803
+# %% ../nbs/03_barlow_twins.ipynb #282e12f6
 def at_once(loss:Tensor # scalar
            )->bool:     # on the CPU it can
     "Can this number be looked at without waiting?"
@@ -197,7 +209,7 @@ def look_back(self:BarlowTwins):
                                  "To be told view and batch: BarlowTwins(..., loss=BarlowTwinsLoss(check_finite=True)). Look for bad pixels, "
                                  "lower the learning rate, or train without half precision")
 
-# %% ../nbs/03_barlow_twins.ipynb #4c41fed6
+# %% ../nbs/03_barlow_twins.ipynb #9bbd5481
 @patch
 def lend(self:BarlowTwins):
     "Put the callback's loss in the Learner's place, once, and its terms among the metrics"
@@ -212,10 +224,10 @@ def lend(self:BarlowTwins):
 def give_back(learn:Learner # whose loss may be on loan
              )->None:
     "The Learner's own loss is in its place again, and no batch is held"
+    learn.metrics = [m for m in learn.metrics if not isinstance(m, Column)]
     if not isinstance(learn.loss_func, ViewsLoss): return
     cb = learn.loss_func.cb
     learn.loss_func,cb.lent = cb.lent,None
-    learn.metrics = [m for m in learn.metrics if not isinstance(m, TermMean)]
     cb.columns,cb.views,cb.images,cb.running = (),None,None,None
 
 _fit = Learner.fit
@@ -225,7 +237,7 @@ def _fit_and_give_back(self, *args, **kwargs):
     finally: give_back(self)
 Learner.fit = _fit_and_give_back
 
-# %% ../nbs/03_barlow_twins.ipynb #05f28d43
+# %% ../nbs/03_barlow_twins.ipynb #52132e19
 @patch(as_prop=True)
 def predicting(self:BarlowTwins):
     "Is `get_preds` at work?"
@@ -241,7 +253,7 @@ def input_images(self:BarlowTwins)->TensorImage:
     if len(xb) != 1: raise ValueError(f"the dls give {len(xb)} inputs an item, one image is expected: set n_inp=1")
     return image_batch(xb[0])
 
-# %% ../nbs/03_barlow_twins.ipynb #52132e19
+# %% ../nbs/03_barlow_twins.ipynb #a3a9b50d
 @patch
 def train_on(self:BarlowTwins, x:TensorImage):
     "The views of `x` as the Learner's batch, with a target to stand in where there is none"
@@ -265,7 +277,7 @@ def clean_pred(self:BarlowTwins)->Tensor: # (B,D), what metrics see
     "Embeddings of the batch's un-augmented images"
     with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
 
-# %% ../nbs/03_barlow_twins.ipynb #177867b0
+# %% ../nbs/03_barlow_twins.ipynb #8799309b
 def _after_batch(dl): return getattr(getattr(dl, "after_batch", None), "fs", [])
 
 def check_set_up(learn:Learner # about to fit, validate or predict
@@ -280,7 +292,7 @@ def check_set_up(learn:Learner # about to fit, validate or predict
         warnings.warn("the dls normalise their images before the views are made, and colour transforms expect [0,1]: "
                       "take Normalize out of the dls, and give stats=... to the pipelines")
 
-# %% ../nbs/03_barlow_twins.ipynb #8799309b
+# %% ../nbs/03_barlow_twins.ipynb #a609def1
 def check_batches(dl # training data loader, fastai's or PyTorch's
                  )->None: # raises `ValueError`
     "Refuse a loader that gives no batch, or a batch of one image"
@@ -293,7 +305,7 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
         raise ValueError(f"the training dl gives a batch of one image ({n} images, bs={bs}), which has no correlation: "
                          "use drop_last=True or another bs")
 
-# %% ../nbs/03_barlow_twins.ipynb #1de07bc1
+# %% ../nbs/03_barlow_twins.ipynb #c8ef21a0
 @patch
 def show(self:BarlowTwins,
          n:int=5,             # rows: images to show, at most a batch
@@ -332,7 +344,7 @@ def training_images(dls # fastai's `DataLoaders`, of its own loaders or of PyTor
     dl = dls.train
     return batch_images(dl.one_batch() if hasattr(dl, "one_batch") else first(dl))
 
-# %% ../nbs/03_barlow_twins.ipynb #118e21d1
+# %% ../nbs/03_barlow_twins.ipynb #89d24fec
 def no_loss(pred, *yb):
     "Stands where a Learner needs a loss and only `BarlowTwins` has one"
     raise ValueError("this Learner has no loss of its own, BarlowTwins lends it one while it is attached: "
@@ -348,7 +360,7 @@ def _init_without_loss(self, *args, **kwargs):
     _init(*given.args, **given.kwargs)
 Learner.__init__ = _init_without_loss
 
-# %% ../nbs/03_barlow_twins.ipynb #92bc087a
+# %% ../nbs/03_barlow_twins.ipynb #2f140ba2
 @delegates(Learner.__init__)
 def bt_learner(dls,                      # images, with or without labels
                arch:str|nn.Module,       # architecture for `create_encoder`, or an encoder

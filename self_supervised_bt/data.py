@@ -7,11 +7,13 @@ __all__ = ['ImageTensors', 'TensorDL', 'tensor_dls', 'digits', 'train_test_split
            'load_images']
 
 # %% ../nbs/07_data.ipynb #8460440e
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, get_image_files
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, TensorImageBW, default_device
 from fastcore.basics import chunked
 from fastcore.foundation import L
@@ -24,20 +26,29 @@ class ImageTensors:
     "Images, and labels if there are any, held as tensors; an item is `(image,)` or `(image, label)`"
     def __init__(self,
                  x:Tensor,      # (N,C,H,W) images, uint8 or float in [0,1]
-                 y:Tensor=None  # (N,) labels
+                 y:Tensor=None, # (N,) class indices, or (N,classes) zeros and ones where an image may have several
+                 split_idx:int=0, # 0 for training images, which a loader may augment; 1 for validation
+                 c:int=None     # classes; read off the labels if not given
                 ):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"x must be a tensor of images (N,C,H,W), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
         if y is not None and len(y) != len(x): raise ValueError(f"y has {len(y)} labels for {len(x)} images: one an image is needed")
         self.x,self.y = x,None if y is None else torch.as_tensor(y, device=x.device)
-        self.kind = TensorImageBW if x.shape[1] == 1 else TensorImage
+        self.kind,self.split_idx = TensorImageBW if x.shape[1] == 1 else TensorImage,split_idx
+        self.c = c or (0 if y is None or not len(y) else self.y.shape[1] if self.y.ndim == 2 else int(self.y.max())+1)
+        self.loss_func = None if y is None else CrossEntropyLossFlat() if self.y.ndim == 1 else BCEWithLogitsLossFlat()
+    @contextmanager
+    def set_split_idx(self, i):
+        before,self.split_idx = self.split_idx,i
+        try: yield self
+        finally: self.split_idx = before
     def __len__(self): return len(self.x)
     def __getitem__(self, i):
         x = self.kind(self.x[i])
         return (x,) if self.y is None else (x, self.y[i])
     def new_empty(self):
         "The same without images: what an exported Learner keeps"
-        return type(self)(self.x[:0], None if self.y is None else self.y[:0])
+        return type(self)(self.x[:0], None if self.y is None else self.y[:0], self.split_idx, self.c)
 
 class TensorDL(TfmdDL):
     "A fastai `DataLoader` that takes a whole batch out of `ImageTensors` at once"
@@ -46,21 +57,22 @@ class TensorDL(TfmdDL):
 
 # %% ../nbs/07_data.ipynb #c088c8cd
 def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1]
-               y:Tensor=None,         # (N,) labels; without them the dls hold images alone
+               y:Tensor=None,         # (N,) class indices or (N,classes) zeros and ones; without them the dls hold images alone
                bs:int=256,            # images a batch
                valid_pct:float=.1,    # share of the images kept for validation
                seed:int=0,            # of the split
+               batch_tfms:list=None,  # fastai transforms of the batch, e.g. `Flip()`: for classifiers, Barlow Twins makes its own views
                device=None            # where the images live; fastai's default device if not given
               )->DataLoaders:         # training (shuffled, whole batches) and validation
     "`dls` over images held in one tensor on the device, no files and no workers"
     if not 0 <= valid_pct < 1: raise ValueError(f"valid_pct must be in [0,1), got {valid_pct}")
     data,idxs = ImageTensors(x, y),torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    cut,to_float = round(len(x)*valid_pct),[IntToFloatTensor()] if data.x.dtype == torch.uint8 else []
+    cut,tfms = round(len(x)*valid_pct),[IntToFloatTensor()]*(data.x.dtype == torch.uint8) + list(batch_tfms or [])
     device = torch.device(device) if device is not None else default_device()
-    def dl(idx, **kwargs):
-        ds = ImageTensors(x[idx].to(device), None if y is None else data.y[idx.to(data.y.device)].to(device))
-        return TensorDL(ds, bs=bs, num_workers=0, after_batch=to_float, device=device, **kwargs)
-    return DataLoaders(dl(idxs[cut:].sort()[0], shuffle=True, drop_last=True), dl(idxs[:cut].sort()[0]), device=device)
+    def dl(idx, split_idx, **kwargs):
+        ds = ImageTensors(x[idx].to(device), None if y is None else data.y[idx.to(data.y.device)].to(device), split_idx, data.c)
+        return TensorDL(ds, bs=bs, num_workers=0, after_batch=tfms, device=device, **kwargs)
+    return DataLoaders(dl(idxs[cut:].sort()[0], 0, shuffle=True, drop_last=True), dl(idxs[:cut].sort()[0], 1), device=device)
 
 # %% ../nbs/07_data.ipynb #0cc0da4c
 def digits()->tuple: # x (1797,1,8,8) uint8, y (1797,) 0 to 9

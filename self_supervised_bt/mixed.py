@@ -104,6 +104,8 @@ class MixedBarlowTwins(BarlowTwins):
             raise ValueError("MixedBarlowTwins compares three embeddings of one network, and the model has a predictor on one of them: leave it out")
     def after_pred(self):
         if not self.predicting: self.zm = self.model(self.draw(*self.views))
+    @property
+    def between_views(self): return BarlowTwinsLoss(self.lmb)   # the part that knows no mixture
     def loss(self, z): return self.objective(*z.chunk(2), self.zm, self.perm, self.a)
     def after_batch(self):
         super().after_batch()

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from self_supervised_bt.checkpoints import load_encoder
-from self_supervised_bt.cli import bt_demo, digits_job, folder_job
+from self_supervised_bt.cli import bt_demo, bt_diagnose, digits_job, folder_job
 
 
 def test_digits(tmp_path, monkeypatch, capsys):
@@ -14,7 +14,8 @@ def test_digits(tmp_path, monkeypatch, capsys):
     table = pd.read_csv(tmp_path/"runs/digits/table.csv", index_col=0)
     assert list(table.index) == ["raw pixels", "untrained encoder", "trained encoder"] and table.shape[1] == 4
     assert {f.name for f in (tmp_path/"runs/digits").iterdir()} == {
-        "cross_correlation.png", "encoder.safetensors", "loss.png", "neighbours.png", "table.csv", "views.png"}
+        "cross_correlation.png", "encoder.safetensors", "loss.png", "neighbours.png", "report", "table.csv", "views.png"}
+    assert "Is it well?" in (tmp_path/"runs/digits/report/report.html").read_text()
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
 
 
@@ -43,3 +44,12 @@ def test_bad_folders_end_with_one_line(folder, make, words):
     for i in range(30): (folder/f"broken/{i}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as e: bt_demo(data=str(make(folder)))
     assert str(e.value).startswith("bt_demo: ") and words in str(e.value)
+
+
+def test_diagnose_says_what_is_wrong_and_ends_with_1(folder, capsys):
+    bt_diagnose(data=str(folder), bs=8, width=16)
+    out = capsys.readouterr().out
+    assert "40 images" in out and "Nothing wrong was seen" in out
+    with pytest.raises(SystemExit) as e: bt_diagnose(bs=16, width=2048)
+    assert e.value.code == 1 and "! batch too small" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="bt_diagnose: .*not a folder"): bt_diagnose(data="nowhere")

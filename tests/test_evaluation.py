@@ -1,4 +1,4 @@
-"Evaluation and diagnostics against references that share no code with them"
+"Evaluation against references that share no code with it"
 import math
 
 import numpy as np
@@ -12,12 +12,9 @@ from fastai.vision.augment import Flip
 
 from conftest import image_items, small_model
 from self_supervised_bt.data import digits, tensor_dls, train_test_split
-from self_supervised_bt.diagnostics import (
-    expected_losses, nearest, plot_cross_correlation, plot_losses, plot_neighbours)
 from self_supervised_bt.evaluation import (
-    draw_labels, effective_rank, encode, encode_views, few_labels_accuracy, knn_accuracy, knn_predict, label_table, twin_accuracy,
-    unlabelled_table)
-from self_supervised_bt.losses import barlow_twins_loss
+    OnlineEvaluation, draw_labels, effective_rank, encode, encode_views, few_labels_accuracy, fit_logistic, knn_accuracy, knn_predict,
+    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, singular_values, topk_accuracy, twin_accuracy, unlabelled_table)
 
 
 @pytest.fixture
@@ -71,6 +68,156 @@ def test_knn_survives_a_tiny_temperature(reps):
     assert knn_accuracy(h_test, y_test, h, y, k=5, temperature=1e-3) > .9
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 64, 5000])
+@pytest.mark.parametrize("alone", [False, True])
+def test_neighbours_equal_the_full_matrix(chunk, alone):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(301, 6, generator=g, dtype=torch.float64).float()
+    bank = h if alone else torch.randn(555, 6, generator=g)
+    full = F.cosine_similarity(h[:, None].double(), bank[None].double(), dim=2)
+    if alone: full.fill_diagonal_(-2)
+    s, idx = neighbours(h, None if alone else bank, 12, chunk)
+    assert torch.allclose(s.double(), full.topk(12).values, atol=1e-6) and torch.equal(idx, full.topk(12).indices)
+
+
+def test_a_query_never_counts_itself_even_among_doubles():
+    h = torch.randn(50, 8).repeat_interleave(3, 0)          # every row three times: "leave the nearest out" would leave a double out
+    y = torch.arange(150)                                   # and a class of its own for each row
+    own = torch.arange(150)[:, None]
+    s, idx = neighbours(h, k=2)
+    assert not (idx == own).any() and (idx//3 == own//3).all() and torch.allclose(s, torch.ones(150, 2))
+    assert knn_accuracy(h, y, k=149) == 0. and knn_accuracy(h, y//3, k=2) == 1.
+    assert knn_votes(h, None, y, k=149).gather(1, own).abs().max() == 0
+
+
+def test_leave_one_out_equals_a_loop(reps):
+    h, y = reps[0][:80], reps[1][:80]
+    right = 0
+    for i in range(80):
+        keep = torch.arange(80) != i
+        right += int(knn_predict(h[i:i+1], h[keep], y[keep], k=7)[0] == y[i])
+    assert knn_accuracy(h, y, k=7) == pytest.approx(right/80)
+
+
+def test_top_5_equals_scikit_learn():
+    from sklearn.metrics import top_k_accuracy_score
+    scores, y = torch.rand(200, 9), torch.randint(0, 9, (200,))
+    for k in (1, 5): assert topk_accuracy(scores, y, k) == pytest.approx(top_k_accuracy_score(y, scores, k=k, labels=range(9)))
+    assert topk_accuracy(scores[:, :3], y.clamp(max=2), 5) == 1.
+
+
+def blobs(n, classes, width, noise, seed=0):
+    "Overlapping classes with skewed axes: a probe has something to lose"
+    g = torch.Generator().manual_seed(seed)
+    centres, axes = torch.randn(classes, width, generator=g), torch.logspace(0, -3, width)
+    y = torch.randint(0, classes, (n,), generator=g)
+    return ((centres[y] + noise*torch.randn(n, width, generator=g))*axes + 3*axes), y
+
+
+def test_linear_probe_equals_scikit_learn():
+    (h, y), (h_val, y_val) = (lambda a, b: ((a[:3000], b[:3000]), (a[3000:], b[3000:])))(*blobs(5000, 12, 40, 2.))
+    probe = linear_probe(h, y, h_val, y_val)
+    a, b = ((t - h.mean(0))/h.std(0, correction=0) for t in (h, h_val))
+    sk = LogisticRegression(C=probe.C, max_iter=5000, tol=1e-6).fit(a.double(), y)
+    assert abs(probe.top1 - sk.score(b.double(), y_val)) <= .003
+    assert (probe.classifier(h_val).argmax(1) == torch.as_tensor(sk.predict(b.double()))).float().mean() > .997
+    best = max(LogisticRegression(C=C, max_iter=5000).fit(a.double(), y).score(b.double(), y_val) for C in probe.tried)
+    assert probe.top1 > best - .01 and probe.top5 > probe.top1           # the C chosen without the test rows is nearly their best
+
+
+@pytest.mark.parametrize("C", [1e-3, 1., 100.])
+def test_logistic_regression_reaches_scikit_learns_minimum(C):
+    h, y = blobs(400, 4, 6, 1.)
+    h = (h - h.mean(0))/h.std(0)
+    w = fit_logistic(h.double(), y, C, max_iter=2000)
+    sk = LogisticRegression(C=C, max_iter=10000, tol=1e-10).fit(h.double(), y)
+    assert np.allclose(w[:, :-1], sk.coef_, atol=5e-3*np.abs(sk.coef_).max())
+
+
+def test_the_probe_never_sees_test_rows():
+    h, y = blobs(400, 3, 10, 1.5)
+    g = torch.Generator().manual_seed(1)
+    one, two = (linear_probe(h, y, torch.randn(50, 10, generator=g), torch.randint(0, 3, (50,), generator=g)) for _ in range(2))
+    assert one.C == two.C and one.tried == two.tried and torch.equal(one.classifier.weight, two.classifier.weight)
+
+
+def test_several_labels_an_image():
+    from sklearn.metrics import average_precision_score
+    h, y = blobs(600, 4, 10, 1.)
+    several = torch.stack([y == 0, y > 1, (y % 2) == 0, h[:, 0] > 3.], 1).float()
+    probe = linear_probe(h[:400], several[:400], h[400:], several[400:])
+    assert probe.top1 is None and probe.mean_ap > .8
+    scores = probe.classifier(h[400:]).detach()
+    assert probe.mean_ap == pytest.approx(np.mean([average_precision_score(several[400:, c], scores[:, c]) for c in range(4)]))
+    absent = several.clone(); absent[:, 1] = 0                          # a class nobody has does not count
+    assert mean_average_precision(scores, absent[400:]) == pytest.approx(np.mean([average_precision_score(several[400:, c], scores[:, c]) for c in (0, 2, 3)]))
+
+
+def test_shares_of_labels_are_shares_of_every_class():
+    y = torch.tensor([0]*100 + [1]*30 + [2]*3)
+    assert y[draw_labels(y, .1)].bincount().tolist() == [10, 3, 1]
+
+
+def test_encoding_needs_memory_for_its_rows_once():
+    "A million rows: what is written as it comes needs no second copy at the end"
+    from self_supervised_bt.evaluation import _Rows
+    rows = _Rows(1000)
+    for _ in range(10): rows.add(torch.ones(100, 4))
+    assert rows.all().shape == (1000, 4) and rows.all().data_ptr() == rows.rows.data_ptr()
+    rows = _Rows(5)                                                     # a loader that gives more than it said
+    for i in range(4): rows.add(torch.full((3, 2), float(i)))
+    assert rows.all()[:, 0].tolist() == [0]*3 + [1]*3 + [2]*3 + [3]*3
+
+
+def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):
+    x, y = digits()
+    x, y = x[:60], y[:60]
+    cb = OnlineEvaluation((x, y), every=2, k=5)
+    learn = make_learner(make_dls(n=48), cbs=[cb])
+    learn.fit(4, 1e-3)
+    names, rows = learn.recorder.metric_names, [list(v) for v in learn.recorder.values]
+    assert list(names)[3:5] == ["knn_accuracy", "linear_accuracy"] and not learn.metrics
+    assert rows[0][2:] == rows[1][2:] and len(cb.seconds) == 3 and 0 < cb.cost < 1
+    assert rows[-1][2] == pytest.approx(knn_accuracy(*encode(learn, (x, y)), k=5))
+    learn.validate(); learn.lr_find(num_it=20, show_plot=False)          # neither is disturbed
+
+
+def test_online_evaluation_leaves_training_as_it_is(make_learner, make_dls):
+    from fastai.torch_core import set_seed
+    x, y = digits()
+    weights = []
+    for cbs in ([], [OnlineEvaluation((x[:60], y[:60]), k=5)]):
+        set_seed(3)
+        dls = make_dls(); model = small_model(); set_seed(3)
+        learn = make_learner(dls, model, cbs=cbs)
+        learn.fit(2, 1e-3)
+        weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_failing_online_evaluation_costs_no_training(make_learner, monkeypatch):
+    x, y = digits()
+    cb = OnlineEvaluation((x[:60], y[:60]), k=5)
+    learn = make_learner(cbs=[cb])
+    whole, calls = cb.measure, []
+    def fails_later():
+        calls.append(1)
+        if len(calls) > 2: raise RuntimeError("no more memory")
+        whole()
+    monkeypatch.setattr(cb, "measure", fails_later)
+    with pytest.warns(UserWarning, match="no more memory.*training goes on"): learn.fit(3, 1e-3)
+    assert len(learn.recorder.values) == 3 and math.isnan(learn.recorder.values[-1][-1])
+
+
+def test_what_online_evaluation_cannot_use_is_said_before_training(make_learner):
+    x, _ = digits()
+    for data, words in [((x[:40], torch.zeros(40, dtype=torch.long)), "1 class"), ((x[:10], torch.arange(10)), "k must be"), (x[:40], "is None")]:
+        learn = make_learner(cbs=[OnlineEvaluation(data)])
+        before = [p.clone() for p in learn.model.parameters()]
+        with pytest.raises(ValueError, match=words): learn.fit(1)
+        assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters())) and not learn.metrics
+
+
 def test_few_labels_equal_scikit_learn(reps):
     h, y, h_test, y_test = reps
     acc = few_labels_accuracy(h, y, h_test, y_test, n=5, draws=3, seed=7)
@@ -112,23 +259,6 @@ def test_tables(reps):
     assert unlabelled_table({"a": (h, h)}).loc["a", "twins found"] == "100.0%"
 
 
-def test_expected_losses_are_those_of_random_batches():
-    n, d, lmb = 32, 16, .1
-    independent, perfect = expected_losses(n, d, lmb)
-    pairs = [(torch.randn(n, d), torch.randn(n, d)) for _ in range(400)]
-    assert np.mean([float(barlow_twins_loss(a, b, lmb)) for a, b in pairs]) == pytest.approx(independent, rel=.02)
-    assert np.mean([float(barlow_twins_loss(a, a, lmb)) for a, _ in pairs]) == pytest.approx(perfect, rel=.02)
-
-
-def test_plots_take_tensors_and_return_axes():
-    ax = plot_cross_correlation(torch.eye(300))
-    assert ax.get_title() == "diagonal 1.00, rest 0.00 (RMS)" and ax.get_images()[0].get_array().shape == (128, 128)
-    assert plot_losses([3., 2., 1.], (4., .5)).get_yscale() == "log"
-    assert len(plot_neighbours(torch.rand(2, 3, 8, 8), torch.rand(2, 4, 3, 8, 8))) == 10
-    h = torch.randn(20, 4)
-    assert nearest(h[:3], h, 1)[:, 0].tolist() == [0, 1, 2]
-
-
 def test_bad_input(reps, make_learner):
     h, y, h_test, y_test = reps
     nan = h.clone(); nan[3, 5], nan[9, 0] = float("nan"), float("inf")
@@ -141,5 +271,18 @@ def test_bad_input(reps, make_learner):
     with pytest.raises(ValueError, match="at least 2"): few_labels_accuracy(h, y*0, h_test, y_test, n=1)
     with pytest.raises(ValueError, match="no images"): encode(make_learner(), torch.rand(0, 1, 8, 8))
     with pytest.raises(ValueError, match="no images"): encode(make_learner(), tensor_dls(digits()[0][:5], valid_pct=0, device="cpu").valid)
-    with pytest.raises(ValueError, match="square"): plot_cross_correlation(torch.rand(2, 3))
-    with pytest.raises(ValueError, match="1..20"): nearest(h[:2], h[:20], 21)
+    with pytest.raises(ValueError, match="1..20"): neighbours(h[:2], h[:20], 21)
+    with pytest.raises(ValueError, match="1..19, the other rows"): neighbours(h[:20], k=20)
+    with pytest.raises(ValueError, match="h is on cpu and bank_h on meta"): neighbours(h[:2], torch.empty(5, h.shape[1], device="meta"), 1)
+    with pytest.raises(ValueError, match="temperature"): knn_predict(h_test, h, y, 5, temperature=0.)
+    for bad, words in [(None, "y is None"), (y.float(), "whole numbers"), (y - 5, "from 0 on"), (y*0, "1 class"), (y[:7], "7 labels")]:
+        with pytest.raises(ValueError, match=words): linear_probe(h, bad, h_test, y_test)
+    with pytest.raises(ValueError, match="y_val has class 9"): linear_probe(h[y < 9], y[y < 9], h_test, y_test)
+    with pytest.raises(ValueError, match="rows that are not finite|not finite"): linear_probe(nan, y, h_test, y_test)
+    with pytest.raises(ValueError, match="zeros and ones"): linear_probe(h, F.one_hot(y)*2, h_test, F.one_hot(y_test))
+    with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h_test, y_test)
+    with pytest.raises(ValueError, match="5 wide|64 wide"): linear_probe(h, y, h_test[:, :5], y_test)
+    with pytest.raises(ValueError, match="dead"): effective_rank(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="share"): draw_labels(y, 1.5)
+    with pytest.raises(ValueError, match="3 labels"): encode(make_learner(), (torch.rand(4, 1, 8, 8), y[:3]))
+    with pytest.raises(ValueError, match="every"): OnlineEvaluation((h, y), every=0)

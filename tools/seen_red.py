@@ -67,7 +67,7 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("mixed: one permutation for all batches", MIXED, "torch.randperm(len(v1), device=v1.device)", "torch.arange(len(v1), device=v1.device)",
      "loss_is_that_of_the_mixture"),
     ("terms: training batches not counted", BT, "if self.by_callback and learn.training: self.add(learn)", "pass", "terms_are_means"),
-    ("terms: left among the metrics", BT, "if not isinstance(m, TermMean)", "if True", "terms_are_means"),
+    ("terms: left among the metrics", BT, "if not isinstance(m, Column)", "if True", "terms_are_means"),
     ("nan: reaches the weights", BT, "if at_once(loss): return check_loss(loss, {f\"z{i}\": z for i,z in enumerate(zs, 1)}, True)", "return", "nan_is_named"),
     ("nan: never noticed on an accelerator", BT, "def after_train(self): self.look_back()", "def after_train(self): pass", "noticed_later"),
     ("search: dies of a nan", BT, "if self.cb.learn._grab_cbs(LRFinder)", "if False", "search_that_goes_too_far"),

@@ -1,0 +1,213 @@
+"From an encoder to a classifier: protocols against PyTorch, and everything a fastai Learner does"
+import math
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
+from fastai.learner import Learner, load_learner
+from fastai.vision.augment import Flip
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
+from torch import nn
+
+from conftest import image_items, small_model
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
+from self_supervised_bt.classifiers import (
+    PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, few_labels, fit_protocol, fresh, parameter_groups, subset_dl, transfer)
+from self_supervised_bt.data import digits, tensor_dls
+from self_supervised_bt.evaluation import encode, linear_probe
+from self_supervised_bt.layers import create_encoder
+
+
+@pytest.fixture
+def labelled():
+    x, y = digits()
+    return tensor_dls(x[:200].float()/255, y[:200], bs=32, valid_pct=.3, device="cpu")
+
+
+@pytest.fixture
+def learner(make_learner):
+    "One that knows its normalisation"
+    learn = make_learner(stats=([.3], [.35]))
+    learn.fit(1, 1e-3)
+    return learn
+
+
+def quiet(learn):
+    learn.logger = lambda *_: None
+    return learn
+
+
+def test_images_are_normalised_once_and_inside(learner, labelled):
+    learn = classifier_learner(learner, labelled)
+    x = labelled.train_ds.x[:5]
+    model = learn.model.eval()
+    with torch.no_grad(): assert torch.allclose(model(x), model.head(learner.model.encoder.eval()((x - .3)/.35)), atol=1e-5)
+    dls = DataLoaders.from_dsets(image_items(32), image_items(32), bs=8, device="cpu", num_workers=0, after_batch=[Normalize.from_stats([.3], [.35], cuda=False)])
+    with pytest.raises(ValueError, match="would do it again"): classifier_learner(learner, dls, n_out=10)
+
+
+def test_the_pretrained_encoder_is_copied(learner, labelled):
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    quiet(classifier_learner(learner, labelled)).fine_tune(1, 1e-2)
+    assert all(torch.equal(v, before[k]) for k, v in learner.model.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["xresnet18", "resnet18", "timm/resnet10t", "timm/test_vit"])
+def test_groups_hold_every_weight_once(arch):
+    encoder = create_encoder(arch, pretrained=False)
+    model = Classifier(encoder, nn.Linear(3, 4), None)
+    groups = parameter_groups(model)
+    assert len(groups) == 3 and sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters())
+    assert {id(p) for p in groups[2]} == {id(p) for p in model.head.parameters()}
+    sizes = [sum(p.numel() for p in g) for g in groups]
+    assert sizes[0] < sizes[1] or arch == "timm/test_vit"      # the cut falls where half of the weights are behind, late layers are large
+
+
+def test_freezing_trains_the_head_alone_until_unfrozen(learner, labelled):
+    learn = quiet(classifier_learner(learner, labelled, train_bn=False))
+    state = lambda: {k: v.clone() for k, v in learn.model.state_dict().items()}
+    moved = lambda a: {k.split(".")[0] for k, v in learn.model.state_dict().items() if not torch.equal(v, a[k])}
+    before = state()
+    learn.fit(1, 1e-2)
+    assert moved(before) == {"head"} and not learn.model.encoder.training
+    learn.unfreeze()
+    before = state()
+    learn.fit(1, slice(1e-4, 1e-2))
+    assert moved(before) == {"head", "encoder"} and len(learn.opt.hypers) == len(parameter_groups(learn.model)) and learn.opt.hypers[0]["lr"] < learn.opt.hypers[-1]["lr"]
+
+
+def test_everything_a_vision_learner_does(learner, folder, tmp_path):
+    import matplotlib.pyplot as plt
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=0, bs=8, num_workers=0, device="cpu", item_tfms=[])
+    encoder = create_encoder("timm/test_resnet", pretrained=False)
+    learn = quiet(classifier_learner(encoder, dls))
+    learn.fine_tune(12, 1e-2)
+    label, _, probabilities = learn.predict(sorted(folder.rglob("*.png"))[0])
+    assert label in ("dark", "light") and float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
+    assert learn.validate()[1] > .8
+    learn.show_results(); plt.close("all")
+    learn.export(tmp_path/"c.pkl")
+    again = load_learner(tmp_path/"c.pkl")
+    assert again.predict(sorted(folder.rglob("*.png"))[0])[0] == label
+
+
+def test_the_linear_protocol_equals_pytorch(learner):
+    "The same steps with torch.optim.SGD and CosineAnnealingLR on the frozen encoder's outputs"
+    x, y = digits()
+    dls = tensor_dls(x[:96].float()/255, y[:96], bs=32, valid_pct=0, device="cpu")
+    dls.train.shuffle = False
+    learn = quiet(classifier_learner(learner, dls))
+    torch.nn.init.normal_(learn.model.head.weight, std=.01, generator=torch.Generator().manual_seed(0))
+    head = nn.Linear(*reversed(learn.model.head.weight.shape)); head.load_state_dict(learn.model.head.state_dict())
+    fit_protocol(learn, "linear", epochs=5, wd=1e-2)
+    h, target = encode(learner, (x[:96], y[:96]))[0], y[:96]
+    order = torch.cat([dls.train.dataset.y.new_tensor(range(96))])
+    opt = torch.optim.SGD(head.parameters(), .3*32/256, momentum=.9, weight_decay=1e-2)
+    plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 5)
+    ds = dls.train.dataset
+    h = encode(learner, (ds.x, ds.y))[0]
+    for _ in range(5):
+        for idx in order.split(32):
+            loss = F.cross_entropy(head(h[idx]), ds.y[idx])
+            opt.zero_grad(); loss.backward(); opt.step()
+        plan.step()
+    assert torch.allclose(learn.model.head.weight, head.weight, atol=1e-5) and torch.allclose(learn.model.head.bias, head.bias, atol=1e-5)
+
+
+def test_the_papers_settings():
+    assert PROTOCOLS["linear"] == dict(epochs=100, lr_encoder=0., lr_head=.3, wd=1e-6)
+    assert PROTOCOLS["finetune"] == dict(epochs=20, lr_encoder=.002, lr_head=.5, wd=0.)
+
+
+def test_a_protocol_changes_nothing_else_of_the_learner(learner, labelled):
+    learn = quiet(classifier_learner(learner, labelled))
+    before = learn.opt_func, learn.train_bn, learn.wd_bn_bias
+    fit_protocol(learn, "finetune", epochs=1)
+    assert (learn.opt_func, learn.train_bn, learn.wd_bn_bias) == before and learn.opt is None
+    fit_protocol(learn, "finetune", epochs=1, lr_encoder=.1)
+    learn.fit_one_cycle(1, 1e-3)
+
+
+def test_a_subset_is_the_subset_in_another_order(labelled):
+    idx = torch.tensor([3, 17, 40, 41, 99])
+    few = subset_dl(labelled.train, idx)
+    seen = [tuple(b[0].flatten(1).sum(1).tolist()) for _ in range(4) for b in few]
+    assert len(few) == 1 and len(set(seen)) > 1
+    assert all(sorted(s) == pytest.approx(sorted(labelled.train_ds.x[idx].flatten(1).sum(1).tolist()), abs=1e-3) for s in seen)
+    assert sum(len(b[0]) for b in subset_dl(labelled.train, torch.arange(70))) == 64      # whole batches
+
+
+def test_augmentation_is_for_training_alone():
+    x = torch.rand(40, 1, 8, 8)
+    dls = tensor_dls(x, torch.arange(40) % 2, bs=20, valid_pct=.5, device="cpu", batch_tfms=[Flip(p=1.)])
+    assert torch.allclose(dls.valid.one_batch()[0].as_subclass(torch.Tensor), dls.valid_ds.x, atol=1e-5)
+    flipped = dls.train.one_batch()[0].as_subclass(torch.Tensor).flip(-1)
+    assert all(((f - dls.train_ds.x).abs() < 1e-5).flatten(1).all(1).any() for f in flipped)
+    h = encode(small_model().encoder, dls.train)[0]
+    assert len(h) == 20 and torch.equal(dls.train_ds.x, dls.train_ds[torch.arange(20)][0].as_subclass(torch.Tensor))
+
+
+def test_few_labels(learner, labelled):
+    table = few_labels(learner, labelled, labels=(3, .5), epochs=2)
+    assert list(table.columns) == ["images", "linear", "finetune", "scratch"] and list(table.index) == ["3 a class", "50 %"] and table.images.iloc[0] == 30
+    h, y = encode(learner, labelled.train)
+    from self_supervised_bt.evaluation import draw_labels
+    idx = draw_labels(y, 3)
+    assert table.linear.iloc[0] == pytest.approx(100*linear_probe(h[idx], y[idx], *encode(learner, labelled.valid)).top1, abs=.051)
+
+
+def test_fresh_knows_nothing_but_its_input(learner):
+    for encoder in (learner.model.encoder, create_encoder("timm/test_resnet", n_in=1, pretrained=False)):
+        new = fresh(encoder)
+        assert [n for n, _ in new.named_parameters()] == [n for n, _ in encoder.named_parameters()]
+        weights = [(a, b) for a, b in zip(new.parameters(), encoder.parameters()) if a.ndim > 1]
+        assert all(not torch.equal(a, b) for a, b in weights)
+    assert fresh(learner.model.encoder).clean_pipeline is learner.model.encoder.clean_pipeline
+
+
+def test_transfer(learner, labelled):
+    x, y = digits()
+    several = torch.stack([y % 2, (y > 4).long()], 1).float()
+    tasks = {"digits": labelled, "properties": tensor_dls(x[:200], several[:200], bs=32, valid_pct=.3, device="cpu")}
+    table = transfer(learner, tasks)
+    p = linear_probe(*encode(learner, labelled.train), *encode(learner, labelled.valid))
+    assert table.loc["digits", "linear probe"] == f"{100*p.top1:.1f}" and table.loc["properties", "measure"] == "mAP"
+    with pytest.raises(ValueError, match="empty one: data holds no images"):
+        transfer(learner, {"empty one": tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")})
+
+
+def test_several_labels_an_image_get_their_loss_and_metric(learner):
+    x, y = digits()
+    learn = quiet(classifier_learner(learner, tensor_dls(x[:100], torch.stack([y % 2, (y > 4).long()], 1)[:100].float(), bs=20, valid_pct=.4, device="cpu")))
+    learn.fit(1, 1e-2)
+    assert learn.metrics[0].name == "average_precision_score" and learn.model.head.out_features == 2
+
+
+def test_a_failing_fit_loses_no_encoder(learner, labelled):
+    weights = learner.model.encoder.state_dict()
+    before = {k: v.clone() for k, v in weights.items()}
+    def explode(*_): raise RuntimeError("boom")
+    with pytest.raises(RuntimeError): quiet(classifier_learner(learner, labelled, loss_func=explode)).fit(1)
+    assert all(torch.equal(v, before[k]) for k, v in learner.model.encoder.state_dict().items())
+
+
+def test_bad_input(learner, labelled):
+    x, y = digits()
+    with pytest.raises(ValueError, match="how many classes"): classifier_learner(learner, tensor_dls(x[:50], bs=8, device="cpu"))
+    with pytest.raises(ValueError, match="'svm'"): few_labels(learner, labelled, methods=("svm",))
+    with pytest.raises(ValueError, match="smaller n"): few_labels(learner, labelled, labels=(500,))
+    with pytest.raises(ValueError, match="protocol must be"): fit_protocol(classifier_learner(learner, labelled), "svm")
+    with pytest.raises(ValueError, match="no lr:"): fit_protocol(classifier_learner(learner, labelled), "linear", lr=3)
+    with pytest.raises(ValueError, match="no labels: y is None"): transfer(learner, {"no labels": tensor_dls(x[:50], bs=8, device="cpu")})
+
+
+def test_the_cosine_steps_once_an_epoch():
+    f = cosine_by_epoch([.3, .1], 4)
+    rates = [f(step/40)[0] for step in range(40)]
+    assert np.allclose(rates, np.repeat([.3*(1 + math.cos(math.pi*e/4))/2 for e in range(4)], 10))

@@ -1,0 +1,155 @@
+"Diagnostics: numbers against their definitions, plots from tensors, columns and pictures where they belong"
+import math
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientClip
+
+from conftest import small_model
+from self_supervised_bt.diagnostics import (
+    Diagnostics, Pictures, dead_dimensions, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map,
+    plot_neighbours, plot_spectrum, plot_std, plot_terms)
+from self_supervised_bt.evaluation import effective_rank, singular_values
+from self_supervised_bt.losses import barlow_twins_loss
+
+
+def test_expected_losses_are_those_of_random_batches():
+    n, d, lmb = 32, 16, .1
+    independent, perfect = expected_losses(n, d, lmb)
+    pairs = [(torch.randn(n, d), torch.randn(n, d)) for _ in range(400)]
+    assert np.mean([float(barlow_twins_loss(a, b, lmb)) for a, b in pairs]) == pytest.approx(independent, rel=.02)
+    assert np.mean([float(barlow_twins_loss(a, a, lmb)) for a, _ in pairs]) == pytest.approx(perfect, rel=.02)
+
+
+def test_plots_take_tensors_and_return_axes():
+    ax = plot_cross_correlation(torch.eye(300))
+    assert ax.get_title() == "diagonal 1.00, rest 0.00 (RMS)" and ax.get_images()[0].get_array().shape == (128, 128)
+    assert plot_losses([3., 2., 1.], (4., .5)).get_yscale() == "log"
+    assert len(plot_neighbours(torch.rand(2, 3, 8, 8), torch.rand(2, 4, 3, 8, 8))) == 10
+    ax = plot_spectrum({"h": singular_values(torch.randn(40, 6)), "z": singular_values(torch.randn(40, 9))})
+    assert len(ax.lines) == 2 and "of 9" in ax.get_legend().get_texts()[1].get_text()
+    assert plot_std(torch.tensor([1., .5, 0., 1e-9])).get_title() == "2 of 4 dimensions dead"
+    assert len(plot_map(torch.randn(30, 2), torch.arange(30) % 3).collections) == 3 and len(plot_map(torch.randn(30, 2)).collections) == 1
+
+
+def test_a_wide_matrix_keeps_its_diagonal():
+    shown = plot_cross_correlation(torch.eye(1000), size=50).get_images()[0].get_array()
+    assert shown.shape == (50, 50) and np.allclose(shown, np.eye(50))
+    block = torch.zeros(1000, 1000); block[900:, :100] = 1.                # and what lies far from the first dimensions is seen, too
+    assert plot_cross_correlation(block, size=50).get_images()[0].get_array().sum() > 0
+
+
+def test_maps():
+    h = torch.cat([torch.randn(40, 8), torch.randn(40, 8) + 20])
+    xy = map_2d(h)
+    assert abs(float(xy[:40, 0].mean() - xy[40:, 0].mean())) > 40 and xy.shape == (80, 2)
+    u, s, _ = np.linalg.svd(h.double() - h.double().mean(0), full_matrices=False)
+    assert np.allclose(np.abs(xy), np.abs(u[:, :2]*s[:2]), atol=1e-3)
+    assert map_2d(h, "tsne").shape == (80, 2)
+    with pytest.raises(ValueError, match="pca"): map_2d(h, "mds")
+    with pytest.raises(ValueError, match="at least 5"): map_2d(h[:3])
+
+
+def test_umap_is_used_or_asked_for(monkeypatch):
+    import sys, types
+    h = torch.randn(20, 4)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ImportError, match="umap-learn"): map_2d(h, "umap")
+    class UMAP:
+        def __init__(self, random_state, n_jobs): pass
+        def fit_transform(self, h): return h[:, :2]
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
+    assert torch.equal(map_2d(h, "umap"), h[:, :2])
+
+
+def test_columns_are_the_means_of_what_their_names_say(make_learner, make_dls):
+    seen = []
+    class Look(Diagnostics):
+        def look(self):
+            super().look()
+            z1, z2 = (z.double().numpy() for z in self.zs)
+            a, b = ((z - z.mean(0))/np.sqrt(z.var(0) + 1e-5) for z in (z1, z2))
+            c = a.T @ b/len(a)
+            off = c[~np.eye(len(c), dtype=bool)]
+            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.model.parameters() if p.grad is not None))
+            seen.append([((1 - c.diagonal())**2).sum(), (off**2).sum(), c.diagonal().mean(), np.sqrt((off**2).mean()),
+                         np.sort(z1.std(0))[(len(c)-1)//2], 0., norm, effective_rank(self.zs[0])])
+    cb = Look(every=2)
+    learn = make_learner(make_dls(n=80), cbs=[cb])
+    learn.fit(2, 1e-2)
+    names = ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms", "embedding_std", "dead_dimensions", "gradient_norm", "effective_rank"]
+    table = cb.table()
+    assert len(seen) == 6 and table.index.tolist() == [0, 2, 4, 5, 7, 9] and set(names) == set(table.columns)   # five batches an epoch
+    assert np.allclose(table[names[:-1]], np.array(seen)[:, :-1], rtol=1e-4)
+    last = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+    for i, name in enumerate(names[:-1]): assert last[name] == pytest.approx(np.mean([row[i] for row in seen[3:]]), rel=1e-4)
+    assert last["effective_rank"] == pytest.approx(seen[-1][-1], rel=1e-4) and not learn.metrics
+    learn.lr_find(num_it=20, show_plot=False); learn.get_preds(ds_idx=1)
+
+
+def test_no_column_comes_twice(make_learner):
+    learn = make_learner(cbs=[Diagnostics()])
+    learn.barlow_twins.terms = True
+    learn.fit(1, 1e-3)
+    assert len(set(learn.recorder.metric_names)) == len(learn.recorder.metric_names)
+
+
+def test_the_gradient_norm_is_taken_before_clipping(make_learner):
+    learn = make_learner(cbs=[GradientClip(1e-4), Diagnostics()])
+    learn.fit(1, 1e-3)
+    assert learn.diagnostics.rows[0]["gradient_norm"] > 1 and MixedPrecision.order < Diagnostics.order < GradientClip.order
+
+
+def test_no_step_waits_for_a_number(make_learner, monkeypatch):
+    "What the callback does in a step must not read a value off the device"
+    class Watched(Diagnostics):
+        def look(self):
+            read = []
+            for name in ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__"):
+                monkeypatch.setattr(torch.Tensor, name, lambda t, *a, n=name, **k: read.append(n))
+            super().look()
+            monkeypatch.undo()
+            assert not read, read
+    make_learner(cbs=[Watched(every=1)]).fit(1, 1e-3)
+
+
+def test_dead_dimensions_are_counted():
+    z = torch.randn(64, 10)*torch.tensor([1.]*7 + [0., 1e-6, 5e-4])
+    assert int(dead_dimensions(z.std(0))) == 3 and int(dead_dimensions(torch.zeros(5))) == 5
+
+
+def test_columns_and_pictures_reach_tensorboard(make_learner, tmp_path):
+    pytest.importorskip("tensorboard")
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = make_learner(cbs=[Diagnostics(), Pictures(every=2), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    learn.fit(4, 1e-3)
+    events = EventAccumulator(str(tmp_path)); events.Reload()
+    assert {"train_loss", "invariance", "effective_rank", "gradient_norm"} <= set(events.Tags()["scalars"])
+    assert [e.value for e in events.Scalars("invariance")] == pytest.approx([v[2] for v in learn.recorder.values], rel=1e-5)
+    for name in ("views", "cross_correlation"):
+        images = events.Images(name)
+        assert len(images) == 3 and images[0].encoded_image_string.startswith(b"\x89PNG") and images[0].width > 100   # epochs 0, 2 and the last
+
+
+def test_pictures_reach_weights_and_biases(make_learner, monkeypatch):
+    import sys, types
+    from fastai.callback.core import Callback
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step))))
+    class LikeWandb(Callback):
+        _wandb_step = 7
+    make_learner(cbs=[Pictures(), LikeWandb()]).fit(1, 1e-3)
+    assert [list(d) for d, _ in sent] == [["views"], ["cross_correlation"]] and sent[0][1] == 7
+
+
+def test_bad_input(make_learner, make_dls):
+    from fastai.learner import Learner
+    with pytest.raises(ValueError, match="square"): plot_cross_correlation(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="every"): Diagnostics(every=0)
+    with pytest.raises(ValueError, match="every"): Pictures(every=.5)
+    for cb in (Diagnostics(), Pictures()):
+        learn = Learner(make_dls(), small_model(), loss_func=lambda z, y: z.mean(), cbs=[cb])
+        with pytest.raises(ValueError, match="no such callback"): learn.fit(1)
