@@ -31,10 +31,10 @@ notebooks: $(READY)
 export: $(READY) ## notebooks -> library and README, then clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
-bench: $(READY) ## the benchmarks, side by side with installed peers; DATA=folder of class folders adds training with both view backends
+bench: $(READY) ## the benchmarks, side by side with installed peers; DATA=folder of class folders adds training on photographs
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[bench]"
-	for f in $(filter-out benchmarks/backends.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
-	$(if $(DATA),$(BIN)/python benchmarks/backends.py "$(DATA)")
+	for f in $(filter-out benchmarks/backends.py benchmarks/cifar.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
+	$(if $(DATA),$(BIN)/python benchmarks/backends.py "$(DATA)" && $(BIN)/python benchmarks/cifar.py "$(DATA)")
 
 clean: ## remove the environment and everything made
 	rm -rf .venv runs build dist *.egg-info

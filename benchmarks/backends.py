@@ -8,28 +8,15 @@ weights, order and views; all contenders get the same seeds. Backends take turns
 import argparse
 import statistics
 import time
-from pathlib import Path
 
-import torch
-from _common import machine
+from _common import class_folders, machine
 from fastai.torch_core import set_seed
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import bt_learner
-from self_supervised_bt.data import load_images, tensor_dls
+from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, few_labels_accuracy, knn_accuracy
 
 CONTENDERS = {"fused": {}, "kornia": dict(backend="kornia"), "fused, exact jitter": dict(exact_jitter=True)}
-
-
-def images(path, per_class, held_out):
-    "uint8 images and labels to train on, and to test with"
-    parts = {True: ([], []), False: ([], [])}
-    for label, folder in enumerate(sorted(p for p in Path(path).iterdir() if p.is_dir())):
-        files = sorted(folder.iterdir())
-        for train, some in ((True, files[:per_class]), (False, files[-held_out:])):
-            parts[train][0].extend(some)
-            parts[train][1].extend([label]*len(some))
-    return [t for files, y in parts.values() for t in (load_images(files, 32), torch.tensor(y))]
 
 
 def run(x, y, x_test, y_test, seed, args, **kwargs):
@@ -53,7 +40,7 @@ def main():
     p.add_argument("--held-out", type=int, default=200, help="images of a class to test with")
     p.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
     args = p.parse_args()
-    data = images(args.path, args.per_class, args.held_out)
+    data = class_folders(args.path, args.per_class, args.held_out)
     print(machine("torchvision", "kornia", "fastai", "timm"))
     print(f"{len(data[0]):,} images, {args.epochs} epochs, recipe 'cifar', timm/resnet10t, D=512; tested on {len(data[2]):,} held-out images\n")
     print(f"{'':22} {'seed':>4} {'kNN':>6} {'100 labels':>11} {'seconds':>8}", flush=True)

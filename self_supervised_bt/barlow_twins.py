@@ -234,7 +234,10 @@ _fit = Learner.fit
 @wraps(_fit)
 def _fit_and_give_back(self, *args, **kwargs):
     try: return _fit(self, *args, **kwargs)
-    finally: give_back(self)
+    finally:
+        give_back(self)
+        for cb in self.cbs:
+            if hasattr(type(cb), "let_go"): cb.let_go()   # whatever a callback holds on to while a fit runs
 Learner.fit = _fit_and_give_back
 
 # %% ../nbs/03_barlow_twins.ipynb #52132e19
@@ -370,7 +373,7 @@ def bt_learner(dls,                      # images, with or without labels
                pretrained:bool=False,    # start the encoder from pretrained weights?
                n_in:int=None,            # channels; those of the images if not given
                pool_type:PoolingType=PoolingType.CatAvgMax, # how the last feature map becomes a vector
-               small_stem:bool=None,     # 3x3 stride-1 stem; if not given, for ResNets on views up to 64 px
+               small_stem:bool|str=None, # as in `create_encoder`; if not given, `True` for ResNets on views up to 64 px
                hidden_size:int=1024,     # width of the projector's hidden layers
                projection_size:int=1024, # width of the embedding
                bn:bool=True,             # BatchNorm in the projector?
@@ -391,7 +394,7 @@ def bt_learner(dls,                      # images, with or without labels
 
 def _encoder_for(arch, size, small_stem, **kwargs):
     "`create_encoder`, where `small_stem=None` means: if it fits"
-    encoder = create_encoder(arch, small_stem=bool(small_stem), **kwargs)
+    encoder = create_encoder(arch, small_stem=small_stem or False, **kwargs)
     small = max(size) if isinstance(size, tuple) else size
     if small_stem is None and small <= 64 and is_resnet(encoder): return create_encoder(arch, small_stem=True, **kwargs)
     return encoder

@@ -60,7 +60,8 @@ def examine(learn:Learner,  # with a `BarlowTwins` callback
     cbs,device = learn._grab_cbs(BarlowTwins),next(learn.model.parameters()).device
     if not cbs: raise ValueError("the Learner has no BarlowTwins callback: nothing to diagnose, add one or make it with bt_learner")
     if not isinstance(batches, int) or batches < 2: raise ValueError(f"batches must be a whole number from 2 on, got {batches!r}")
-    seen = SimpleNamespace(learn=learn, bt=cbs[0], lr=lr or learn.lr, waits=[], steps=[], losses=[], twins=[], error=None, nonfinite=None)
+    lr = lr or learn.lr
+    seen = SimpleNamespace(learn=learn, bt=cbs[0], lr=lr.stop if isinstance(lr, slice) else lr, waits=[], steps=[], losses=[], twins=[], error=None, nonfinite=None)
     with untouched(device):
         seen.alike = None
         model,batch = deepcopy(check_model(learn.model)).train(),iter(learn.dls.train.new() if hasattr(learn.dls.train, "new") else learn.dls.train)
@@ -172,7 +173,7 @@ def check_strength(s):
     if s.alike: yield Finding("drawn alike", f"pipeline {s.alike} gives all images of a batch the same random crop and colours", "take same_on_batch=True out: every image needs a draw of its own")
     if torch.equal(px[0], px[1]): yield Finding("identical views", "both views are the same pixel by pixel", "give the pipelines random transforms, e.g. get_barlow_twins_aug_pipelines(size)")
     elif share > .97: yield Finding("views too weak", seen + " (65 to 90 % is usual)", "augment more: wider crops (resize_scale=(.2,1.)), colour jitter, blur")
-    elif share < .54: yield Finding("views too strong", seen + " (50 % is chance, 65 to 90 % is usual)", "augment less: larger crops (resize_scale), less jitter. Look at learn.barlow_twins.show(original=True)")
+    elif share < .53: yield Finding("views too strong", seen + " (50 % is chance, 65 to 90 % is usual)", "augment less: larger crops (resize_scale), less jitter. Look at learn.barlow_twins.show(original=True)")
 
 # %% ../nbs/06a_doctor.ipynb #e72fc863
 @check

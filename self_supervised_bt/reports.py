@@ -27,7 +27,7 @@ from .barlow_twins import BarlowTwins, check_model
 from .diagnostics import (
     Diagnostics, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map, plot_neighbours, plot_spectrum, plot_std, plot_terms)
 from .doctor import diagnose
-from .evaluation import encode, encode_views, encoder_of, knn_accuracy, neighbours, singular_values, unlabelled_table
+from .evaluation import encode, encode_views, knn_accuracy, neighbours, singular_values, unlabelled_table
 from .layers import encoder_width
 from .losses import cross_correlation
 

@@ -1,22 +1,18 @@
 "From an encoder to a classifier: protocols against PyTorch, and everything a fastai Learner does"
 import math
-from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner, load_learner
+from fastai.learner import load_learner
 from fastai.vision.augment import Flip
 from fastai.vision.data import ImageDataLoaders
-from PIL import Image
 from torch import nn
 
 from conftest import image_items, small_model
-from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.classifiers import (
     PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, few_labels, fit_protocol, fresh, parameter_groups, subset_dl, transfer)
 from self_supervised_bt.data import digits, tensor_dls
@@ -106,14 +102,12 @@ def test_the_linear_protocol_equals_pytorch(learner):
     torch.nn.init.normal_(learn.model.head.weight, std=.01, generator=torch.Generator().manual_seed(0))
     head = nn.Linear(*reversed(learn.model.head.weight.shape)); head.load_state_dict(learn.model.head.state_dict())
     fit_protocol(learn, "linear", epochs=5, wd=1e-2)
-    h, target = encode(learner, (x[:96], y[:96]))[0], y[:96]
-    order = torch.cat([dls.train.dataset.y.new_tensor(range(96))])
     opt = torch.optim.SGD(head.parameters(), .3*32/256, momentum=.9, weight_decay=1e-2)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 5)
     ds = dls.train.dataset
     h = encode(learner, (ds.x, ds.y))[0]
     for _ in range(5):
-        for idx in order.split(32):
+        for idx in torch.arange(96).split(32):
             loss = F.cross_entropy(head(h[idx]), ds.y[idx])
             opt.zero_grad(); loss.backward(); opt.step()
         plan.step()

@@ -14,7 +14,7 @@ from conftest import image_items, small_model
 from self_supervised_bt.data import digits, tensor_dls, train_test_split
 from self_supervised_bt.evaluation import (
     OnlineEvaluation, draw_labels, effective_rank, encode, encode_views, few_labels_accuracy, fit_logistic, knn_accuracy, knn_predict,
-    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, singular_values, topk_accuracy, twin_accuracy, unlabelled_table)
+    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, topk_accuracy, twin_accuracy, unlabelled_table)
 
 
 @pytest.fixture
@@ -164,9 +164,25 @@ def test_encoding_needs_memory_for_its_rows_once():
     rows = _Rows(1000)
     for _ in range(10): rows.add(torch.ones(100, 4))
     assert rows.all().shape == (1000, 4) and rows.all().data_ptr() == rows.rows.data_ptr()
-    rows = _Rows(5)                                                     # a loader that gives more than it said
+    rows = _Rows(None)                                                    # a loader that gives more than it said
     for i in range(4): rows.add(torch.full((3, 2), float(i)))
     assert rows.all()[:, 0].tolist() == [0]*3 + [1]*3 + [2]*3 + [3]*3
+
+
+def test_a_stream_of_images_is_encoded():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter((image, label) for image, label in image_items(20))
+    encoder = small_model().encoder
+    h, y = encode(encoder, torch.utils.data.DataLoader(Stream(), batch_size=8))
+    assert torch.allclose(h, encode(encoder, torch.stack([o[0] for o in image_items(20)]))[0], atol=1e-5) and y.tolist() == [o[1] for o in image_items(20)]
+
+
+def test_images_of_another_size(make_learner):
+    learn = make_learner(stats=([.3], [.35]))
+    x = torch.rand(6, 1, 8, 8)
+    larger = torch.nn.functional.interpolate(x, size=12, mode="bilinear", antialias=True)
+    with torch.no_grad(): assert torch.allclose(encode(learn, x, size=12)[0], learn.model.encoder.eval()((larger - .3)/.35), atol=1e-3)
+    with pytest.raises(ValueError, match="size must be positive"): encode(learn, x, size=-4)
 
 
 def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):

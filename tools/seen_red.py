@@ -11,14 +11,15 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, DATA, CKPT = (f"self_supervised_bt/{n}.py" for n in (
-    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "data", "checkpoints"))
+LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training",
+    "checkpoints"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
     ("order: a plain tensor stays plain", AUGS, "return _floats(x).as_subclass(kind)", "return _floats(x)", "plain_tensor"),
     ("unlabelled: no stand-in target", BT, "if not len(self.yb):", "if False:", "weights_move"),
-    ("give back: not after an exception", BT, "    finally: give_back(self)", "    finally: pass", "comes_back"),
+    ("give back: not after an exception", BT, "        give_back(self)\n        for cb", "        for cb", "comes_back"),
     ("give back: not after a fit", BT, "def after_fit(self): give_back(self.learn)", "def after_fit(self): pass", "refused_with_a_reason"),
     ("no loss_func: not supplied", BT, 'a["loss_func"] = no_loss', "pass", "no_loss_func_is_needed"),
     ("predict: rows of two views", BT, "return len(self.learn._grab_cbs(GatherPredsCallback)) > 0", "return False", "one_row_an_image_in_order"),
@@ -103,6 +104,38 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("batch of one: kills validation", BT, "        raise CancelBatchException()\n", "        raise ValueError()\n", "left_out_and_said"),
     ("encode: shuffled", EVAL, "data.new(shuffle=False, drop_last=False)", "data", "keeps_order"),
     ("knn: unweighted", EVAL, "/temperature).exp()", "*0).exp()", "equal_a_loop"),
+    ("knn: a query counts itself", EVAL, "if self.alone: s.diagonal(i-j).fill_(-torch.inf)", "pass", "never_counts_itself"),
+    ("knn: the nearest left out instead of itself", EVAL, "m = len(self.bank) - self.alone", "m = len(self.bank)", "bad_input"),
+    ("knn: bank not normalised", EVAL, ".mul_(self.scale[j:j+self.wide])", "", "full_matrix or equal_a_loop"),
+    ("knn: only the last block counts", EVAL, "            if best is not None:\n", "            if False:\n", "full_matrix"),
+    ("probe: C chosen on the rows it is fitted to", EVAL, "(fit_h,fit_y),(val_h,val_y),tried,w = (h[keep], y[keep])", "(fit_h,fit_y),(val_h,val_y),tried,w = (h, y)",
+     "linear_probe_equals"),
+    ("probe: the bias is regularised", EVAL, "w[:,:-1].square().sum()/(2*C*len(h))", "w.square().sum()/(2*C*len(h))", "logistic_regression_reaches"),
+    ("probe: another C than scikit-learn's", EVAL, "/(2*C*len(h))", "/(C*len(h))", "logistic_regression_reaches"),
+    ("probe: standardisation not folded in", EVAL, "w[:,-1] - classifier.weight @ mean", "w[:,-1]", "linear_probe_equals"),
+    ("online: draws random numbers", EVAL, "nn.utils.skip_init(nn.Linear, ", "nn.Linear(", "leaves_training"),
+    ("online: an error ends training", EVAL, "except Exception as e:   # training goes on", "except ZeroDivisionError as e:   # training goes on", "costs_no_training"),
+    ("rank: singular values squared", EVAL, "p = s/s.sum() + 1e-7", "p = s**2/(s**2).sum() + 1e-7", "equals_its_formula"),
+    ("shares of labels: of all, not of every class", EVAL, "max(1, round(n*len(r)))", "max(1, round(n*len(y)/len(rows)))", "shares_of_labels"),
+    ("classifier: not normalised", CLASS, "self.head(self.encoder(self.norm(image_batch(x)).as_subclass(Tensor)))", "self.head(self.encoder(x.as_subclass(Tensor)))",
+     "normalised_once"),
+    ("classifier: the pretrained encoder itself", CLASS, "Classifier(deepcopy(encoder).requires_grad_(True)", "Classifier(encoder.requires_grad_(True)", "encoder_is_copied"),
+    ("classifier: a frozen encoder in train mode", CLASS, "self.encoder.eval()", "pass", "freezing_trains"),
+    ("protocol: a cosine by step", CLASS, "min(math.floor(pct*epochs + 1e-6), epochs-1)/epochs", "pct", "equals_pytorch or once_an_epoch"),
+    ("protocol: no weight decay on biases", CLASS, "wd_bn_bias=True", "wd_bn_bias=False", "equals_pytorch"),
+    ("subset: of the whole set", CLASS, "get_idxs=order, ", "", "subset_is_the_subset"),
+    ("diagnostics: a step waits", DIAG, "self.std = self.zs[0].float().std(0, correction=0)", "self.std = self.zs[0].float().std(0, correction=0); self.std.sum().item()", "no_step_waits"),
+    ("diagnostics: one view's std for another thing", DIAG, "self.std.median()", "self.std.mean()", "columns_are_the_means"),
+    ("diagnostics: the last batch alone", DIAG, "zip(names, numbers.mean(0).tolist())", "zip(names, numbers[-1].tolist())", "columns_are_the_means"),
+    ("diagnostics: a corner of a wide matrix", DIAG, "torch.linspace(0, d-1, min(size, d)).round().long()", "torch.arange(min(size, d))", "keeps_its_diagonal"),
+    ("diagnostics: pictures go nowhere", DIAG, "cb.writer.add_figure(name, figure, step, close=False)", "pass", "reach_tensorboard"),
+    ("doctor: trains the model itself", DOCTOR, "deepcopy(check_model(learn.model)).train()", "check_model(learn.model).train()", "nothing_is_changed"),
+    ("doctor: random state moves on", DOCTOR, "random.setstate(states[0])", "pass", "nothing_is_changed or goes_on"),
+    ("doctor: one draw for all passes", DOCTOR, "seen.alike = _drawn_alike(seen)", "pass", "every_finding_is_provoked"),
+    ("doctor: strangers among twins", DOCTOR, "own,others = d.diagonal()[:,None]", "own,others = d[:,:1]", "thumbnails"),
+    ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
+    ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
+    ("autocast: stays with the model", TRAIN, "def after_fit(self): self.let_go()", "def after_fit(self): pass", "nothing_of_it_stays"),
     ("data: divided by 255 twice", DATA, "if data.x.dtype == torch.uint8 else []", "", "unit_range"),
 ]
 

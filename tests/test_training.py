@@ -1,0 +1,63 @@
+"Half precision where the model lives, and nowhere else"
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from conftest import small_model
+from self_supervised_bt.evaluation import encode
+from self_supervised_bt.training import Autocast
+
+
+@pytest.fixture
+def watched():
+    "A model that notes what its projector computes in"
+    model, seen = small_model(), []
+    model.projector[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    return model, seen
+
+
+def test_forward_in_bfloat16_loss_and_weights_in_float32(make_learner, watched):
+    model, seen = watched
+    losses = []
+    class Look(Callback):
+        def after_loss(self): losses.append((self.loss_grad.dtype, torch.is_autocast_enabled("cpu")))
+    learn = make_learner(model=model, cbs=[Autocast(), Look()])
+    before = [p.clone() for p in model.parameters()]
+    learn.fit(1, 1e-2)
+    assert set(seen) == {torch.bfloat16} and set(losses) == {(torch.float32, False)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_nothing_of_it_stays(make_learner, watched):
+    model, seen = watched
+    learn = make_learner(model=model, cbs=[Autocast()])
+    learn.fit(1, 1e-2); learn.lr_find(num_it=20, show_plot=False)
+    seen.clear()
+    model(torch.rand(4, 1, 8, 8)); encode(learn, learn.dls.valid)
+    assert set(seen) == {torch.float32} and not model._forward_pre_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize("where", ["in the model", "in a callback"])
+def test_not_even_after_an_exception(make_learner, watched, where):
+    model, seen = watched
+    class Fails(Callback):
+        def after_backward(self): raise RuntimeError("boom")
+    if where == "in the model": model.encoder.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    learn = make_learner(model=model, cbs=[Autocast()] + [Fails()]*(where == "in a callback"))
+    with pytest.raises(RuntimeError, match="boom"): learn.fit(1, 1e-2)
+    assert not torch.is_autocast_enabled("cpu") and not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_close_to_float32(make_learner):
+    from fastai.torch_core import set_seed
+    losses = []
+    for cbs in ([], [Autocast()]):
+        set_seed(0)
+        learn = make_learner(model=small_model(), cbs=cbs)
+        learn.fit(2, 1e-3)
+        losses.append(float(learn.recorder.losses[-1]))
+    assert losses[0] == pytest.approx(losses[1], rel=.05) and losses[0] != losses[1]
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match="to_fp16"): Autocast(torch.float16)
