@@ -123,15 +123,16 @@ def fit_protocol(learn:Learner,    # of `classifier_learner`
     return learn
 
 # %% ../nbs/05a_classifiers.ipynb #30d633a5
-def fresh(encoder:nn.Module # an encoder
-         )->nn.Module:      # the same architecture with new weights
+def fresh(model        # a Learner, a `BarlowTwinsModel` or an encoder
+         )->nn.Module: # the same architecture with new weights
     "An encoder that has learned nothing, but expects the same images"
+    encoder,clean = encoder_of(model)
     made = getattr(encoder, "created_by", None)
     new = create_encoder(pretrained=False, **made) if made else deepcopy(encoder)
     if not made:
         for m in new.modules():
             if hasattr(m, "reset_parameters"): m.reset_parameters()
-    if hasattr(encoder, "clean_pipeline"): new.clean_pipeline = encoder.clean_pipeline
+    if isinstance(clean, Pipeline): new.clean_pipeline = clean
     return new.to(next(encoder.parameters()).device)
 
 def subset_dl(dl,         # a fastai data loader
@@ -153,12 +154,11 @@ def few_labels(model,              # a Learner, a `BarlowTwinsModel` or an encod
     "What a few labels give, on the frozen encoder, fine-tuned, and from scratch (Zbontar et al. 2021, Table 2)"
     unknown = set(methods) - {"linear", "finetune", "scratch"}
     if unknown: raise ValueError(f"methods must be of 'linear', 'finetune' and 'scratch', got {', '.join(map(repr, unknown))}")
-    encoder,(h,y),(h_val,y_val) = encoder_of(model)[0],encode(model, dls.train),encode(model, dls.valid)
-    encoder.clean_pipeline = encoder_of(model)[1]
+    (h,y),(h_val,y_val) = encode(model, dls.train),encode(model, dls.valid)
     def accuracy_of(method, idx):
         if method == "linear": return linear_probe(h[idx], y[idx], h_val, y_val, **({} if len(idx) >= 20 else dict(Cs=(.01,)))).top1
         few = subset_dl(dls.train, idx)
-        learn = classifier_learner(encoder if method == "finetune" else fresh(encoder), DataLoaders(few, dls.valid, device=dls.device),
+        learn = classifier_learner(model if method == "finetune" else fresh(model), DataLoaders(few, dls.valid, device=dls.device),
                                    n_out=int(y.max())+1, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
         with learn.no_bar(), learn.no_logging():
             fit_protocol(learn, method, epochs=epochs or max(PROTOCOLS[method]["epochs"], math.ceil(200/len(few))))

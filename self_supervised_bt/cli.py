@@ -93,7 +93,7 @@ def train_and_compare(job:SimpleNamespace, # of `digits_job` or `folder_job`
     "Train on the images without labels; compare pixels, the untrained and the trained encoder on held-out images"
     set_seed(seed)
     x,y,x_test,y_test = train_test_split(job.x, job.y, job.n_test, seed)
-    learn = job_learner(job, x, cbs=Diagnostics())
+    learn = job_learner(job, x, cbs=Diagnostics(show=False))
     def look():
         h1,h2,z1,z2 = encode_views(learn, x_test)
         return (_representations(learn, x, x_test) if y is not None else (h1, h2)),cross_correlation(z1, z2, eps=1e-12)

@@ -151,10 +151,12 @@ class Diagnostics(Callback):
     order,run_valid = MixedPrecision.order+.5,False   # gradients are unscaled by then, and not clipped yet
     zs = std = None
     own = ("embedding_std","dead_dimensions","effective_rank","gradient_norm")
-    def __init__(self, every:int=20 # batches from one look to the next; the first of an epoch is always looked at
+    def __init__(self,
+                 every:int=20,     # batches from one look to the next; the first of an epoch is always looked at
+                 show:bool=True    # as columns of the Recorder? If not, for `table` and plots alone
                 ):
         if not isinstance(every, int) or every < 1: raise ValueError(f"every must be a positive number of batches, got {every!r}")
-        self.every,self.rows = every,[]
+        self.every,self.show,self.rows = every,show,[]
     def before_fit(self):
         bts = self.learn._grab_cbs(BarlowTwins)
         if not bts: raise ValueError("Diagnostics looks at the embeddings of BarlowTwins, and the Learner has no such callback: add both")
@@ -163,6 +165,7 @@ class Diagnostics(Callback):
         self.bt,self.rows = bts[0],[]
         self.terms = tuple(getattr(self.bt.objective, "term_names", ()))
         self.columns = {name: Column(name) for name in (*self.terms, *self.own)}
+        if not self.show: return
         shown = [m.name for m in self.learn.metrics]
         self.learn.metrics = self.learn.metrics + [c for name,c in self.columns.items() if name not in shown]
     def after_pred(self):

@@ -96,6 +96,12 @@ def test_no_column_comes_twice(make_learner):
     assert len(set(learn.recorder.metric_names)) == len(learn.recorder.metric_names)
 
 
+def test_columns_may_stay_out_of_sight(make_learner):
+    learn = make_learner(cbs=[Diagnostics(show=False)])
+    learn.fit(1, 1e-3)
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "time"] and "effective_rank" in learn.diagnostics.table()
+
+
 def test_the_gradient_norm_is_taken_before_clipping(make_learner):
     learn = make_learner(cbs=[GradientClip(1e-4), Diagnostics()])
     learn.fit(1, 1e-3)
