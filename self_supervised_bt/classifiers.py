@@ -106,13 +106,13 @@ def _for_now(o, **values):
 
 def fit_protocol(learn:Learner,    # of `classifier_learner`
                  protocol:str="linear", # a key of `PROTOCOLS`
-                 **changes         # to its settings: `epochs`, `lr_encoder`, `lr_head`, `wd`
+                 **kwargs          # changes to its settings: `epochs`, `lr_encoder`, `lr_head`, `wd`
                 )->Learner:        # the same, trained
     "Train a classifier by one of the paper's protocols"
     if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
-    unknown = changes.keys() - PROTOCOLS[protocol].keys()
+    unknown = kwargs.keys() - PROTOCOLS[protocol].keys()
     if unknown: raise ValueError(f"a protocol has no {', '.join(sorted(unknown))}: its settings are {', '.join(PROTOCOLS[protocol])}")
-    p = {**PROTOCOLS[protocol], **changes}
+    p = {**PROTOCOLS[protocol], **kwargs}
     n,scale = len(learn.splitter(learn.model)),learn.dls.train.bs/256
     lrs = [p["lr_encoder"]*scale]*(n-1) + [p["lr_head"]*scale]
     with _for_now(learn, opt_func=partial(SGD, mom=.9, decouple_wd=False), train_bn=False, wd_bn_bias=True):

@@ -136,7 +136,7 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", TRAIN, "def after_fit(self): self.let_go()", "def after_fit(self): pass", "nothing_of_it_stays"),
-    ("data: divided by 255 twice", DATA, "if data.x.dtype == torch.uint8 else []", "", "unit_range"),
+    ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
 ]
 
 
