@@ -760,8 +760,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.Autocast.__init__': ( 'training.html#autocast.__init__',
                                                                                                 'self_supervised_bt/training.py'),
-                                             'self_supervised_bt.training.Autocast.after_fit': ( 'training.html#autocast.after_fit',
-                                                                                                 'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.Autocast.before_fit': ( 'training.html#autocast.before_fit',
                                                                                                   'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.Autocast.let_go': ( 'training.html#autocast.let_go',

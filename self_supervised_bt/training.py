@@ -27,8 +27,7 @@ class Autocast(Callback):
         def leave(model, args, out):
             if open_now: open_now.pop().__exit__(None, None, None)
         self.hooks = self.learn.model.register_forward_pre_hook(enter),self.learn.model.register_forward_hook(leave, always_call=True)
-    def after_fit(self): self.let_go()
     def let_go(self):
-        "The model as it was"
+        "The model as it was: after every fit, whatever ended it"
         for h in self.hooks: h.remove()
         self.hooks = ()

@@ -80,6 +80,19 @@ def test_neighbours_equal_the_full_matrix(chunk, alone):
     assert torch.allclose(s.double(), full.topk(12).values, atol=1e-6) and torch.equal(idx, full.topk(12).indices)
 
 
+def test_a_bank_of_several_tiles():
+    "More rows than are compared at once: the best of all tiles counts, and a query is left out wherever it lies"
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(17000, 4, generator=g)
+    rows = torch.tensor([0, 5, 511, 512, 8191, 8192, 16383, 16384, 16999])
+    full = F.cosine_similarity(h[rows, None].double(), h[None].double(), dim=2)
+    s, idx = neighbours(h[rows], h, k=9)
+    assert torch.allclose(s.double(), full.topk(9).values, atol=1e-6) and (s[:, 0] > 1 - 1e-6).all()
+    full[torch.arange(len(rows)), rows] = -2
+    s, idx = neighbours(h, k=9)
+    assert torch.allclose(s[rows].double(), full.topk(9).values, atol=1e-6) and not (idx == torch.arange(len(h))[:, None]).any()
+
+
 def test_a_query_never_counts_itself_even_among_doubles():
     h = torch.randn(50, 8).repeat_interleave(3, 0)          # every row three times: "leave the nearest out" would leave a double out
     y = torch.arange(150)                                   # and a class of its own for each row

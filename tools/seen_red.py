@@ -104,10 +104,10 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("batch of one: kills validation", BT, "        raise CancelBatchException()\n", "        raise ValueError()\n", "left_out_and_said"),
     ("encode: shuffled", EVAL, "data.new(shuffle=False, drop_last=False)", "data", "keeps_order"),
     ("knn: unweighted", EVAL, "/temperature).exp()", "*0).exp()", "equal_a_loop"),
-    ("knn: a query counts itself", EVAL, "if self.alone: s.diagonal(i-j).fill_(-torch.inf)", "pass", "never_counts_itself"),
+    ("knn: a query counts itself", EVAL, "s.diagonal(i-j).fill_(-torch.inf)", "s.diagonal(i).fill_(-torch.inf)", "several_tiles"),
     ("knn: the nearest left out instead of itself", EVAL, "m = len(self.bank) - self.alone", "m = len(self.bank)", "bad_input"),
     ("knn: bank not normalised", EVAL, ".mul_(self.scale[j:j+self.wide])", "", "full_matrix or equal_a_loop"),
-    ("knn: only the last block counts", EVAL, "            if best is not None:\n", "            if False:\n", "full_matrix"),
+    ("knn: only the last block counts", EVAL, "            if best is not None:\n", "            if False:\n", "several_tiles"),
     ("probe: C chosen on the rows it is fitted to", EVAL, "(fit_h,fit_y),(val_h,val_y),tried,w = (h[keep], y[keep])", "(fit_h,fit_y),(val_h,val_y),tried,w = (h, y)",
      "linear_probe_equals"),
     ("probe: the bias is regularised", EVAL, "w[:,:-1].square().sum()/(2*C*len(h))", "w.square().sum()/(2*C*len(h))", "logistic_regression_reaches"),
@@ -135,7 +135,7 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("doctor: strangers among twins", DOCTOR, "own,others = d.diagonal()[:,None]", "own,others = d[:,:1]", "thumbnails"),
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
-    ("autocast: stays with the model", TRAIN, "def after_fit(self): self.let_go()", "def after_fit(self): pass", "nothing_of_it_stays"),
+    ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
 ]
 
