@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .augmentations import CentreResize, CropTfm, image_batch
 from .evaluation import draw_labels, encode, encoder_of, linear_probe
 from .layers import create_encoder, encoder_width
+from .losses import check_choice
 
 # %% ../nbs/05a_classifiers.ipynb #29ba48d3
 class Classifier(nn.Module):
@@ -109,7 +110,7 @@ def fit_protocol(learn:Learner,    # of `classifier_learner`
                  **kwargs          # changes to its settings: `epochs`, `lr_encoder`, `lr_head`, `wd`
                 )->Learner:        # the same, trained
     "Train a classifier by one of the paper's protocols"
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
+    check_choice("protocol", protocol, tuple(PROTOCOLS))
     unknown = kwargs.keys() - PROTOCOLS[protocol].keys()
     if unknown: raise ValueError(f"a protocol has no {', '.join(sorted(unknown))}: its settings are {', '.join(PROTOCOLS[protocol])}")
     p = {**PROTOCOLS[protocol], **kwargs}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, get_image_files
+from fastai.learner import replacing_yield
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, TensorImageBW, default_device
 from fastcore.basics import chunked
@@ -38,10 +39,7 @@ class ImageTensors:
         self.c = c or (0 if y is None or not len(y) else self.y.shape[1] if self.y.ndim == 2 else int(self.y.max())+1)
         self.loss_func = None if y is None else CrossEntropyLossFlat() if self.y.ndim == 1 else BCEWithLogitsLossFlat()
     @contextmanager
-    def set_split_idx(self, i):
-        before,self.split_idx = self.split_idx,i
-        try: yield self
-        finally: self.split_idx = before
+    def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.x)
     def __getitem__(self, i):
         x = self.kind(self.x[i])

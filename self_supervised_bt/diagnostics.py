@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .barlow_twins import BarlowTwins, Column
 from .evaluation import rank_of, singular_values
-from .losses import cross_correlation
+from .losses import check_choice, cross_correlation
 
 # %% ../nbs/06_diagnostics.ipynb #18850ced
 def expected_losses(n:int,     # rows in a batch
@@ -117,7 +117,7 @@ def map_2d(h:Tensor,        # (N,F) representations
            seed:int=0       # of the last two
           )->Tensor:        # (N,2)
     "Representations in two dimensions"
-    if how not in MAPS: raise ValueError(f"how must be one of {', '.join(map(repr, MAPS))}, got {how!r}")
+    check_choice("how", how, MAPS)
     if len(h) < 5: raise ValueError(f"h has {len(h)} rows, a map needs at least 5")
     h = h.float().cpu().numpy()
     if how == "pca":

@@ -155,6 +155,7 @@ def report(learn:Learner,    # with a `BarlowTwins` callback
     file.write_text(to_xml(page), encoding="utf-8")
     return file
 
+# %% ../nbs/06b_report.ipynb #322cafa2
 def _results(seen):
     "What can be known of these images"
     found = {"Two views of each image: how many find their twin among all, and how many directions are used": unlabelled_table({"representation h": seen["hz"][:2]})}
