@@ -17,7 +17,7 @@ from _common import class_folders, machine
 from fastai.callback.channelslast import ChannelsLast
 from fastai.torch_core import set_seed
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import bt_learner
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.layers import create_encoder

@@ -13,7 +13,7 @@ import torch
 from _common import machine
 from fastai.torch_core import set_seed
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import bt_learner
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.diagnostics import Diagnostics
 from self_supervised_bt.evaluation import OnlineEvaluation

@@ -6,19 +6,20 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, evaluation, classifiers, diagnostics, doctor, reports, data, training, checkpoints
+from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, checkpoints
 from .augmentations import *
 from .layers import *
 from .losses import *
 from .barlow_twins import *
 from .mixed import *
+from .training import *
+from .recipes import *
 from .evaluation import *
 from .classifiers import *
 from .diagnostics import *
 from .doctor import *
 from .reports import *
 from .data import *
-from .training import *
 from .checkpoints import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, evaluation, classifiers, diagnostics, doctor, reports, data, training, checkpoints) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, checkpoints) for name in m.__all__]

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BarlowTwinsModel', 'create_barlow_twins_model', 'check_model', 'ViewsLoss', 'BarlowTwins', 'check_objective',
-           'Column', 'TermMean', 'at_once', 'give_back', 'check_set_up', 'check_batches', 'training_images', 'no_loss',
-           'bt_learner']
+           'Column', 'TermMean', 'at_once', 'give_back', 'check_set_up', 'check_batches', 'training_images', 'no_loss']
 
 # %% ../nbs/03_barlow_twins.ipynb #44356756
 import inspect
@@ -21,13 +20,11 @@ from fastai.learner import CastToTensor, Learner, Metric
 from fastai.torch_core import TensorImage, find_bs, to_cpu, to_float
 from fastcore.basics import first, patch
 from fastcore.foundation import L
-from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from self_supervised_bt.augmentations import (
-    batch_images, centre_resize, check_pipelines, clean_pipeline, displayable, fused_views, get_barlow_twins_aug_pipelines, image_batch,
-    show_pixels)
-from .layers import PoolingType, create_encoder, create_mlp_module, encoder_width, is_resnet
+from .augmentations import (
+    batch_images, centre_resize, check_pipelines, clean_pipeline, displayable, fused_views, image_batch, show_pixels)
+from .layers import create_mlp_module, encoder_width
 from .losses import AllPairs, BarlowTwinsLoss, check_lmb, check_loss
 
 # %% ../nbs/03_barlow_twins.ipynb #0914f44e
@@ -362,39 +359,3 @@ def _init_without_loss(self, *args, **kwargs):
         isinstance(cb, BarlowTwins) for cb in L(a.get("cbs"))): a["loss_func"] = no_loss
     _init(*given.args, **given.kwargs)
 Learner.__init__ = _init_without_loss
-
-# %% ../nbs/03_barlow_twins.ipynb #2f140ba2
-@delegates(Learner.__init__)
-def bt_learner(dls,                      # images, with or without labels
-               arch:str|nn.Module,       # architecture for `create_encoder`, or an encoder
-               size:int|tuple=None,      # of the views, pixels; that of the images if not given
-               aug_pipelines:list=None,  # two pipelines; the default ones if not given
-               lmb:float=5e-3,           # λ, weight of the redundancy term
-               pretrained:bool=False,    # start the encoder from pretrained weights?
-               n_in:int=None,            # channels; those of the images if not given
-               pool_type:PoolingType=PoolingType.CatAvgMax, # how the last feature map becomes a vector
-               small_stem:bool|str=None, # as in `create_encoder`; if not given, `True` for ResNets on views up to 64 px
-               hidden_size:int=1024,     # width of the projector's hidden layers
-               projection_size:int=1024, # width of the embedding
-               bn:bool=True,             # BatchNorm in the projector?
-               nlayers:int=3,            # linear layers in the projector
-               bias:bool=True,           # biases in the projector?
-               loss:callable=None,       # of two embeddings; the paper's if not given
-               terms:bool=False,         # the loss's terms as columns of the Recorder?
-               cbs=None,                 # further callbacks
-               **kwargs
-              )->Learner:                # with a `BarlowTwins` callback, ready to fit
-    "A Learner that trains an encoder on the images of `dls`"
-    x = training_images(dls)
-    size = size or tuple(x.shape[-2:])
-    encoder = arch if isinstance(arch, nn.Module) else _encoder_for(
-        arch, size, small_stem, pretrained=pretrained, n_in=n_in or x.shape[1], pool_type=pool_type)
-    model = create_barlow_twins_model(encoder, hidden_size, projection_size, bn, nlayers, bias)
-    return Learner(dls, model, cbs=[BarlowTwins(aug_pipelines or get_barlow_twins_aug_pipelines(size), lmb, loss=loss, terms=terms)] + L(cbs), **kwargs)
-
-def _encoder_for(arch, size, small_stem, **kwargs):
-    "`create_encoder`, where `small_stem=None` means: if it fits"
-    encoder = create_encoder(arch, small_stem=small_stem or False, **kwargs)
-    small = max(size) if isinstance(size, tuple) else size
-    if small_stem is None and small <= 64 and is_resnet(encoder): return create_encoder(arch, small_stem=True, **kwargs)
-    return encoder

@@ -23,13 +23,13 @@ from fastcore.script import call_parse
 from PIL import Image
 
 from .augmentations import get_barlow_twins_aug_pipelines, image_batch
-from .barlow_twins import bt_learner
 from .checkpoints import save_encoder
 from .data import digits, folder_labels, image_files, load_images, tensor_dls, train_test_split
 from .diagnostics import Diagnostics, expected_losses, plot_cross_correlation, plot_losses, plot_neighbours
 from .doctor import diagnose
 from .evaluation import encode, encode_views, label_table, neighbours, unlabelled_table
 from .losses import cross_correlation
+from .recipes import bt_learner
 from .reports import report
 
 # %% ../nbs/11_cli.ipynb #02c6751a

@@ -167,12 +167,13 @@ def is_resnet(encoder:nn.Module # an encoder of `create_encoder`
     if isinstance(encoder, nn.Sequential): return len(encoder) > 4 and isinstance(encoder[3], nn.MaxPool2d)
     return all(hasattr(encoder, n) for n in ("conv1", "maxpool", "layer1"))
 
-STEMS = (False, True, "no pool")
+STEMS = (False, True, "no pool", "keep pool")
 
-def _small_stem(encoder, keep_stride):
-    if isinstance(encoder, nn.Sequential): encoder[3] = nn.Identity()
-    else: encoder.maxpool = nn.Identity()
-    if keep_stride: return encoder
+def _small_stem(encoder, kind):
+    if kind != "keep pool":
+        if isinstance(encoder, nn.Sequential): encoder[3] = nn.Identity()
+        else: encoder.maxpool = nn.Identity()
+    if kind == "no pool": return encoder
     if isinstance(encoder, nn.Sequential): convs = encoder[:3]
     else:
         if isinstance(encoder.conv1, nn.Conv2d):
@@ -187,7 +188,7 @@ def create_encoder(arch:str,            # name known to fastai, torchvision or t
                    pretrained:bool=True, # start from pretrained weights?
                    n_in:int=3,          # channels of the images
                    pool_type:PoolingType=PoolingType.CatAvgMax, # how the last feature map becomes a vector
-                   small_stem:bool|str=False, # for ResNets on images up to 64 px: `True` for a 3x3 stride-1 stem without max-pool, `"no pool"` to drop the pool alone
+                   small_stem:bool|str=False, # for ResNets on images up to 64 px: `True` for a 3x3 stride-1 stem without max-pool; `"keep pool"`, `"no pool"` for half of it
                    **kwargs             # for the architecture, e.g. `img_size=32` for timm's ViTs
                   )->nn.Module:         # (B,n_in,H,W) images to (B,F) representations
     "An encoder: the architecture without its classifier, pooled to one vector an image"
@@ -200,7 +201,7 @@ def create_encoder(arch:str,            # name known to fastai, torchvision or t
     if small_stem not in STEMS: raise ValueError(f"small_stem must be one of {', '.join(map(repr, STEMS))}, got {small_stem!r}")
     if small_stem:
         if not is_resnet(encoder): raise ValueError(f"small_stem is for ResNets, {arch} has no such stem: leave it out")
-        encoder = _small_stem(encoder, small_stem == "no pool")
+        encoder = _small_stem(encoder, small_stem)
     encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=small_stem, **kwargs)
     return encoder
 

@@ -15,7 +15,7 @@ from scipy import stats as st
 from torchvision.transforms import RandomResizedCrop
 
 from self_supervised_bt.augmentations import (
-    BACKENDS, INTERPOLATIONS, RECIPES, AffineStep, BlurStep, JitterStep, KorniaTfm, NormalizeViews, blur_sigma, check_pipelines,
+    BACKENDS, INTERPOLATIONS, VIEW_RECIPES, AffineStep, BlurStep, JitterStep, KorniaTfm, NormalizeViews, blur_sigma, check_pipelines,
     clean_pipeline, crop_boxes, displayable, get_barlow_twins_aug_pipelines, get_batch_augs, get_multi_aug_pipelines, image_batch, show_strength)
 
 OFF = dict(rotate=False, jitter=False, bw=False, blur=False, stats=None)
@@ -85,7 +85,7 @@ def test_printed_as_documented():
     augs = get_barlow_twins_aug_pipelines(size=28, rotate=False, jitter=False, bw=False, blur=False, stats=None, cuda=False)
     assert str(augs) == "[Pipeline: RandomResizedCrop -> RandomHorizontalFlip, Pipeline: RandomResizedCrop -> RandomHorizontalFlip]"
     assert len(get_multi_aug_pipelines(5, 28)) == 5
-    for recipe in RECIPES:
+    for recipe in VIEW_RECIPES:
         assert str(get_barlow_twins_aug_pipelines(28, recipe)) == str(get_barlow_twins_aug_pipelines(28, recipe, backend="kornia"))
 
 

@@ -22,7 +22,8 @@ from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.augmentations import BACKENDS, NormalizeViews, get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
-from self_supervised_bt.barlow_twins import BarlowTwins, bt_learner, create_barlow_twins_model, no_loss
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model, no_loss
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.data import digits, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import PoolingType, create_encoder

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import bt_learner
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.checkpoints import load_encoder, save_encoder
 from self_supervised_bt.data import digits, digits_dls, folder_labels, image_files, load_images, tensor_dls, train_test_split
 from self_supervised_bt.evaluation import encode

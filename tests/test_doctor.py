@@ -13,7 +13,8 @@ from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
-from self_supervised_bt.barlow_twins import BarlowTwins, BarlowTwinsModel, bt_learner, create_barlow_twins_model
+from self_supervised_bt.barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.data import digits, tensor_dls
 from self_supervised_bt.doctor import CHECKS, closer_to_twin, diagnose, first_nonfinite
 from self_supervised_bt.layers import create_encoder

@@ -80,7 +80,7 @@ def test_notebooks_hold_no_errors_no_nan_and_no_paths_of_a_machine():
 
 
 def test_modules_import_lower_rooms_by_name_alone():
-    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training", "checkpoints", "cli"]
+    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "checkpoints", "cli"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((root/f"self_supervised_bt/{name}.py").read_text())):
             if not isinstance(node, ast.ImportFrom): continue
@@ -95,6 +95,7 @@ def test_everything_public_is_documented():
     "Every exported function says what it does, and every parameter and result of it what it is"
     from fastcore.docments import docments
     from self_supervised_bt import all as everything
+    assert len(set(everything.__all__)) == len(everything.__all__), "two modules give one name to different things"
     for name in everything.__all__:
         o = getattr(everything, name)
         assert o.__doc__, f"{name} has no docstring"

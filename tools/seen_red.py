@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
-    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training",
-    "checkpoints"))
+LOSSES, AUGS, LAYERS, BT, MIXED, TRAIN, RECIPE, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, RESUME, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+    "losses", "augmentations", "layers", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports",
+    "data", "resume", "checkpoints"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
@@ -137,6 +137,14 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
+    ("recipe: LARS divides by the gradient alone", TRAIN, "torch._foreach_norm(t)) for t in (ps, u)", "torch._foreach_norm(t)) for t in (ps, [p.grad for p in ps])",
+     "published_algorithm"),
+    ("recipe: LARS on biases, too", TRAIN, "for adapt in (True, False): self._move([p for p in group if p.grad is not None and (p.ndim > 1) == adapt], adapt,",
+     "for adapt in (True,): self._move([p for p in group if p.grad is not None], adapt,", "published_algorithm"),
+    ("recipe: the cosine ends at 0", TRAIN, "return q + end*(1 - q)", "return q", "values_are_the_formulas"),
+    ("recipe: rates do not grow with the batch", RECIPE, "(bs or self.bs)/256", "1", "values_are_the_formulas or papers_numbers"),
+    ("recipe: biases decay", RECIPE, '"wd", [recipe.wd, recipe.wd_bias]', '"wd", recipe.wd', "every_optimizer"),
+    ("recipe: wins over what is given", RECIPE, "if v is not None}),training_images", "if v is None}),training_images", "given_wins"),
 ]
 
 
