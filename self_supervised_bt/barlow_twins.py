@@ -139,6 +139,17 @@ def check_objective(loss,        # what came as `loss=`, or nothing
         raise ValueError(f"terms=True needs a loss with `terms` and `term_names`, as BarlowTwinsLoss has, got {loss!r}: leave terms out, or give it both")
     return loss
 
+@patch
+def state_dict(self:BarlowTwins)->dict: # plain data and tensors
+    "What a run that is taken up again needs: the past embeddings of a queue"
+    past = getattr(getattr(self.objective, "queue", None), "past", None)
+    return {"past": past and list(past)}
+
+@patch
+def load_state_dict(self:BarlowTwins, state:dict):
+    "The past embeddings as they were"
+    if state["past"]: self.objective.queue.past = state["past"]
+
 @patch(as_prop=True)
 def lmb(self:BarlowTwins): # λ, nothing if the loss has none
     "Weight of the redundancy term; may be set while training"

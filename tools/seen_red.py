@@ -145,6 +145,20 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("recipe: rates do not grow with the batch", RECIPE, "(bs or self.bs)/256", "1", "values_are_the_formulas or papers_numbers"),
     ("recipe: biases decay", RECIPE, '"wd", [recipe.wd, recipe.wd_bias]', '"wd", recipe.wd', "every_optimizer"),
     ("recipe: wins over what is given", RECIPE, "if v is not None}),training_images", "if v is None}),training_images", "given_wins"),
+    ("resume: chance begins anew", RESUME, 'lambda: set_random_states(state["random"][rank])', "lambda: None", "every_loader"),
+    ("resume: another order of the rest", RESUME, '    set_order_state(learn.dl, state["begun"]["order"][rank])\n', "", "every_loader"),
+    ("resume: another order of the epochs to come", RESUME, '    if not state["done"]: set_order', '    if False: set_order', "killed_20"),
+    ("resume: the schedule begins anew", RESUME, 'len(learn.dl),state["pct_train"]', "len(learn.dl),learn.pct_train", "every_optimizer"),
+    ("resume: the optimizer begins anew", RESUME, '    load_opt(learn.opt, state["opt"])\n', "", "every_optimizer"),
+    ("resume: what workers draw is skipped", RESUME, "return dl.fake_l.num_workers == 0 or", "return True or", "every_loader"),
+    ("resume: fastai's first look at an item comes late", RESUME, 'if state["train_iter"]: getattr', 'if False: getattr', "every_loader"),
+    ("resume: callbacks forget", RESUME, 'in state["callbacks"]: cb.load', 'in (): cb.load', "callbacks_remember"),
+    ("resume: columns of the epoch forget", RESUME, "m.total,m.count = state", "_,_ = state", "killed_20"),
+    ("resume: written in place", RESUME, 'path.with_name(path.name + ".part")', "path", "killed_20 or no_room"),
+    ("resume: poison is saved", RESUME, "    if bad: raise FloatingPointError", "    if False: raise FloatingPointError", "no_numbers"),
+    ("resume: validation's draws are taken for training's", RESUME, "self.save(len(self.dls.train), self.trained)", "self.save(len(self.dls.train))", "signal"),
+    ("resume: signals stay caught", RESUME, "for number,handler in self.handlers: signal.signal(number, handler)", "pass", "signal"),
+    ("resume: another run goes on", RESUME, "    if changed: raise ValueError", "    if False: raise ValueError", "another_run"),
 ]
 
 
