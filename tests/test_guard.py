@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.torch_core import TensorImage
 from fastai.vision.data import ImageBlock
+from PIL import Image
 from fasttransform import Pipeline, Transform
 from torch import nn
 
@@ -55,6 +56,9 @@ class At(Callback):
 def poison_images(learn): learn.xb[0][3, 0, 2, 2] = nan
 def poison_images_first(learn): learn.xb = (learn.xb[0].clone(),); learn.xb[0][5, 0, 2:4, 2] = nan
 def poison_weights(learn): learn.model.projector[0].weight.data[0, :3] = nan
+
+
+def well_again(learn): learn.model.encoder[2].on = False
 
 
 class BeforeViews(At): order = BarlowTwins.order - .5
@@ -172,8 +176,7 @@ def test_a_module_that_makes_it_from_finite_numbers(make_dls):
         def forward(self, x): return torch.where(torch.arange(len(x)) == 4, x.flatten(1).sum(1)*0 - 1, 1.).log().view(-1, 1, 1, 1) + x
     learn = make(make_dls, NonFiniteGuard())
     learn.model.encoder[2] = Log()
-    with pytest.raises(FloatingPointError, match=r"output of encoder.2 \(Log\) holds .* in 1 of 32 rows.*: Image: image 4 \(row 4\)|output of encoder.2") as e: learn.fit(1)
-    assert learn.non_finite_guard.last.rows == [4] and "Image: image 4 (row 4)" in str(e.value)
+    with pytest.raises(FloatingPointError, match=r"output of encoder.2 \(Log\) holds .* in 1 of 32 rows.* Image: image 4 \(row 4\)"): learn.fit(1)
 
 
 def test_the_loss_says_what_it_knows(make_dls):
@@ -185,7 +188,8 @@ def test_the_loss_says_what_it_knows(make_dls):
 
 def test_huge_gradients_are_finite():
     "Their norm overflows, they do not"
-    learn = Learner(tensor_dls(torch.rand(8, 1, 2, 2), torch.zeros(8).long(), bs=4, valid_pct=.5, device="cpu"), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)),
+    dls = tensor_dls(torch.rand(8, 1, 2, 2), torch.zeros(8).long(), bs=4, valid_pct=.5, device="cpu")
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(4, 2)),
                     loss_func=lambda z, y: z.sum()*1e30, cbs=NonFiniteGuard(), lr=0., opt_func=SGD)
     learn.logger = lambda *_: None
     learn.fit(1)
@@ -226,7 +230,7 @@ def test_too_many_in_a_row(make_dls, device_kind):
 
 
 def test_a_queue_of_embeddings_forgets_the_batch(make_dls):
-    learn = make(make_dls, NonFiniteGuard("skip"), [FAULTS["gradient"][0](1), At(2, "before_batch", lambda l: setattr(l.model.encoder[2], "on", False))],
+    learn = make(make_dls, NonFiniteGuard("skip"), [FAULTS["gradient"][0](1), At(2, "before_batch", well_again)],
                  loss=BarlowTwinsLoss(queue=16))
     with pytest.warns(UserWarning): learn.fit(1)
     kept = [o for i, o in enumerate(image_items(64, False)) if not 16 <= i < 32]
@@ -250,7 +254,8 @@ def test_the_file_is_named(folder, workers):
         hit = (x - wanted).abs().flatten(1).max(1).values < 1e-5
         if hit.any(): learn.xb = (TensorImage(torch.where(hit.view(-1, 1, 1, 1), nan, x)),)
     torch.manual_seed(0)
-    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None)), NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", spoil)])
+    views = BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None))
+    learn = Learner(dls, small_model(3), cbs=[views, NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", spoil)])
     learn.logger = lambda *_: None
     for _ in range(2):   # two orders
         with pytest.raises(FloatingPointError, match="the images hold") as e: learn.fit(1)
@@ -260,14 +265,15 @@ def test_the_file_is_named(folder, workers):
 
 def test_names_are_those_of_the_batch(folder):
     files = get_image_files(folder)
-    dls = DataBlock(blocks=(ImageBlock,), get_items=get_image_files, splitter=RandomSplitter(.2, seed=0)).dataloaders(folder, bs=8, device="cpu", num_workers=0)
-    seen = []
+    block = DataBlock(blocks=(ImageBlock,), get_items=get_image_files, splitter=RandomSplitter(.2, seed=0))
+    dls, seen = block.dataloaders(folder, bs=8, device="cpu", num_workers=0), []
+    pixels_of = {str(f): torch.as_tensor(np.array(Image.open(f))).permute(2, 0, 1).float()/255 for f in files}
     def check(learn):
         if learn.iter == 1: learn.dls.train.one_batch()   # another order begins in between
         names = batch_items(learn, learn.non_finite_guard.sequence)
-        pixels = torch.stack([torch.as_tensor(np.array(learn.dls.train_ds[learn.dls.train_ds.items.index(next(f for f in files if str(f) == n))][0])) for n in names])
-        seen.append(torch.allclose(pixels.permute(0, 3, 1, 2).float()/255, torch.Tensor(learn.xb[0])))
-    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None)), NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", check)])
+        seen.append(torch.allclose(torch.stack([pixels_of[n] for n in names]), torch.Tensor(learn.xb[0])))
+    views = BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None))
+    learn = Learner(dls, small_model(3), cbs=[views, NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", check)])
     learn.logger = lambda *_: None
     learn.fit(2)
     assert seen == [True]*8
@@ -400,11 +406,11 @@ def test_validation_is_watched_too(make_dls):
     learn.get_preds()
 
 
-@pytest.mark.parametrize("step,dropped", [(0, "group"), (1, "group")])
-def test_gradient_accumulation(make_dls, device_kind, step, dropped):
+@pytest.mark.parametrize("step", [0, 1])
+def test_gradient_accumulation(make_dls, device_kind, step):
     "A bad gradient spoils its group: no step with it, and weights that stay finite"
     guard, seen = NonFiniteGuard("skip"), Remember()
-    learn = make(make_dls, guard, [FAULTS["gradient"][0](step), At(step + 1, "before_batch", lambda l: setattr(l.model.encoder[2], "on", False)), seen,
+    learn = make(make_dls, guard, [FAULTS["gradient"][0](step), At(step + 1, "before_batch", well_again), seen,
                                    GradientAccumulation(32), GradientClip(1.)], opt="momentum", loss=BarlowTwinsLoss(check_finite=False))
     with pytest.warns(UserWarning): learn.fit(1)
     assert all_finite_weights(learn.model) and all(t.isfinite().all() for t in state_tensors(learn.opt).values())
@@ -474,14 +480,16 @@ def one_process(rank, file, on_bad, later, out):
     items = image_items(128, False)[rank*64:(rank + 1)*64]
     dls = DataLoaders.from_dsets(items, items[:16], bs=16, device="cpu", num_workers=0, shuffle=False, drop_last=True)
     guard = NonFiniteGuard(on_bad)
-    cbs = [BarlowTwins(pipelines(), loss=BarlowTwinsLoss(check_finite=False)), guard] + ([BeforeViews(1, "before_batch", poison_images_first)] if rank else [])
+    cbs = [BarlowTwins(pipelines(), loss=BarlowTwinsLoss(check_finite=False)), guard]
+    if rank: cbs.append(BeforeViews(1, "before_batch", poison_images_first))
     learn = Learner(dls, nn.parallel.DistributedDataParallel(small_model()), cbs=cbs, opt_func=OPTS["momentum"], lr=1e-2)
     learn.logger, said = (lambda *_: None), ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: learn.fit(1)
         except FloatingPointError as e: said = str(e)
-    torch.save(dict(said=said, where=guard.last.where, skipped=len(guard.skipped), weights=[p.detach() for p in learn.model.parameters()]), f"{out}/{rank}")
+    weights = [p.detach() for p in learn.model.parameters()]
+    torch.save(dict(said=said, where=guard.last.where, skipped=len(guard.skipped), weights=weights), f"{out}/{rank}")
     dist.destroy_process_group()
 
 
@@ -493,3 +501,19 @@ def test_processes_agree(tmp_path, on_bad, later):
     assert (a["skipped"], b["skipped"]) == ((1, 1) if on_bad == "skip" else (0, 0))
     assert ("step 1" in a["said"]) == ("step 1" in b["said"]) == (on_bad == "stop")
     assert all(torch.equal(p, q) and p.isfinite().all() for p, q in zip(a["weights"], b["weights"]))
+
+
+def test_numbers_the_host_remembers():
+    "PyTorch's Adam counts its steps on the CPU: the device cannot put that back, and must not be waited for"
+    from types import SimpleNamespace as NS
+    from self_supervised_bt.guard import _optimizer_state
+    p = nn.Parameter(torch.zeros(3, device="meta"))
+    opt = NS(param_lists=[[p]], state={p: dict(step=torch.tensor(3.), exp_avg=torch.zeros(3, device="meta"), count=4, do_wd=True)})
+    assert list(state_tensors(opt)) == [(0, "weight"), (0, "exp_avg")] and state_numbers(opt) == [dict(step=3., count=4)]
+    step = opt.state[p]["step"]
+    for on_bad, count in (("stop", 2), ("skip", 3)):   # two steps since the bad one, of which the host knows only now
+        step.fill_(4.); opt.state[p]["count"] = 4
+        guard = NonFiniteGuard(on_bad)
+        guard.learn = NS(opt=opt)
+        guard.rewind(NS(before=[dict(step=2., count=2)], after=[dict(step=3., count=3)]))
+        assert opt.state[p]["step"] is step and step == count and opt.state[p]["count"] == count

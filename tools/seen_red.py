@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT, GUARD = (f"self_supervised_bt/{n}.py" for n in (
     "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training",
-    "checkpoints"))
+    "checkpoints", "guard"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
@@ -136,6 +136,22 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
+    ("guard: buffers stay spoilt", GUARD, "    self.kept_buffers.put_back(dict(self.model.named_buffers()))\n", "", "every_fault_is_named"),
+    ("guard: bad gradients stay for the next fit", GUARD, "    for g in grads: g.detach_().zero_()\n", "", "every_fault_is_named"),
+    ("guard: gradients not looked at", GUARD, "grads_ok = not grads or", "grads_ok = True or", "every_fault_is_named"),
+    ("guard: the device's step is not undone", GUARD, "        if self.now is not None: self.settle_state()\n", "", "every_fault_is_named"),
+    ("guard: steps go on after the first bad one", GUARD, "e.good = e.good & self.good", "pass", "every_fault_is_named"),
+    ("guard: the search runs a batch through BatchNorm for good", GUARD, "for b,was in kept: b.copy_(was)", "pass", "search_leaves_no_trace"),
+    ("guard: the search draws random numbers", GUARD, "with untouched(device): yield", "yield", "search_leaves_no_trace"),
+    ("guard: the last module instead of the first", GUARD, "if fine.pop() and not found and not", "if fine.pop() is not None and not", "every_fault_is_named or finite_numbers"),
+    ("guard: a module on the way instead of the one that made the gradient", GUARD, "all(c[\"outs\"]) and (not all(c[\"ins\"])", "True and (not all(c[\"ins\"])",
+     "every_fault_is_named"),
+    ("guard: names of another batch", GUARD, "order[at:at+bs]", "order[:bs]", "names_are_those"),
+    ("guard: names of an order begun in between", GUARD, "if self.sequence is None: self.sequence", "self.sequence", "names_are_those"),
+    ("guard: a step waits", GUARD, "    self.pending.append(e)", "    self.pending.append(e); e.good.item()", "no_step_waits"),
+    ("guard: a skipped loss is counted", GUARD, "    self.learn.yb = ()   # fastai", "    pass   # fastai", "columns_stay_numbers or equals_training_without"),
+    ("guard: the scaler's infinite gradients end the fit", GUARD, "grads = [] if self.scaled else", "grads =", "scaler_does_its_work"),
+    ("guard: a process goes its own way", GUARD, "    if not shared: return ok\n", "    return ok\n", "processes_agree"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
 ]
 
