@@ -517,3 +517,26 @@ def test_numbers_the_host_remembers():
         guard.learn = NS(opt=opt)
         guard.rewind(NS(before=[dict(step=2., count=2)], after=[dict(step=3., count=3)]))
         assert opt.state[p]["step"] is step and step == count and opt.state[p]["count"] == count
+
+
+def test_what_happens_between_modules_is_the_surrounding_modules():
+    class Between(nn.Module):
+        def __init__(self, op):
+            super().__init__()
+            self.first, self.op, self.second = nn.Linear(3, 4), op, nn.Linear(4, 2)
+        def forward(self, x): return self.second(self.op(self.first(x)))
+    x = torch.randn(8, 3)
+    for op, forward, backward in ((lambda h: h/0, "1", None), (NanGradient.apply, None, "1"), (lambda h: h, None, None)):
+        net = nn.Sequential(nn.Linear(3, 3), Between(op), nn.Linear(2, 2))
+        found = find_forward(net, (x,))
+        assert (found and found.name) == forward
+        if forward is None:
+            found = find_backward(net, (x,), lambda z: z.square().sum())
+            assert (found and found.name) == backward
+
+
+def test_a_module_may_spoil_the_gradient_of_its_own_weights_alone():
+    class Own(nn.Linear):
+        def forward(self, x): return nn.functional.linear(x, NanGradient.apply(self.weight), self.bias)
+    net = nn.Sequential(nn.Linear(3, 3), Own(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    assert find_backward(net, (torch.randn(8, 3),), lambda z: z.square().sum()).name == "1"
