@@ -531,10 +531,11 @@ def loss_again(self:NonFiniteGuard, z:Tensor, yb:tuple)->Tensor:
     "The loss once more, without a trace in what it remembers"
     loss = self.learn.loss_func
     if not isinstance(loss, ViewsLoss): return deepcopy(loss)(z, *yb)
-    cb,own = loss.cb,loss.cb.objective
-    cb.objective = deepcopy(own)
+    cb = loss.cb
+    own = {k: v for k,v in vars(cb).items() if k == "objective" or isinstance(v, Tensor)}
+    vars(cb).update({k: v.detach() if isinstance(v, Tensor) else deepcopy(v) for k,v in own.items()})   # the graph of a mixture's embedding is gone
     try: return cb.loss(z)
-    finally: cb.objective = own
+    finally: vars(cb).update(own)
 
 @patch
 def check_scale(self:NonFiniteGuard):

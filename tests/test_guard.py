@@ -28,6 +28,7 @@ from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.guard import (
     NonFiniteGuard, batch_items, epoch_order, find_backward, find_forward, item_names, state_numbers, state_tensors)
 from self_supervised_bt.losses import BarlowTwinsLoss
+from self_supervised_bt.mixed import MixedBarlowTwins
 
 nan, inf = float("nan"), float("inf")
 
@@ -113,7 +114,7 @@ FAULTS = {  # where it is put in, what the message says
 class Broken:
     "A loss that is nan, of embeddings that are not"
     def __init__(self, loss): self.loss = loss
-    def __call__(self, z1, z2): return self.loss(z1, z2)*nan
+    def __call__(self, *zs): return self.loss(*zs)*nan
 
 
 def model_with_switch():
@@ -132,7 +133,7 @@ def device_kind(request, monkeypatch):
 
 def make(make_dls, guard, cbs=(), n=64, opt="adam", loss=None, **kwargs):
     torch.manual_seed(0)
-    bt = BarlowTwins(pipelines(), loss=loss or BarlowTwinsLoss(check_finite=None))
+    bt = kwargs.pop("bt", None) or BarlowTwins(pipelines(), loss=loss or BarlowTwinsLoss(check_finite=None))
     dls = kwargs.pop("dls", None) or make_dls(n, False, shuffle=False, drop_last=True, **kwargs)
     learn = Learner(dls, model_with_switch(), cbs=[bt, *([guard] if guard else []), *cbs], opt_func=OPTS[opt], lr=1e-2)
     learn.logger = lambda *_: None
@@ -540,3 +541,13 @@ def test_a_module_may_spoil_the_gradient_of_its_own_weights_alone():
         def forward(self, x): return nn.functional.linear(x, NanGradient.apply(self.weight), self.bias)
     net = nn.Sequential(nn.Linear(3, 3), Own(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     assert find_backward(net, (torch.randn(8, 3),), lambda z: z.square().sum()).name == "1"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", ["mixed", "three views"])
+def test_other_objectives(make_dls, device_kind, kind, fault):
+    bt = MixedBarlowTwins(pipelines()) if kind == "mixed" else BarlowTwins(get_multi_aug_pipelines(3, 8, stats=None))
+    guard, seen = NonFiniteGuard(), Remember()
+    learn = make(make_dls, guard, [FAULTS[fault][0](1), seen], bt=bt)
+    with pytest.raises(FloatingPointError, match=FAULTS[fault][1].replace("32", r"\d\d")): learn.fit(1)
+    if fault != "weights": assert_same(seen.states[1], state_of(learn))
