@@ -75,9 +75,10 @@ class ViewsLoss:
         try:
             loss = self.cb.loss(z)
             self.cb.watch(loss, *z.chunk(len(self.cb.augs)))
-        except FloatingPointError:
+        except FloatingPointError as e:
             if self.cb.learn._grab_cbs(LRFinder): raise CancelFitException()   # the search went too far, and has seen enough
-            raise
+            if self.cb.guard is None: raise
+            return self.cb.guard.bad_loss(z, e)
         return loss
     def activation(self, z): return z
     def decodes(self, z):
@@ -192,7 +193,7 @@ class TermMean(Column):
         self.reset()
         self.by_callback = not train_metrics
     def after_loss(self, learn):
-        if self.by_callback and learn.training: self.add(learn)
+        if self.by_callback and learn.training and len(learn.yb): self.add(learn)   # a batch without target makes no step
 
 # %% ../nbs/03_barlow_twins.ipynb #282e12f6
 def at_once(loss:Tensor # scalar
@@ -200,11 +201,16 @@ def at_once(loss:Tensor # scalar
     "Can this number be looked at without waiting?"
     return loss.device.type == "cpu"
 
+@patch(as_prop=True)
+def guard(self:BarlowTwins):
+    "The callback that takes over where a loss is no number, if the Learner has one"
+    return first(cb for cb in self.learn.cbs if cb.run and hasattr(type(cb), "bad_loss"))
+
 @patch
 def watch(self:BarlowTwins, loss:Tensor, *zs:Tensor):
     "See to it that a loss that is no number is noticed, now or within 100 batches; raises `FloatingPointError`"
-    if at_once(loss): return check_loss(loss, {f"z{i}": z for i,z in enumerate(zs, 1)}, True)
-    if not self.training: return
+    if at_once(loss): return check_loss(loss, {f"z{i}": z.detach() for i,z in enumerate(zs, 1)}, True)
+    if not self.training or self.guard is not None: return
     self.running = loss.detach() + (0 if self.running is None else self.running)
     if self.iter % 100 == 99: self.look_back()
 

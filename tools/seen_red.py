@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, TRAIN, RECIPE, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, RESUME, CKPT = (f"self_supervised_bt/{n}.py" for n in (
-    "losses", "augmentations", "layers", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports",
-    "data", "resume", "checkpoints"))
+LOSSES, AUGS, LAYERS, BT, MIXED, TRAIN, RECIPE, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, FOLDERS, RESUME, GUARD, DIST, CKPT, RUNS = (
+    f"self_supervised_bt/{n}.py" for n in (
+        "losses", "augmentations", "layers", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports",
+        "data", "folders", "resume", "guard", "distributed", "checkpoints", "runs"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
@@ -67,9 +68,9 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("mixed: the script's target in the paper's place", MIXED, 'if self.target == "paper"', 'if self.target != "paper"', "equal_the_formula"),
     ("mixed: one permutation for all batches", MIXED, "torch.randperm(len(v1), device=v1.device)", "torch.arange(len(v1), device=v1.device)",
      "loss_is_that_of_the_mixture"),
-    ("terms: training batches not counted", BT, "if self.by_callback and learn.training: self.add(learn)", "pass", "terms_are_means"),
+    ("terms: training batches not counted", BT, "if self.by_callback and learn.training and len(learn.yb): self.add(learn)", "pass", "terms_are_means"),
     ("terms: left among the metrics", BT, "if not isinstance(m, Column)", "if True", "terms_are_means"),
-    ("nan: reaches the weights", BT, "if at_once(loss): return check_loss(loss, {f\"z{i}\": z for i,z in enumerate(zs, 1)}, True)", "return", "nan_is_named"),
+    ("nan: reaches the weights", BT, "if at_once(loss): return check_loss(loss, {f\"z{i}\": z.detach() for i,z in enumerate(zs, 1)}, True)", "return", "nan_is_named"),
     ("nan: never noticed on an accelerator", BT, "def after_train(self): self.look_back()", "def after_train(self): pass", "noticed_later"),
     ("search: dies of a nan", BT, "if self.cb.learn._grab_cbs(LRFinder)", "if False", "search_that_goes_too_far"),
     ("predictor: on both branches", BT, "return torch.cat([self.predictor(z1), z2])", "return self.predictor(z)", "predictor_works"),
@@ -136,6 +137,25 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
+    ("guard: buffers stay spoilt", GUARD, "    self.kept_buffers.put_back(dict(self.model.named_buffers()))\n", "", "every_fault_is_named"),
+    ("guard: bad gradients stay for the next fit", GUARD, "    for g in grads: g.detach_().zero_()\n", "", "every_fault_is_named"),
+    ("guard: gradients not looked at", GUARD, "grads_ok = not grads or", "grads_ok = True or", "every_fault_is_named"),
+    ("guard: the device's step is not undone", GUARD, "        if self.now is not None: self.settle_state()\n", "", "every_fault_is_named"),
+    ("guard: steps go on after the first bad one", GUARD, "e.good = e.good & self.good", "pass", "every_fault_is_named"),
+    ("guard: the search runs a batch through BatchNorm for good", GUARD, "for b,was in kept: b.copy_(was)", "pass", "search_leaves_no_trace"),
+    ("guard: the search draws random numbers", GUARD, "with untouched(device): yield", "yield", "search_leaves_no_trace"),
+    ("guard: a module accused for what came in", GUARD, "if fine.pop() and not found", "if (fine.pop() or True) and not found", "between_modules"),
+    ("guard: a module's own weights do not count", GUARD, 'or c["name"] in bad)]', ')]', "own_weights_alone"),
+    ("guard: a module on the way instead of the one that made the gradient", GUARD, "all(c[\"outs\"]) and (not all(c[\"ins\"])", "True and (not all(c[\"ins\"])",
+     "between_modules"),
+    ("guard: names of another batch", GUARD, "order[at:at+bs]", "order[:bs]", "names_are_those"),
+    ("guard: names of an order begun in between", GUARD, "if self.sequence is None: self.sequence", "self.sequence", "names_are_those"),
+    ("guard: a step waits", GUARD, "    self.pending.append(e)", "    self.pending.append(e); e.good.item()", "no_step_waits"),
+    ("guard: a skipped loss is counted", GUARD, "    self.learn.yb = ()   # fastai", "    pass   # fastai", "columns_stay_numbers or equals_training_without"),
+    ("guard: the scaler's infinite gradients end the fit", GUARD, "grads = [] if self.scaled else", "grads =", "scaler_does_its_work"),
+    ("guard: the loss speaks before it", BT, "if self.cb.guard is None: raise", "raise", "every_fault_is_named"),
+    ("guard: the old watch speaks before it", BT, " or self.guard is not None: return", ": return", "watch_in_the_loss_steps_aside"),
+    ("guard: a process goes its own way", GUARD, "    if not shared: return ok\n", "    return ok\n", "processes_agree"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
     ("recipe: LARS divides by the gradient alone", TRAIN, "torch._foreach_norm(t)) for t in (ps, u)", "torch._foreach_norm(t)) for t in (ps, [p.grad for p in ps])",
      "published_algorithm"),
