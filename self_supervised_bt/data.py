@@ -148,7 +148,7 @@ def folder_labels(files:list # image files
     return torch.tensor([index[n] for n in names]),classes
 
 # %% ../nbs/07_data.ipynb #771e72e9
-REASONS = ("cannot be opened", "empty file", "not an image", "no pixels", "too many pixels", "truncated", "damaged", "unknown range")
+REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
 
 class BadImage(ValueError):
     "A file that holds no usable image; `reason` is one of `REASONS`"
@@ -172,7 +172,6 @@ def _opened(file):
     "An image whose header is in order; what goes wrong with it becomes a `BadImage`"
     try:
         with Image.open(file) as im:
-            if 0 in im.size: raise _bad(file, "no pixels", f"{im.width}x{im.height}")
             if im.mode == "F" or im.mode == "I" and im.format != "PNG":
                 raise _bad(file, "unknown range", f"mode {im.mode}, save it with 8 or 16 bits a channel")
             yield im
