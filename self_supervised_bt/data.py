@@ -32,6 +32,7 @@ from torch import Tensor
 # %% ../nbs/07_data.ipynb #4291800b
 class ImageTensors:
     "Images, and labels if there are any, held as tensors; an item is `(image,)` or `(image, label)`"
+    draws_nothing = True   # an item takes no random number: who skips items misses none
     def __init__(self,
                  x:Tensor,      # (N,C,H,W) images, uint8 or float in [0,1]
                  y:Tensor=None, # (N,) class indices, or (N,classes) zeros and ones where an image may have several

@@ -94,7 +94,7 @@ class FileNames:
 # %% ../nbs/07a_folders.ipynb #bebfdd76
 class ImageFiles:
     "Image files, and labels if there are any; an item is `(image,)` or `(image, label)`, a list of indices gives a batch"
-    draws_nothing = True   # reading an item takes no random number
+    draws_nothing = True   # an item takes no random number: who skips items misses none
     def __init__(self,
                  files,         # `FileNames`, or image files
                  size:int,      # height and width, pixels

@@ -243,7 +243,7 @@ def test_files_of_a_tree(tmp_path):
     assert found == sorted(["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"], key=Path)
 
 
-def test_loading_takes_no_random_number_and_workers_change_nothing(folder):
+def test_loading_takes_no_random_number_and_workers_change_nothing(folder, quick_end):
     files = list(image_files(folder))*30
     state = torch.get_rng_state()
     x = load_images(files, 16, progress=False, num_workers=0)

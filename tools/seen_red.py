@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
-    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training",
+LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, FOLDERS, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+    "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "folders", "training",
     "checkpoints"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
@@ -136,6 +136,21 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
+    ("files: alpha dropped", DATA, 'if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:', "if False:", "laid_on_white"),
+    ("files: 16 bits clipped", DATA, 'if im.mode.startswith("I"):', "if False:", "sixteen_bits"),
+    ("files: EXIF forgotten", DATA, "try: ImageOps.exif_transpose(im, in_place=True)", "try: pass", "turned_upright"),
+    ("files: JPEG decoded whole", DATA, "        im.draft(mode, (size, size))\n", "", "close_to_the_size"),
+    ("files: resized without antialiasing", DATA, "antialias=True", "antialias=False", "square_is_pillows"),
+    ("files: a folder entered twice", DATA, "if (at.st_dev, at.st_ino) in seen: continue", "if len(seen) > 50: break", "files_of_a_tree"),
+    ("files: loading draws a random number", DATA, "generator=torch.Generator())", "generator=None)", "takes_no_random_number"),
+    ("files: STL-10 by rows", DATA, "torch.from_numpy(np.ascontiguousarray(ds.data))", "torch.from_numpy(np.ascontiguousarray(ds.data.transpose(0, 1, 3, 2)))", "stl10"),
+    ("folders: a broken file ends training", FOLDERS, 'if self.bad == "raise": raise', "raise", "ends_and_lists_them"),
+    ("folders: workers keep what they found", FOLDERS, ".share_memory_()", "", "ends_and_lists_them"),
+    ("folders: a label stays with the broken file", FOLDERS, "used.append(j)", "used.append(k)", "image_that_is_used"),
+    ("folders: names of files that were not used", FOLDERS, "return [self.files[next(self._usable(int(i)), i)] for i in idxs]", "return [self.files[int(i)] for i in idxs]",
+     "takes_the_place"),
+    ("folders: truncated files pass the full check", FOLDERS, "if full: read_image(f, 8)", "if False: pass", "test_checks"),
+    ("folders: an exported Learner names the files", FOLDERS, "return type(self)([], self.size", "return type(self)(self.files, self.size", "keeps_no_files"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
 ]
 
