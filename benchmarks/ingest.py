@@ -173,7 +173,9 @@ def many(root, a):
     for i in range(0, a.files, 1000): (folder/f"{i//1000:04}").mkdir(parents=True)
     one = io.BytesIO()
     Image.new("RGB", (8, 8), "teal").save(one, "jpeg")
-    for i in range(a.files): (folder/f"{i//1000:04}"/f"an_image_with_a_name_of_common_length_{i:07}.jpg").write_bytes(one.getvalue() if i % 1000 else b"")
+    for i in range(a.files):
+        f = folder/f"{i//1000:04}"/f"an_image_with_a_name_of_common_length_{i:07}.jpg"
+        f.write_bytes(one.getvalue() if i % 1000 else b"")
     for names in ("in one block", "as Python text"):
         start = time.perf_counter()
         dls = unlabelled_dls(folder, 8, bs=a.batch, num_workers=2, device="cpu")
@@ -195,10 +197,12 @@ def main():
     p.add_argument("--photos", type=int, default=1024, help="images of 500x375 px")
     p.add_argument("--files", type=int, default=100_000, help="tiny files to index")
     p.add_argument("--batch", type=int, default=256, help="images a batch")
+    p.add_argument("--threads", type=int, default=1, help="of PyTorch in the main process, which makes our views")
     p.add_argument("--repeats", type=int, default=5, help="turns of every contender")
     p.add_argument("--epochs", type=int, default=5, help="over the tiny files")
     p.add_argument("--only", nargs="+", choices=["ingest", "decoders", "index"], default=["ingest", "decoders", "index"])
     a = p.parse_args()
+    torch.set_num_threads(a.threads)
     print(machine("torchvision", "pillow", "lightly"), "\n")
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)

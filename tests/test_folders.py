@@ -27,9 +27,9 @@ def spoil(root, files):
     for f in (png, jpg): noise.save(f)
     Image.new("1", (14000, 14000)).save(root/"bomb.png")
     Image.new("F", (9, 9)).save(root/"float.tif")
-    contents = {"empty file": b"", "not an image": b"just text", "not an image, html": b"<html>not found</html>", "truncated": jpg.read_bytes()[:-300],
-                "truncated, png": png.read_bytes()[:-300], "too many pixels": (root/"bomb.png").read_bytes(),
-                "unknown range": (root/"float.tif").read_bytes(), "cannot be opened": None}
+    contents = {"empty file": b"", "not an image": b"just text", "not an image, html": b"<html>not found</html>",
+                "truncated": jpg.read_bytes()[:-300], "truncated, png": png.read_bytes()[:-300],
+                "too many pixels": (root/"bomb.png").read_bytes(), "unknown range": (root/"float.tif").read_bytes(), "cannot be opened": None}
     for f, data in zip(files, contents.values(), strict=True):
         f.unlink()
         if data is None: f.symlink_to(root/"nowhere")
@@ -181,8 +181,8 @@ def test_names_of_any_kind():
 
 def test_what_is_asked_for_wrongly(wild, folder, tmp_path):
     root = wild[0]
-    for kwargs, words in [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"), (dict(size=0), "size must"),
-                          (dict(n_in=4), "n_in must"), (dict(labels=True, bs=8), "at least two folders")]:
+    for kwargs, words in [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
+                          (dict(size=0), "size must"), (dict(n_in=4), "n_in must"), (dict(labels=True, bs=8), "at least two folders")]:
         with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{"size": 8, "bs": 16, "device": "cpu", **kwargs})
     with pytest.raises(FileNotFoundError, match="not a folder"): unlabelled_dls(tmp_path/"nowhere", 8)
     (tmp_path/"none").mkdir()
