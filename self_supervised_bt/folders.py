@@ -136,12 +136,13 @@ class ImageFiles:
             used.append(j)
         return (x,) if self.y is None else (x, self.y[used])
 
+# %% ../nbs/07a_folders.ipynb #fb9d96a6
 class FilesDL(TfmdDL):
     "A fastai `DataLoader` that reads a whole batch of `ImageFiles` at once"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
 
-# %% ../nbs/07a_folders.ipynb #daad88a9
+# %% ../nbs/07a_folders.ipynb #96505592
 def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, or image files
                    size:int,            # height and width at which images are kept, pixels: views are cut from these
                    bs:int=256,          # images a batch
@@ -176,4 +177,5 @@ def bad_images(dls:DataLoaders # of `unlabelled_dls`
               )->ImageReport:  # complete after an epoch
     "The files met so far that hold no usable image"
     sets = [dl.dataset for dl in dls.loaders]
+    if not all(isinstance(ds, ImageFiles) for ds in sets): raise TypeError("dls must come from unlabelled_dls: others keep no list of broken files")
     return ImageReport([f for ds in sets for f in ds.files], torch.cat([ds.codes for ds in sets]))
