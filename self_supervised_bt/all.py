@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, resume, guard, checkpoints
+from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, checkpoints
 from .augmentations import *
 from .layers import *
 from .losses import *
@@ -20,8 +20,9 @@ from .diagnostics import *
 from .doctor import *
 from .reports import *
 from .data import *
+from .folders import *
 from .resume import *
 from .guard import *
 from .checkpoints import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, resume, guard, checkpoints) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, checkpoints) for name in m.__all__]

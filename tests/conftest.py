@@ -1,4 +1,6 @@
 "Small real inputs, made on the spot"
+import gc
+
 import matplotlib
 import numpy as np
 import pytest
@@ -62,3 +64,11 @@ def folder(tmp_path):
         pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((8, 8, 1))) + (0 if i % 2 else 127)
         Image.fromarray(pixels.astype(np.uint8)).save(f)
     return tmp_path/"pictures"
+
+
+@pytest.fixture
+def quick_end(monkeypatch):
+    "Without it PyTorch waits 5 seconds for every worker process of a loader that ended in an error"
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", .1)
+    yield
+    gc.collect()

@@ -1,12 +1,24 @@
 "Images in, weights out"
+import functools
+import hashlib
+import http.server
+import io
 import os
+import pickle
+import socketserver
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.core import imagenet_stats
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
@@ -14,7 +26,8 @@ from torch import nn
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.checkpoints import load_encoder, save_encoder
-from self_supervised_bt.data import digits, digits_dls, folder_labels, image_files, load_images, tensor_dls, train_test_split
+from self_supervised_bt.data import (TINY_IMAGENET, BadImage, digits, digits_dls, folder_labels, image_files, known_dls, known_images, load_images,
+    read_image, tensor_dls, train_test_split)
 from self_supervised_bt.evaluation import encode
 
 
@@ -61,18 +74,277 @@ def test_folder(folder):
     assert x[y == 0].float().mean() < 80 < 170 < x[y == 1].float().mean()        # rows and files belong together
 
 
-def test_images_are_read_upright_square_and_in_the_mode_asked_for(tmp_path):
-    left = np.zeros((20, 40, 3), dtype=np.uint8); left[:, :20] = 255
-    exif = Image.Exif(); exif[0x0112] = 6                                        # shown turned by 90 degrees
-    Image.fromarray(left).save(tmp_path/"turned.jpg", exif=exif, quality=95)
-    Image.fromarray(left).convert("P").save(tmp_path/"palette.png")
-    Image.fromarray(left).convert("CMYK").save(tmp_path/"print.jpg")
-    Image.fromarray(np.dstack([left, left[..., :1]])).save(tmp_path/"alpha.png")
-    x = dict(zip([f.name for f in image_files(tmp_path)], load_images(image_files(tmp_path), 16, progress=False)))
-    assert x["turned.jpg"][0, :6].float().mean() > 200 and x["turned.jpg"][0, -6:].float().mean() < 50
-    for name in ("palette.png", "print.jpg", "alpha.png"):
-        assert x[name][0, :, :6].float().mean() > 200 and x[name][0, :, -6:].float().mean() < 50
-    assert load_images(image_files(tmp_path), 8, n_in=1, progress=False).shape == (4, 1, 8, 8)
+# Images from files, against Pillow's own resize and the definitions of the formats
+
+def pixels(w=13, h=9, c=3, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (h, w, c) if c else (h, w)).astype(dtype)
+
+
+def centre(a):
+    m, (h, w) = min(a.shape[:2]), a.shape[:2]
+    return a[(h-m)//2:(h-m)//2+m, (w-m)//2:(w-m)//2+m]
+
+
+def read_whole(file, n_in=3):
+    "The centred square as it is, (size,size,n_in)"
+    with Image.open(file) as im: m = min(im.size)
+    return read_image(file, m, n_in).permute(1, 2, 0).numpy().astype(int)
+
+
+def on_white(colour, alpha): return colour*(alpha/255.) + 255*(1 - alpha/255.)
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 16), (30, 40, 30), (20, 20, 33), (91, 17, 16)])
+def test_the_resized_square_is_pillows(tmp_path, shape):
+    w, h, size = shape
+    a = pixels(w, h)
+    Image.fromarray(a).save(tmp_path/"a.png")
+    want = np.asarray(Image.fromarray(centre(a)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+    got = read_image(tmp_path/"a.png", size)
+    assert got.shape == (3, size, size) and got.dtype == torch.uint8 and np.abs(got.permute(1, 2, 0).numpy() - want).max() <= 1
+    grey = np.asarray(Image.fromarray(centre(a)).convert("L").resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(read_image(tmp_path/"a.png", size, 1)[0].numpy() - grey).max() <= 1
+
+
+def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
+    smooth = np.asarray(Image.fromarray(pixels(8, 6)).resize((400, 304), Image.Resampling.BICUBIC))
+    Image.fromarray(smooth).save(tmp_path/"a.jpg", quality=95)
+    decoded = []
+    from PIL import ImageOps
+    upright = ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda im, **kwargs: decoded.append(im.size) or upright(im, **kwargs))
+    for size in (20, 37, 70, 140, 200):
+        want = np.asarray(Image.fromarray(centre(smooth)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - want).mean() < 2
+    assert decoded == [(50, 38), (50, 38), (100, 76), (200, 152), (400, 304)]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_pictures_are_turned_upright(tmp_path, ending):
+    shown = np.kron(np.array([[250, 5], [120, 60]], dtype=np.uint8), np.ones((16, 16), np.uint8))[..., None].repeat(3, 2)
+    stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1], 5: shown.transpose(1, 0, 2), 6: np.rot90(shown),
+              7: shown[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(shown, -1)}   # what a viewer must undo: Exif 2.3, tag 0x0112
+    for value, a in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = value
+        Image.fromarray(np.ascontiguousarray(a)).save(tmp_path/f"a.{ending}", exif=exif, **({"quality": 95} if ending in ("jpg", "webp") else {}))
+        assert np.abs(read_whole(tmp_path/f"a.{ending}") - shown.astype(int))[4:-4:8, 4:-4:8].max() < 12, value
+
+
+def test_damaged_notes_do_not_cost_the_picture(tmp_path):
+    Image.fromarray(pixels()).save(tmp_path/"a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
+    Image.fromarray(pixels()).save(tmp_path/"b.jpg")
+    assert torch.equal(read_image(tmp_path/"a.jpg", 8), read_image(tmp_path/"b.jpg", 8))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P bytes", "P index", "RGB key", "L key"])
+def test_transparency_is_laid_on_white(tmp_path, kind):
+    colour, alpha, file = pixels(), pixels(c=0), tmp_path/"a.png"
+    grey = colour[..., 0]
+    if kind == "RGBA":
+        Image.fromarray(np.dstack([colour, alpha])).save(file)
+        want = on_white(colour, alpha[..., None])
+    elif kind == "LA":
+        Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]).save(file)
+        want = on_white(grey, alpha)[..., None].repeat(3, 2)
+    elif kind.startswith("P"):
+        palette, index = pixels(16, 16).reshape(256, 3), grey
+        im = Image.frombytes("P", index.shape[::-1], index.tobytes())
+        im.putpalette(palette.tobytes())
+        opacity = np.full(256, 255)
+        if kind == "P bytes": opacity[:] = np.arange(256)[::-1]
+        else: opacity[index[0, 5]] = 0
+        im.save(file, transparency=bytes(opacity.astype(np.uint8)) if kind == "P bytes" else int(index[0, 5]))
+        want = on_white(palette[index], opacity[index][..., None])
+    elif kind == "RGB key":
+        Image.fromarray(colour).save(file, transparency=tuple(int(v) for v in colour[2, 6]))
+        want = on_white(colour, np.where((colour == colour[2, 6]).all(-1), 0, 255)[..., None])
+    else:
+        Image.fromarray(grey).save(file, transparency=int(grey[2, 6]))
+        want = on_white(grey, np.where(grey == grey[2, 6], 0, 255))[..., None].repeat(3, 2)
+    assert np.abs(read_whole(file) - centre(want)).max() <= 1
+
+
+def png(w, h, bits, colour, rows):
+    "A PNG file from its definition (RFC 2083)"
+    def chunk(kind, body): return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
+
+
+def test_sixteen_bits(tmp_path):
+    a = pixels(9, 9, c=0, dtype=np.uint16)
+    a.flat[:4] = 0, 65535, 255, 256
+    want = np.round(a/257.)
+    (tmp_path/"grey.png").write_bytes(png(9, 9, 16, 0, b"".join(b"\0" + r.astype(">u2").tobytes() for r in a)))
+    Image.fromarray(a).save(tmp_path/"grey.tif")
+    Image.frombytes("I;16B", (9, 9), a.astype(">u2").tobytes()).save(tmp_path/"big.tif")
+    for name in ("grey.png", "grey.tif", "big.tif"):
+        assert (read_whole(tmp_path/name, 1)[..., 0] == want).all() and (read_whole(tmp_path/name) == want[..., None]).all(), name
+    colour = pixels(9, 9, dtype=np.uint16)
+    (tmp_path/"rgb.png").write_bytes(png(9, 9, 16, 2, b"".join(b"\0" + r.astype(">u2").tobytes() for r in colour)))
+    assert (read_whole(tmp_path/"rgb.png") == colour >> 8).all()
+
+
+def test_other_modes(tmp_path):
+    a, file = pixels(9, 9), tmp_path/"a.tif"
+    bits = a[..., 0] > 127
+    Image.fromarray(bits).save(file)
+    assert (read_whole(file) == 255*bits[..., None]).all()
+    ink = pixels(9, 9, 4)
+    Image.frombytes("CMYK", (9, 9), ink.tobytes()).save(file)
+    assert np.abs(read_whole(file) - (255. - ink[..., :3])*(255. - ink[..., 3:])/255).max() <= 1
+    Image.frombytes("CMYK", (64, 64), np.full((64, 64, 4), (200, 100, 20, 50), np.uint8).tobytes()).save(tmp_path/"a.jpg", quality=95)
+    assert np.abs(read_image(tmp_path/"a.jpg", 8).permute(1, 2, 0).numpy() - np.array([44.2, 124.6, 188.9])).max() <= 3
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path/"a.gif", save_all=True, append_images=frames[1:])
+    assert (read_whole(tmp_path/"a.gif") == [255, 0, 0]).all()
+    for mode in ("F", "I"):
+        Image.new(mode, (9, 9)).save(file)
+        with pytest.raises(BadImage, match="unknown range"): read_image(file, 8)
+
+
+def test_reasons(tmp_path):
+    whole = {}
+    for ending in ("png", "jpg", "gif", "tif", "bmp"):
+        Image.fromarray(pixels(40, 50)).save(tmp_path/f"a.{ending}")
+        whole[ending] = (tmp_path/f"a.{ending}").read_bytes()
+    flipped = bytearray(whole["png"])
+    for i in (2000, 3000): flipped[i] ^= 255
+    files = {"empty.jpg": (b"", "empty file"), "text.jpg": (b"hello", "not an image"), "page.png": (b"<html>404</html>", "not an image"),
+             "claims.png": (png(60000, 60000, 8, 0, b""), "too many pixels"), "nothing.png": (png(0, 9, 8, 2, b""), "not an image"),
+             "flipped.png": (bytes(flipped), "damaged"), "head.jpg": (whole["jpg"][:200], "truncated"),
+             **{f"cut.{k}": (v[:len(v)//2], "truncated") for k, v in whole.items()}}
+    for name, (data, reason) in files.items():
+        (tmp_path/name).write_bytes(data)
+        with pytest.raises(BadImage, match=f"{name} cannot be read as an image .{reason}") as e: read_image(tmp_path/name, 8)
+        assert e.value.reason == reason
+    (tmp_path/"link.jpg").symlink_to(tmp_path/"nowhere")
+    (tmp_path/"folder.jpg").mkdir()
+    for name in ("link.jpg", "folder.jpg"):
+        with pytest.raises(BadImage, match="cannot be opened"): read_image(tmp_path/name, 8)
+    Image.new("1", (14000, 14000)).save(tmp_path/"bomb.png")   # 25 kB on disk, 600 MB as RGB
+    with pytest.raises(BadImage, match="too many pixels"): read_image(tmp_path/"bomb.png", 8)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES and Image.MAX_IMAGE_PIXELS   # Pillow's switches are as they were
+
+
+def test_files_of_a_tree(tmp_path):
+    names = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "a/.5.png", ".hidden/6.png", "a/7.txt", "b.png"]
+    for n in names:
+        (tmp_path/"t"/n).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"t"/n).touch()
+    (tmp_path/"t/a/up").symlink_to(tmp_path/"t")             # leads back
+    (tmp_path/"t/0").symlink_to(tmp_path/"t/b")              # a folder that is there under its own name
+    (tmp_path/"elsewhere").mkdir()
+    (tmp_path/"elsewhere/8.png").touch()
+    (tmp_path/"t/linked").symlink_to(tmp_path/"elsewhere")   # new
+    (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # dangling: a file that will not open
+    found = [str(f.relative_to(tmp_path/"t")) for f in image_files(tmp_path/"t")]
+    assert found == sorted(["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"], key=Path)
+
+
+def test_loading_takes_no_random_number_and_workers_change_nothing(folder, quick_end):
+    files = list(image_files(folder))*30
+    state = torch.get_rng_state()
+    x = load_images(files, 16, progress=False, num_workers=0)
+    assert torch.equal(x, load_images(files, 16, progress=False, num_workers=2)) and torch.equal(state, torch.get_rng_state())
+    (folder/"dark/zz.jpg").write_bytes(b"no picture")
+    with pytest.raises(BadImage, match="zz.jpg cannot be read"): load_images([*files, folder/"dark/zz.jpg"], 8, progress=False, num_workers=2)
+
+
+# Data sets by name: their formats on disk, small, over loopback where they are downloaded
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    "A web server for the files in a folder"
+    (tmp_path/"www").mkdir()
+    monkeypatch.setenv("no_proxy", "*")
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path/"www"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path/"www", f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+
+
+def md5(data): return hashlib.md5(data).hexdigest()
+
+
+def archive(folder, files):
+    with tarfile.open(folder, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(tmp_path, served, monkeypatch, name):
+    import torchvision.datasets as sets
+    www, address = served
+    kind, label = (sets.CIFAR10, "labels") if name == "cifar10" else (sets.CIFAR100, "fine_labels")
+    batches, rng = [b[0] for b in kind.train_list], np.random.default_rng(0)
+    rows = {b: rng.integers(0, 256, (12, 3072), dtype=np.uint8) for b in [*batches, kind.test_list[0][0]]}
+    files = {b: pickle.dumps({"data": r, label: [int(v) % 10 for v in r[:, 0]]}) for b, r in rows.items()}
+    meta = pickle.dumps({kind.meta["key"]: [str(i) for i in range(10)]})
+    archive(www/kind.filename, {f"{kind.base_folder}/{b}": data for b, data in [*files.items(), (kind.meta["filename"], meta)]})
+    for a, v in dict(url=address + kind.filename, tgz_md5=md5((www/kind.filename).read_bytes()), train_list=[[b, md5(files[b])] for b in batches],
+                     test_list=[[b, md5(files[b])] for b in files if b not in batches], meta={**kind.meta, "md5": md5(meta)}).items():
+        monkeypatch.setattr(kind, a, v)
+    for part, names in (("train", batches), ("unlabelled", batches), ("test", [kind.test_list[0][0]])):
+        x, y = known_images(name, part, tmp_path/"data")
+        want = np.concatenate([rows[b] for b in names])
+        assert x.dtype == torch.uint8 and x.is_contiguous() and (x.flatten(1).numpy() == want).all()      # a row is red, green, blue
+        assert y is None if part == "unlabelled" else (y.numpy() == want[:, 0] % 10).all()
+    dls = known_dls(name, 8, tmp_path/"data", labels=True, device="cpu")
+    assert dls.c == 10 and len(known_dls(name, 8, tmp_path/"data", device="cpu").one_batch()) == 1
+
+
+def test_stl10(tmp_path, monkeypatch):
+    from torchvision.datasets import STL10
+    home, rng = tmp_path/STL10.base_folder, np.random.default_rng(0)
+    home.mkdir()
+    x = {k: rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8) for k, n in (("train", 4), ("test", 3), ("unlabeled", 6))}
+    for k, a in x.items(): (home/f"{k}_X.bin").write_bytes(a.transpose(0, 1, 3, 2).tobytes())             # column by column
+    for k in ("train", "test"): (home/f"{k}_y.bin").write_bytes(bytes(range(1, len(x[k]) + 1)))          # classes count from 1
+    for part in ("train_list", "test_list"): monkeypatch.setattr(STL10, part, [[f, md5((home/f).read_bytes())] for f, _ in getattr(STL10, part)])
+    train, y = known_images("stl10", "train", tmp_path)
+    assert (train.numpy() == x["train"]).all() and y.tolist() == [0, 1, 2, 3] and train.is_contiguous()
+    every, none = known_images("stl10", "unlabelled", tmp_path)
+    assert (every.numpy() == np.concatenate([x["train"], x["unlabeled"]])).all() and none is None
+    assert (known_images("stl10", "test", tmp_path)[0].numpy() == x["test"]).all()
+    assert len(known_dls("stl10", 4, tmp_path, device="cpu", valid_pct=.2).train_ds) == 8
+
+
+def test_tiny_imagenet(tmp_path, served, monkeypatch):
+    www, address = served
+    classes = ["n03", "n01", "n02"]
+    with zipfile.ZipFile(www/"tiny-imagenet-200.zip", "w") as z:
+        def add(name, data): z.writestr(f"tiny-imagenet-200/{name}", data)
+        def picture(level, mode="RGB"):
+            b = io.BytesIO()
+            Image.new(mode, (64, 64), level if mode == "L" else (level,)*3).save(b, "jpeg")
+            return b.getvalue()
+        add("wnids.txt", "\n".join(classes))
+        for k, c in enumerate(classes):
+            for i in range(2): add(f"train/{c}/images/{c}_{i}.JPEG", picture(80*k + 10*i, "L" if i else "RGB"))   # some of its files are grey
+            add(f"train/{c}/{c}_boxes.txt", "")
+            add(f"val/images/val_{k}.JPEG", picture(80*k + 5))
+        add("val/val_annotations.txt", "".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t62\n" for k, c in enumerate(classes)))
+        add("test/images/test_0.JPEG", picture(0))
+    monkeypatch.setitem(TINY_IMAGENET, "url", address + "tiny-imagenet-200.zip")
+    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")                    # the sum is checked
+    monkeypatch.setitem(TINY_IMAGENET, "md5", md5((www/"tiny-imagenet-200.zip").read_bytes()))
+    x, y = known_images("tinyimagenet", "train", tmp_path/"data")
+    assert x.shape == (6, 3, 64, 64) and y.tolist() == [0, 0, 1, 1, 2, 2] and x[:, 0, 0, 0].tolist() == [80, 90, 160, 170, 0, 10]
+    x, y = known_images("tinyimagenet", "test", tmp_path/"data")
+    assert y.tolist() == [2, 0, 1] and x[:, 0, 0, 0].tolist() == [5, 85, 165]
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="name must be one of cifar10"): known_images("imagenet", root=tmp_path)
+    with pytest.raises(ValueError, match="part must be"): known_images("cifar10", "valid", tmp_path)
 
 
 def test_bad_folders_and_tensors(tmp_path, folder):
@@ -119,7 +391,7 @@ def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
 def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
-    monkeypatch.setattr("self_supervised_bt.checkpoints.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("self_supervised_bt.resume.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 

@@ -1,0 +1,191 @@
+"Folders of images, broken files among them"
+import csv
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.distributed import DistributedDL
+from fastai.learner import Learner, load_learner
+from fastai.torch_core import TensorImage, TensorImageBW
+from PIL import Image, ImageFile
+
+from conftest import small_model
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins
+from self_supervised_bt.data import BadImage
+from self_supervised_bt.folders import FileNames, bad_images, check_images, unlabelled_dls
+
+
+def spoil(root, files):
+    "Files of eight kinds that hold no image, in the place of some that do"
+    png, jpg = root/"whole.png", root/"whole.jpg"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    for f in (png, jpg): noise.save(f)
+    Image.new("1", (14000, 14000)).save(root/"bomb.png")
+    Image.new("F", (9, 9)).save(root/"float.tif")
+    contents = {"empty file": b"", "not an image": b"just text", "not an image, html": b"<html>not found</html>",
+                "truncated": jpg.read_bytes()[:-300], "truncated, png": png.read_bytes()[:-300],
+                "too many pixels": (root/"bomb.png").read_bytes(), "unknown range": (root/"float.tif").read_bytes(), "cannot be opened": None}
+    for f, data in zip(files, contents.values(), strict=True):
+        f.unlink()
+        if data is None: f.symlink_to(root/"nowhere")
+        else: f.write_bytes(data)
+    for name in ("whole.png", "whole.jpg", "bomb.png", "float.tif"): (root/name).unlink()
+    return {str(f): reason.split(",")[0] for f, reason in zip(files, contents)}
+
+
+@pytest.fixture
+def wild(tmp_path):
+    "160 pictures of one grey level each, their number, in nested folders; 8 of them broken"
+    files = [tmp_path/"wild"/"ab"[i % 2]/"deep"/f"{i:03}.png" for i in range(160)]
+    for i, f in enumerate(files):
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (10, 12), i).save(f)
+    broken = spoil(tmp_path, [files[i] for i in (0, 17, 18, 60, 61, 62, 100, 159)])
+    return tmp_path/"wild", broken
+
+
+def levels(x): return (x[:, 0, 0, 0]*255).round().long().tolist()
+
+
+def in_a_row(root): return sorted(root.rglob("*.png"), key=lambda f: f.name)
+
+
+class Sizes(Callback):
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.seen.append(len(self.x))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_on_broken_files_ends_and_lists_them(wild, workers):
+    root, broken = wild
+    dls = unlabelled_dls(root, 8, bs=16, num_workers=workers, device="cpu")
+    sizes = Sizes()
+    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None, backend="fused")), sizes])
+    learn.logger = lambda *_: None
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(2)
+    assert sizes.seen == [16]*20 and not any(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+    assert dict(bad_images(dls).bad) == broken and bad_images(dls).counts["truncated"] == 2
+    assert all(np.isfinite(learn.recorder.losses))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_readable_image_takes_the_place(wild, workers):
+    root, broken = wild
+    files = in_a_row(root)
+    dls = unlabelled_dls(files, 8, bs=32, valid_pct=0, num_workers=workers, labels=False, device="cpu")
+    dls.train.shuffle = False
+    want = list(range(160))
+    for i, j in {0: 1, 17: 19, 18: 19, 60: 63, 61: 63, 62: 63, 100: 101, 159: 1}.items(): want[i] = j   # round the end
+    for _ in range(2): assert sum((levels(x) for x, in dls.train), []) == want
+    assert dls.train_ds.names(range(160)) == [str(files[i]) for i in want]
+
+
+def test_labels_go_with_the_image_that_is_used(folder):
+    for i in (33, 35, 37, 39): (folder/f"dark/{i}.png").write_bytes(b"")   # the last of their class: the next images are light
+    dls = unlabelled_dls(folder, 8, bs=10, valid_pct=.25, labels=True, num_workers=0, device="cpu")
+    assert dls.vocab == ["dark", "light"] and dls.c == 2 and type(dls.train_ds.loss_func).__name__.startswith("CrossEntropy")
+    for dl in dls.loaders:
+        for x, y in dl: assert ((x.as_subclass(torch.Tensor).mean((1, 2, 3)) > .5) == (y == 1)).all()
+    for ds in (dls.train_ds, dls.valid_ds):
+        assert [dls.vocab[i] for i in ds[list(range(len(ds)))][1]] == [Path(f).parent.name for f in ds.names(range(len(ds)))]
+    assert len(unlabelled_dls(folder, 8, bs=10, num_workers=0, device="cpu").one_batch()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_or_the_first_one_stops(wild, quick_end, workers):
+    dls = unlabelled_dls(wild[0], 8, bs=16, bad="raise", num_workers=workers, device="cpu")
+    with pytest.raises(BadImage) as e: list(dls.train)
+    assert any(f in str(e.value) and reason in str(e.value) for f, reason in wild[1].items())
+    assert len(bad_images(dls)) == 0
+
+
+def test_batches(wild):
+    for n_in, kind in ((3, TensorImage), (1, TensorImageBW)):
+        dls = unlabelled_dls(str(wild[0]), 8, bs=16, n_in=n_in, num_workers=0, device="cpu")
+        b = dls.one_batch()
+        assert len(b) == 1 and type(b[0]) is kind and b[0].shape == (16, n_in, 8, 8) and b[0].dtype == torch.float32
+        assert type(dls.train_ds[3][0]) is kind and dls.train_ds[3][0].dtype == torch.uint8
+    assert (len(dls.train_ds), len(dls.valid_ds), len(dls.train), len(dls.valid)) == (144, 16, 9, 1)
+    assert sorted([*dls.train_ds.files, *dls.valid_ds.files]) == sorted(str(f) for f in wild[0].rglob("*.png"))
+
+
+def test_the_order_follows_the_seeds_and_nothing_else(wild):
+    def epochs(workers, seed=0, split=0):
+        random.seed(seed)
+        dls = unlabelled_dls(wild[0], 8, bs=16, seed=split, num_workers=workers, device="cpu")
+        return [sum((levels(x) for x, in dls.train), []) for _ in range(2)], list(dls.valid_ds.files)
+    first, valid = epochs(0)
+    assert epochs(2) == (first, valid) and first[0] != first[1]
+    assert epochs(0, seed=1)[0] != first and epochs(0, seed=1)[1] == valid and epochs(0, split=1)[1] != valid
+
+
+def test_reading_draws_nothing(wild):
+    dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=0, device="cpu")
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert dls.train_ds.draws_nothing
+    dls.train_ds[list(range(100))]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1]) and (np.random.get_state()[1] == states[2]).all()
+
+
+def test_shares_of_several_processes(wild, monkeypatch):
+    monkeypatch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)   # fastai's needs a GPU
+    dls = unlabelled_dls(wild[0], 8, bs=16, valid_pct=0, num_workers=2, device="cpu")
+    dls.train.shuffle = dls.train.drop_last = False
+    seen = []
+    for rank in (0, 1):
+        for x, in DistributedDL(dls.train, rank, 2):
+            assert type(x) is TensorImage and x.dtype == torch.float32
+            seen += levels(x)
+    assert seen == sum((levels(x) for x, in dls.train), []) and len(seen) == 160 and len(bad_images(dls)) == 8
+
+
+def test_an_exported_learner_keeps_no_files(wild, tmp_path):
+    dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=0, device="cpu")
+    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None))])
+    learn.export(tmp_path/"learner.pkl")
+    again = load_learner(tmp_path/"learner.pkl", pickle_module=pickle)
+    assert len(again.dls.train_ds) == 0 and b"deep" not in (tmp_path/"learner.pkl").read_bytes()
+
+
+def test_checks(wild, tmp_path):
+    root, broken = wild
+    full = check_images(root, full=True)
+    assert dict(full.bad) == broken and len(full) == 8 and len(full.good) == 152 and not set(full.good) & set(broken)
+    headers = check_images(root)
+    assert dict(headers.bad) == {f: reason for f, reason in broken.items() if reason != "truncated"}
+    assert full.counts == {"cannot be opened": 1, "empty file": 1, "not an image": 2, "too many pixels": 1, "truncated": 2, "unknown range": 1}
+    assert all(word in repr(full) for word in ["8 of 160 files", "2 truncated", *broken])
+    full.to_csv(tmp_path/"bad.csv")
+    assert list(csv.reader(open(tmp_path/"bad.csv")))[1:] == [list(row) for row in full.bad]
+    many = check_images(list(root.rglob("*.png"))*8, full=True, num_workers=2)
+    assert len(many) == 64 and len(many.names) == 1280 and dict(many.bad) == broken
+    dls = unlabelled_dls(full.good, 8, bs=16, bad="raise", num_workers=0, device="cpu")
+    for dl in dls.loaders: list(dl)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_names_of_any_kind():
+    names = ["a.png", "", "Zürich/ß.png", "x\udcff\udc80.jpg", "long"*200]
+    kept = FileNames(names)
+    assert list(kept) == names and len(kept) == 5 and kept[-2] == names[3]
+    some = kept.take(torch.tensor([3, 0]))
+    assert list(some) == [names[3], names[0]] and some.block is kept.block
+    assert list(pickle.loads(pickle.dumps(kept))) == names and len(FileNames([])) == 0
+
+
+def test_what_is_asked_for_wrongly(wild, folder, tmp_path):
+    root = wild[0]
+    for kwargs, words in [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
+                          (dict(size=0), "size must"), (dict(n_in=4), "n_in must"), (dict(labels=True, bs=8), "at least two folders")]:
+        with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{"size": 8, "bs": 16, "device": "cpu", **kwargs})
+    with pytest.raises(FileNotFoundError, match="not a folder"): unlabelled_dls(tmp_path/"nowhere", 8)
+    (tmp_path/"none").mkdir()
+    with pytest.raises(ValueError, match="no image files"): unlabelled_dls(tmp_path/"none", 8)
+    for f in folder.rglob("*.png"): f.write_bytes(b"")
+    with pytest.raises(BadImage, match="none of the 40 files"): unlabelled_dls(folder, 8, bs=8, valid_pct=0, num_workers=0, device="cpu").one_batch()
