@@ -32,12 +32,12 @@ def test_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys)
 def test_jobs_suit_their_images(folder):
     assert digits_job().x.shape == (1797, 1, 8, 8)
     job = folder_job(str(folder))
-    assert (job.size, job.n_test, job.bs, tuple(job.x.shape)) == (32, 8, 16, (40, 3, 32, 32))
+    assert (job.recipe.size, job.n_test, job.recipe.bs, tuple(job.x.shape)) == (32, 8, 16, (40, 3, 32, 32))
 
 
 @pytest.mark.parametrize("make,words", [
     (lambda f: f/"nowhere", "not a folder"), (lambda f: f/"empty", "no image files"), (lambda f: f/"few", "at least 20"),
-    (lambda f: f/"broken", "cannot be read")])
+    (lambda f: f/"broken", "can be read")])
 def test_bad_folders_end_with_one_line(folder, make, words):
     for name in ("empty", "few", "broken"): (folder/name).mkdir()
     (folder/"few/a.png").write_bytes((folder/"dark/01.png").read_bytes())
