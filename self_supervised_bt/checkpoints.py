@@ -15,6 +15,7 @@ from fastai.data.transforms import Normalize
 from fasttransform import Pipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torchvision.models import ResNet
 
 from .augmentations import CentreResize, CropTfm, NormalizeViews, clean_pipeline
 from .evaluation import encoder_of
@@ -84,6 +85,8 @@ def timm_code(encoder:nn.Module, # of `create_encoder`
     if stem in (True, "keep pool"):
         lines.append(f"model.conv1 = torch.nn.Conv2d({n_in}, {encoder.conv1.out_channels}, 3, padding=1, bias=False)" if isinstance(encoder.conv1, nn.Conv2d)
                      else "for m in model.conv1.modules(): m.stride = (1, 1)")
+    if pool == "catavgmax" and isinstance(encoder, ResNet):
+        lines.append("model.register_forward_hook(lambda m, x, h: h.roll(h.shape[1]//2, 1))   # maxima before means, as it was trained")
     return "\n".join([*lines, f"model.load_state_dict(load_file({file!r}))", "model.eval()", *_input_lines(encoder)]) + "\n"
 
 def _input_lines(encoder):
