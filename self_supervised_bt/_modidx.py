@@ -499,8 +499,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._Processes.__init__': ( 'distributed.html#_processes.__init__',
                                                                                                         'self_supervised_bt/distributed.py'),
-                                                'self_supervised_bt.distributed._Processes.after_fit': ( 'distributed.html#_processes.after_fit',
-                                                                                                         'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._Processes.after_train': ( 'distributed.html#_processes.after_train',
                                                                                                            'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._Processes.before_train': ( 'distributed.html#_processes.before_train',

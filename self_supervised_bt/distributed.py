@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial, wraps
@@ -36,9 +36,9 @@ from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from .barlow_twins import BarlowTwins
+from .barlow_twins import BarlowTwins, check_model
 from .losses import (
-    AllPairs, BarlowTwinsLoss, Terms, _at_least_float32, _diagonal, _dot, _full_precision, _terms, check_choice, check_loss)
+    AllPairs, BarlowTwinsLoss, _at_least_float32, _diagonal, _dot, _full_precision, _terms, check_choice, check_loss)
 from .mixed import MixedBarlowTwinsLoss
 
 # %% ../nbs/09_distributed.ipynb #a68b716c
@@ -51,7 +51,7 @@ def _child(f, rank, n, port, timeout, send):
     try:
         setup_processes("gloo", timeout)
         out = f(rank)
-        dist.barrier()
+        with suppress(RuntimeError): dist.barrier()   # nobody leaves while another still needs an answer
     except BaseException: out = RuntimeError(f"process {rank} of {n}:\n{traceback.format_exc()}")
     send.send_bytes(pickle.dumps(out))
     send.close()
@@ -89,13 +89,14 @@ def setup_processes(backend:str=None,   # "nccl" or "gloo"; by what the machine 
     if "MASTER_ADDR" in env and "RANK" not in env:   # srun's names for the same things
         for ours,slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
             if slurm in env: env[ours] = env[slurm]
-    if int(env.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized(): return _world()
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-    if missing: raise ValueError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if backend == "nccl": torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
-    else: env.setdefault("ACCELERATE_USE_CPU", "true")   # or accelerate wraps no model, and says nothing
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    if int(env.get("WORLD_SIZE", 1)) < 2: return 1
+    if not dist.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing: raise ValueError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        if backend == "nccl": torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    if dist.get_backend() == "gloo": env.setdefault("ACCELERATE_USE_CPU", "true")   # or accelerate wraps no model, and says nothing
     _mend_fastai()
     return _world()
 
@@ -124,7 +125,7 @@ def _mend_fastai():
 class ProcessLost(RuntimeError):
     "Another process ended, or stopped answering"
 
-_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|socket", re.I)
+_LOST = re.compile(r"gloo|nccl|c10d|connection (was )?(closed|reset) by", re.I)
 
 @contextmanager
 def explaining_loss(where:callable=str # what to add to the message, asked when it is needed
@@ -135,7 +136,7 @@ def explaining_loss(where:callable=str # what to add to the message, asked when 
         known,there = isinstance(e, ProcessLost),where()
         if not known and not (isinstance(e, dist.DistError) or (_world() > 1 and _LOST.search(str(e)))): raise
         said = str(e) if known else (f"process {_rank()} of {_world()} lost contact with another: it ended, or did not answer in time. "
-                                     f"The first error in the others' output is the cause; here it was: {str(e).splitlines()[0]}")
+                                     f"The first error in the others' output is the cause; here it was: {' '.join(str(e).split())[:400]}")
         raise ProcessLost(said + there) from (e.__cause__ if known else e)
 
 # %% ../nbs/09_distributed.ipynb #2203a32f
@@ -239,7 +240,7 @@ class _SummedCross(torch.autograd.Function):
         mean,var = _global_moments(z, sizes, group)
         rstd = (var + eps).rsqrt()
         z = (z - mean).mul_(rstd)
-        c = _add_up(z[:,:d].T @ z[:,d:]/ctx.n, group)
+        c = _add_up(torch.addmm(z.new_zeros(()), z[:,:d].T, z[:,d:], beta=0, alpha=1/ctx.n), group)
         diag = c.diagonal().clone()
         c.diagonal().zero_()
         ctx.save_for_backward(z, rstd, c, diag)
@@ -340,7 +341,7 @@ def everything(self:GlobalLoss, args:tuple, sizes:list)->list:
     zs = list(gather_embeddings(*zs, sizes=sizes, group=self.group))
     if not rest: return zs
     perm,a = rest   # who is mixed with whom, among own rows, and the weights
-    a = torch.as_tensor(a, dtype=torch.float32, device=zs[0].device).expand(len(perm))
+    a = torch.as_tensor(a, dtype=torch.float32, device=zs[0].device)*torch.ones(len(perm), device=zs[0].device)
     return [*zs, _gather(perm + start, sizes, self.group), _gather(a, sizes, self.group)]
 
 # %% ../nbs/09_distributed.ipynb #7af42509
@@ -355,9 +356,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         rstd = (var + eps).rsqrt()
         a = (x - mean.view(ctx.shape)).mul_(rstd.view(ctx.shape))
         ctx.save_for_backward(a, rstd, weight)
-        ctx.mark_non_differentiable(mean, var)
         out = a if weight is None else torch.addcmul(bias.view(ctx.shape), a, weight.view(ctx.shape))
-        return out.to(x.dtype),mean,var*(ctx.n/max(1, ctx.n - 1))
+        var = var*(ctx.n/max(1, ctx.n - 1))   # unbiased, as the running one is
+        ctx.mark_non_differentiable(mean, var)
+        return out.to(x.dtype),mean,var
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
@@ -419,7 +421,7 @@ def separate_draws(group=None # of processes; all if not given
 class _Processes(Callback):
     "What a distributed fit needs besides the loss, for its length"
     order = 12   # when fastai's DistributedTrainer has wrapped the model
-    def __init__(self, averaged, synced, kept): self.averaged,self.synced,self.kept = averaged,synced,kept
+    def __init__(self, averaged, synced): self.averaged,self.synced = averaged,synced
     def before_train(self):
         if not self.averaged:
             raise RuntimeError(f"{_world()} processes train, and nobody averages their gradients: with learn.distrib_ctx(): learn.fit(...), "
@@ -429,11 +431,6 @@ class _Processes(Callback):
     def after_train(self):
         if self.synced or not self.averaged: return
         for b in self.model.buffers(): dist.broadcast(b, 0)   # running moments of process 0, as DistributedDataParallel would
-    def after_fit(self):
-        if self.kept is None: return
-        dist.barrier()   # in which process 0 waits when it restores
-        self.model.load_state_dict(self.kept[0])
-        self.opt.load_state_dict(self.kept[1])
 
 def over_processes(objective:callable, # embeddings to a scalar
                    **kwargs            # for `GlobalLoss`
@@ -452,7 +449,7 @@ def join_processes(self:BarlowTwins):
     averaged = trainer is not None or isinstance(learn.model, DistributedDataParallel)
     synced,search = trainer is not None and trainer.sync_bn,first(learn._grab_cbs(LRFinder))
     kept = deepcopy((learn.model.state_dict(), learn.opt.state_dict())) if search and _rank() else None
-    self.joined = [self.objective, trainer, synced and synced_batchnorm(learn.model), _Processes(averaged, synced, kept)]
+    self.joined = [self.objective, trainer, synced and synced_batchnorm(learn.model), _Processes(averaged, synced), kept]
     if averaged:
         even = trainer is not None and next(learn.model.parameters()).device.type != "cpu"   # DistributedDL's shares; asking costs little on a CPU
         self.objective = over_processes(self.objective, exchange=self.exchange, even=even)
@@ -466,12 +463,16 @@ def join_processes(self:BarlowTwins):
 def leave_processes(self:BarlowTwins):
     "A fit is over: all as it was"
     if not self.joined: return
-    self.objective,trainer,synced,cb = self.joined
+    self.objective,trainer,synced,cb,kept = self.joined
     self.joined = False
     if synced:
         synced.__exit__(None, None, None)
         trainer.sync_bn = True
     if cb in self.learn.cbs: self.learn.remove_cb(cb)
+    if kept:   # a search is over, and process 0 is about to restore what it had, with a barrier before
+        dist.barrier()
+        check_model(self.model).load_state_dict(kept[0])
+        self.learn.opt.load_state_dict(kept[1])
 
 # %% ../nbs/09_distributed.ipynb #a3d02946
 _fit = Learner.fit

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT = (f"self_supervised_bt/{n}.py" for n in (
+LOSSES, AUGS, LAYERS, BT, MIXED, EVAL, CLASS, DIAG, DOCTOR, REPORTS, DATA, TRAIN, CKPT, DIST = (f"self_supervised_bt/{n}.py" for n in (
     "losses", "augmentations", "layers", "barlow_twins", "mixed", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "training",
-    "checkpoints"))
+    "checkpoints", "distributed"))
 
 BREAKS = [  # what is broken, where, the line as it is, the line broken, the tests that should go red
     ("order: after the types are cast", BT, "CastToTensor.order-1,True", "CastToTensor.order+.5,True", "typed_batches"),
@@ -136,6 +136,27 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("report: a failing part takes the page along", REPORTS, "except Exception as e: return Figure(", "except ZeroDivisionError as e: return Figure(", "costs_the_others"),
     ("autocast: stays on after an exception", TRAIN, ", always_call=True", "", "after_an_exception"),
     ("autocast: stays with the model", BT, "if hasattr(type(cb), \"let_go\"): cb.let_go()", "pass", "nothing_of_it_stays"),
+    ("distributed: gradients too small by the number of processes, gathered", DIST, "((g*world).to(t) if", "(g.to(t) if", "every_gradient"),
+    ("distributed: gradients too small by the number of processes, summed", DIST, "(x*ctx.world).to(t)", "x.to(t)", "every_gradient"),
+    ("distributed: gradients too small by the number of processes, any loss", DIST, "g[ctx.own]*ctx.world", "g[ctx.own]", "every_gradient"),
+    ("distributed: uneven rows in the wrong place", DIST, "start = sum(sizes[:_rank(group)])", "start = sizes[0]*_rank(group)", "every_gradient"),
+    ("distributed: moments of parts unweighted", DIST, "whole = (parts[:,0]*n).sum(0)/n.sum()", "whole = parts[:,0].mean(0)", "every_gradient"),
+    ("distributed: nothing summed through the standardising", DIST, "vecdot(gb, b[own], dim=0)]), ctx.group)/n", "vecdot(gb, b[own], dim=0)]), None)*0", "every_gradient"),
+    ("distributed: own permutation among strangers", DIST, "_gather(perm + start,", "_gather(perm,", "every_gradient"),
+    ("distributed: BatchNorm's gradient by own rows", DIST, "means = _add_up(own.clone(), ctx.group)/ctx.n", "means = own/g[:,0].numel()", "every_gradient"),
+    ("distributed: BatchNorm without its activation", DIST, 'return m.act(m.drop(x)) if hasattr(m, "act") else x', "return x", "every_gradient"),
+    ("distributed: the loss of a part", DIST, "self.objective = over_processes(self.objective, exchange=self.exchange, even=even)", "pass", "equals_that_of_one_process"),
+    ("distributed: objective not given back", DIST, "self.objective,trainer,synced,cb,kept = self.joined", "_,trainer,synced,cb,kept = self.joined", "equals_that_of_one_process"),
+    ("distributed: one draw for all processes", DIST, "        separate_draws()\n", "", "50_steps"),
+    ("distributed: two processes draw alike", DIST, "seed = int(on) + _rank(group)", "seed = int(on)", "draws_differ"),
+    ("distributed: buffers overwritten between two passes", DIST, "self.model.broadcast_buffers = False", "pass", "50_steps"),
+    ("distributed: a search that waits for ever", DIST, "    if kept:   #", "    if False:   #", "search_for_the"),
+    ("distributed: the dearer exchange", DIST, 'return "gather" if n*itemsize <', 'return "sum" if n*itemsize <', "cheaper_exchange_is"),
+    ("distributed: half precision sent in full", DIST, "_at_least_float32(_gather(torch.cat([z1, z2], 1), sizes, group))", "_gather(_at_least_float32(torch.cat([z1, z2], 1)), sizes, group)",
+     "bytes_exchanged"),
+    ("distributed: a lost process unexplained", DIST, "if not known and not (", "if True or not (", "takes_the_others"),
+    ("distributed: a loss of parts without the module", BT, 'get_world_size() > 1 and self.exchange != "none"', "get_world_size() > 99", "torchrun"),
+    ("distributed: a length that is not the number of batches", DIST, "return own//bs if self.drop_last", "return length(self) if self.drop_last", "shared_out"),
     ("data: divided by 255 twice", DATA, "[IntToFloatTensor()]*(data.x.dtype == torch.uint8)", "[IntToFloatTensor()]", "unit_range"),
 ]
 
