@@ -427,7 +427,7 @@ class _Processes(Callback):
             raise RuntimeError(f"{_world()} processes train, and nobody averages their gradients: with learn.distrib_ctx(): learn.fit(...), "
                                "or set learn.barlow_twins.exchange = 'none' for runs that have nothing to do with each other")
         separate_draws()
-        if hasattr(self.model, "broadcast_buffers"): self.model.broadcast_buffers = False   # in place, between two passes of one step
+        if hasattr(self.model, "broadcast_buffers"): self.model.broadcast_buffers = False   # not before every pass: synced ones are equal anyway
     def after_train(self):
         if self.synced or not self.averaged: return
         for b in self.model.buffers(): dist.broadcast(b, 0)   # running moments of process 0, as DistributedDataParallel would
