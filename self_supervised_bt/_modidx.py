@@ -527,6 +527,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._global_moments': ( 'distributed.html#_global_moments',
                                                                                                     'self_supervised_bt/distributed.py'),
+                                                'self_supervised_bt.distributed._is_stream': ( 'distributed.html#_is_stream',
+                                                                                               'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._mend_fastai': ( 'distributed.html#_mend_fastai',
                                                                                                  'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._own': ( 'distributed.html#_own',

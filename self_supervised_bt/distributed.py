@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from .barlow_twins import BarlowTwins, check_model
 from .losses import (
@@ -105,11 +106,11 @@ def _rank(group=None): return dist.get_rank(group) if _world(group) > 1 else 0
 
 # %% ../nbs/09_distributed.ipynb #ea8df956
 def _mend_fastai():
-    "fastai's `DistributedDL` on any device, and with the length it has"
-    try: from fastai.distributed import DistributedDL
+    "fastai's `DistributedDL` on any device, with the length it has, and not around a stream"
+    try: from fastai.distributed import DistributedDL, DistributedTrainer
     except (ImportError, NameError): return   # without accelerate there is no DistributedDL
     if hasattr(DistributedDL, "_mended"): return
-    length = DistributedDL.__len__
+    length,wrap = DistributedDL.__len__,DistributedTrainer._wrap_dl
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(t, rank)
@@ -119,7 +120,10 @@ def _mend_fastai():
         if n is None or bs is None: return length(self)
         own = -(-n//self.world_size)
         return own//bs if self.drop_last else -(-own//bs)
-    DistributedDL._broadcast,DistributedDL.__len__,DistributedDL._mended = _broadcast,__len__,True
+    def _wrap_dl(self, dl): return dl if _is_stream(dl) else wrap(self, dl)
+    DistributedDL._broadcast,DistributedDL.__len__,DistributedDL._mended,DistributedTrainer._wrap_dl = _broadcast,__len__,True,_wrap_dl
+
+def _is_stream(dl): return isinstance(getattr(dl, "dataset", None), IterableDataset)
 
 # %% ../nbs/09_distributed.ipynb #7b6e0146
 class ProcessLost(RuntimeError):
@@ -327,14 +331,15 @@ def divided(self:GlobalLoss, z1:Tensor, z2:Tensor, sizes:list)->Tensor:
 def check(self:GlobalLoss, loss:Tensor, **zs:Tensor)->None:
     "Refuse a loss that is no number: all processes do, and the one with the bad rows says which"
     if not loss.isfinite() and all(z.isfinite().all() for z in zs.values()):
-        raise FloatingPointError(f"the loss over {_world(self.group)} processes is {float(loss.detach())}, and the embeddings of process {_rank(self.group)} are finite: "
+        raise FloatingPointError(f"the loss over {_world(self.group)} processes is {float(loss.detach())}, "
+                                 f"and the embeddings of process {_rank(self.group)} are finite: "
                                  "another process says what is wrong with its own, or they are too large to square")
     check_loss(loss, zs, True)
 
 @patch
 def everything(self:GlobalLoss, args:tuple, sizes:list)->list:
     "What the objective takes, of all processes"
-    zs = list(itertools.takewhile(lambda o: isinstance(o, Tensor) and o.ndim == 2 and o.shape == args[0].shape, args))
+    zs = list(itertools.takewhile(lambda o: isinstance(o, Tensor) and o.shape == args[0].shape, args))
     rest,start = args[len(zs):],_own(sizes, self.group).start
     if rest and not isinstance(self.objective, MixedBarlowTwinsLoss):
         raise TypeError(f"only embeddings can be gathered, each {tuple(zs[0].shape)}, and the loss is given {len(rest)} argument(s) besides")
@@ -451,7 +456,8 @@ def join_processes(self:BarlowTwins):
     kept = deepcopy((learn.model.state_dict(), learn.opt.state_dict())) if search and _rank() else None
     self.joined = [self.objective, trainer, synced and synced_batchnorm(learn.model), _Processes(averaged, synced), kept]
     if averaged:
-        even = trainer is not None and next(learn.model.parameters()).device.type != "cpu"   # DistributedDL's shares; asking costs little on a CPU
+        shared_out = trainer is not None and not any(_is_stream(dl) for dl in learn.dls)   # by DistributedDL, in equal parts
+        even = shared_out and next(learn.model.parameters()).device.type != "cpu"   # where asking costs little
         self.objective = over_processes(self.objective, exchange=self.exchange, even=even)
         _mend_fastai()
     if synced:
@@ -490,7 +496,8 @@ def is_main()->bool: # `True` in process 0, and where there is only one
 _calls = itertools.count()
 
 def on_main(f:callable, # what is to be done once
-            *args, **kwargs
+            *args,      # for `f`
+            **kwargs
            ): # what `f` returned, in process 0; nothing in the others
     "`f(...)` in process 0, while the others wait, without a time limit"
     if _world() == 1: return f(*args, **kwargs)
