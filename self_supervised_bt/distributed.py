@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial, wraps
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -72,8 +73,9 @@ def run_processes(f:callable,         # process number to anything that can be p
         p.start()
         send.close()
         running.append((p, receive))
-    out = []
+    out,_ = [],wait([receive for _,receive in running])
     for rank,(p,receive) in enumerate(running):
+        if not receive.poll(timeout): p.kill()   # one has an answer, or is gone, and this one still waits
         try: out.append(pickle.loads(receive.recv_bytes()))
         except EOFError: out.append(RuntimeError(f"process {rank} of {n} ended without a word"))
     for p,_ in running: p.join()

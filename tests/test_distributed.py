@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -467,17 +466,11 @@ def doomed(rank, signal):
     try:
         with learn.distrib_ctx(): learn.fit(1)
     except RuntimeError as e:
-        parent = os.getppid()
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if signal == 19 else ():   # the frozen one would stay
-            try: stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            except OSError: continue
-            if int(stat[1]) == parent and stat[0] == "T": os.kill(pid, 9)
         return type(e).__name__, str(e), time.time() - start
 
 
 @pytest.mark.parametrize("world,kind,limit", [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)])
 def test_a_process_that_dies_takes_the_others_along(world, kind, limit):
-    if kind == signal.SIGSTOP and not sys.platform.startswith("linux"): pytest.skip("finds the frozen process in /proc")
     said = run_processes(partial(doomed, signal=int(kind)), world, timeout=3, check=False)
     assert "ended without a word" in str(said[1])
     for o in said[:1] + said[2:]:
