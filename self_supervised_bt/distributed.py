@@ -456,12 +456,14 @@ def join_processes(self:BarlowTwins):
     averaged = trainer is not None or isinstance(learn.model, DistributedDataParallel)
     synced,search = trainer is not None and trainer.sync_bn,first(learn._grab_cbs(LRFinder))
     kept = deepcopy((learn.model.state_dict(), learn.opt.state_dict())) if search and _rank() else None
-    self.joined = [self.objective, trainer, synced and synced_batchnorm(learn.model), _Processes(averaged, synced), kept]
+    objective = self.objective
     if averaged:
         shared_out = trainer is not None and not any(_is_stream(dl) for dl in learn.dls)   # by DistributedDL, in equal parts
         even = shared_out and next(learn.model.parameters()).device.type != "cpu"   # where asking costs little
-        self.objective = over_processes(self.objective, exchange=self.exchange, even=even)
+        objective = over_processes(objective, exchange=self.exchange, even=even)
         _mend_fastai()
+    self.joined = [self.objective, trainer, synced and synced_batchnorm(learn.model), _Processes(averaged, synced), kept]
+    self.objective = objective
     if synced:
         self.joined[2].__enter__()
         trainer.sync_bn = False   # done

@@ -387,7 +387,13 @@ def refused(rank):
     learn.fit(1)
     learn.barlow_twins.exchange = "some"
     with pytest.raises(ValueError, match="exchange must be one of"), learn.distrib_ctx(): learn.fit(1)
-    learn.barlow_twins.exchange = None
+    learn.barlow_twins.exchange, learn.barlow_twins.objective = "sum", variant_loss("hsic")
+    with pytest.raises(ValueError, match="exchange='sum' needs"), learn.distrib_ctx(): learn.fit(1)
+    learn.barlow_twins.exchange, learn.barlow_twins.objective = None, BarlowTwinsLoss()
+    learn.model.encoder[1].__class__ = type("Own", (nn.BatchNorm2d,), {"forward": lambda self, x: x})
+    with pytest.raises(TypeError, match="Own has a forward pass of its own"), learn.distrib_ctx(): learn.fit(1)
+    learn.model.encoder[1].__class__ = nn.BatchNorm2d
+    assert not learn.barlow_twins.joined and not any("forward" in vars(m) for m in learn.model.modules())
     learn.add_cb(_Fails())
     with pytest.raises(ZeroDivisionError), learn.distrib_ctx(): learn.fit(1)
     assert not learn.barlow_twins.joined and isinstance(learn.barlow_twins.objective, BarlowTwinsLoss)

@@ -145,7 +145,7 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("distributed: own permutation among strangers", DIST, "_gather(perm + start,", "_gather(perm,", "every_gradient"),
     ("distributed: BatchNorm's gradient by own rows", DIST, "means = _add_up(own.clone(), ctx.group)/ctx.n", "means = own/g[:,0].numel()", "every_gradient"),
     ("distributed: BatchNorm without its activation", DIST, 'return m.act(m.drop(x)) if hasattr(m, "act") else x', "return x", "every_gradient"),
-    ("distributed: the loss of a part", DIST, "self.objective = over_processes(self.objective, exchange=self.exchange, even=even)", "pass", "equals_that_of_one_process"),
+    ("distributed: the loss of a part", DIST, "    self.objective = objective\n    if synced", "    if synced", "equals_that_of_one_process"),
     ("distributed: objective not given back", DIST, "self.objective,trainer,synced,cb,kept = self.joined", "_,trainer,synced,cb,kept = self.joined", "equals_that_of_one_process"),
     ("distributed: one draw for all processes", DIST, "        separate_draws()\n", "", "50_steps"),
     ("distributed: two processes draw alike", DIST, "seed = int(on) + _rank(group)", "seed = int(on)", "draws_differ"),
