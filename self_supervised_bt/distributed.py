@@ -198,7 +198,7 @@ def _own(sizes, group):
     start = sum(sizes[:_rank(group)])
     return slice(start, start + sizes[_rank(group)])
 
-# %% ../nbs/09_distributed.ipynb #d7d8d6cd
+# %% ../nbs/09_distributed.ipynb #24bf2ef5
 def _through_standardising(g, a, rstd, means, along):
     "Gradient by the rows, given that by the standardised rows: less its mean and its part along `a`"
     return (g - means).addcmul_(a, along, value=-1).mul_(rstd)
@@ -227,7 +227,7 @@ class _GatheredGram(torch.autograd.Function):
         out = (_through_standardising(ga, a[own], ra, m[0], m[2]), _through_standardising(gb, b[own], rb, m[1], m[3]))
         return *((g*world).to(t) if wanted else None for g,t,wanted in zip(out, ctx.dtypes, need)),None,None,None
 
-# %% ../nbs/09_distributed.ipynb #24bf2ef5
+# %% ../nbs/09_distributed.ipynb #928d0561
 def _global_moments(z, sizes, group):
     "Mean and biased variance over all processes' rows of each column, from those of the parts"
     mean = z.mean(0)
@@ -263,7 +263,7 @@ class _SummedCross(torch.autograd.Function):
         gb = _through_standardising(a @ g, b, rb, 0., squares.sum(0)) if need_b else None
         return *(None if x is None else (x*ctx.world).to(t) for x,t in zip((ga, gb), ctx.dtypes)),None,None,None
 
-# %% ../nbs/09_distributed.ipynb #928d0561
+# %% ../nbs/09_distributed.ipynb #73e4a457
 class _Gathered(torch.autograd.Function):
     "Rows of all processes; backwards, own rows' gradient times the number of processes"
     @staticmethod
@@ -283,7 +283,7 @@ def gather_embeddings(*zs:Tensor,       # each (n,D), own rows
     sizes = sizes or _sizes(n, d, zs[0], group, False)
     return _Gathered.apply(torch.cat(zs, 1), sizes, group).split(d, 1)
 
-# %% ../nbs/09_distributed.ipynb #73e4a457
+# %% ../nbs/09_distributed.ipynb #771cfb91
 def _divisible(o):
     "Can the work of this loss be divided? That of `BarlowTwinsLoss` without options that change the formula"
     plain = isinstance(o, BarlowTwinsLoss) and type(o).__call__ is BarlowTwinsLoss.__call__ and type(o).terms_of is BarlowTwinsLoss.terms_of
@@ -316,7 +316,7 @@ class GlobalLoss:
         if len(args) == 2 and _divisible(self.objective): return self.divided(*args, sizes)
         return self.objective(*self.everything(args, sizes))
 
-# %% ../nbs/09_distributed.ipynb #b9635ad0
+# %% ../nbs/09_distributed.ipynb #2384dbdc
 @patch
 def divided(self:GlobalLoss, z1:Tensor, z2:Tensor, sizes:list)->Tensor:
     "The loss, every process doing its part of the work"
@@ -351,7 +351,7 @@ def everything(self:GlobalLoss, args:tuple, sizes:list)->list:
     a = torch.as_tensor(a, dtype=torch.float32, device=zs[0].device)*torch.ones(len(perm), device=zs[0].device)
     return [*zs, _gather(perm + start, sizes, self.group), _gather(a, sizes, self.group)]
 
-# %% ../nbs/09_distributed.ipynb #7af42509
+# %% ../nbs/09_distributed.ipynb #6bdeb176
 class _SyncBatchNorm(torch.autograd.Function):
     "Standardise (B,C,...) by channel over all processes, scale and shift"
     @staticmethod
@@ -379,7 +379,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         gx = ((g - means[0].view(ctx.shape)).addcmul_(a, means[1].view(ctx.shape), value=-1)*scale.view(ctx.shape)).to(dtype)
         return gx,*((None, None) if weight is None else (own[1], own[0])),None,None
 
-# %% ../nbs/09_distributed.ipynb #094946ca
+# %% ../nbs/09_distributed.ipynb #0450bc62
 def _synced(m, group, x):
     "The forward pass of a BatchNorm layer in training, over all processes"
     if not m.training or _world(group) == 1: return type(m).forward(m, x)
@@ -411,7 +411,7 @@ def synced_batchnorm(model:nn.Module, # whose BatchNorm layers are to work over 
     finally:
         for m in layers: m.__dict__.pop("forward", None)
 
-# %% ../nbs/09_distributed.ipynb #c4086351
+# %% ../nbs/09_distributed.ipynb #52e9e864
 def separate_draws(group=None # of processes; all if not given
                   )->None:
     "Random numbers of python, NumPy and PyTorch that differ between processes, and follow from those of process 0"
@@ -424,7 +424,7 @@ def separate_draws(group=None # of processes; all if not given
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/09_distributed.ipynb #43f2aec2
+# %% ../nbs/09_distributed.ipynb #a3d02946
 class _Processes(Callback):
     "What a distributed fit needs besides the loss, for its length"
     order = 12   # when fastai's DistributedTrainer has wrapped the model
@@ -446,7 +446,7 @@ def over_processes(objective:callable, # embeddings to a scalar
     if isinstance(objective, AllPairs): return AllPairs(over_processes(objective.objective, **kwargs))
     return objective if isinstance(objective, GlobalLoss) else GlobalLoss(objective, **kwargs)
 
-# %% ../nbs/09_distributed.ipynb #fd071ab6
+# %% ../nbs/09_distributed.ipynb #7c0b175b
 @patch
 def join_processes(self:BarlowTwins):
     "A fit starts: the loss is that of the batch of all processes"
@@ -484,7 +484,7 @@ def leave_processes(self:BarlowTwins):
         check_model(self.model).load_state_dict(kept[0])
         self.learn.opt.load_state_dict(kept[1])
 
-# %% ../nbs/09_distributed.ipynb #a3d02946
+# %% ../nbs/09_distributed.ipynb #a6a90203
 _fit = Learner.fit
 @wraps(_fit)
 def _fit_and_explain(self, *args, **kwargs):
@@ -492,7 +492,7 @@ def _fit_and_explain(self, *args, **kwargs):
     with explaining_loss(where): return _fit(self, *args, **kwargs)
 Learner.fit = _fit_and_explain
 
-# %% ../nbs/09_distributed.ipynb #04f315ea
+# %% ../nbs/09_distributed.ipynb #5f371c59
 def is_main()->bool: # `True` in process 0, and where there is only one
     "Is this the process that writes files and reports?"
     return _rank() == 0
