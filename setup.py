@@ -26,7 +26,7 @@ setup(
     packages=find_packages(include=["self_supervised_bt"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("distributed", "dev", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

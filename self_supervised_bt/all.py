@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, checkpoints, runs
+from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, distributed, checkpoints, runs
 from .augmentations import *
 from .layers import *
 from .losses import *
@@ -23,7 +23,8 @@ from .data import *
 from .folders import *
 from .resume import *
 from .guard import *
+from .distributed import *
 from .checkpoints import *
 from .runs import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, checkpoints, runs) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, distributed, checkpoints, runs) for name in m.__all__]

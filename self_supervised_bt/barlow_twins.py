@@ -13,6 +13,7 @@ from functools import wraps
 
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import Normalize
@@ -89,8 +90,8 @@ class ViewsLoss:
 class BarlowTwins(Callback):
     "Trains on two or more views of every batch with the Barlow Twins loss (Zbontar et al. 2021)"
     order,run_valid = CastToTensor.order-1,True
-    lent = views = images = running = None
-    columns = ()
+    lent = views = images = running = exchange = None
+    columns,joined = (),False
     _stateattrs = ("views", "images")
     def __init__(self,
                  aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one a view: two, or more
@@ -229,6 +230,7 @@ def lend(self:BarlowTwins):
     "Put the callback's loss in the Learner's place, once, and its terms among the metrics"
     if isinstance(self.learn.loss_func, ViewsLoss): return
     self.lent,self.learn.loss_func = self.learn.loss_func,ViewsLoss(self)
+    self.join_processes()
     self.running = None
     if hasattr(self.objective, "reset"): self.objective.reset()
     if self.terms and not self.predicting:
@@ -242,6 +244,7 @@ def give_back(learn:Learner # whose loss may be on loan
     if not isinstance(learn.loss_func, ViewsLoss): return
     cb = learn.loss_func.cb
     learn.loss_func,cb.lent = cb.lent,None
+    cb.leave_processes()
     cb.columns,cb.views,cb.images,cb.running = (),None,None,None
 
 _fit = Learner.fit
@@ -255,6 +258,18 @@ def _fit_and_give_back(self, *args, **kwargs):
 Learner.fit = _fit_and_give_back
 
 # %% ../nbs/03_barlow_twins.ipynb #52132e19
+@patch
+def join_processes(self:BarlowTwins):
+    "A fit starts: refuse one that is spread over processes"
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.exchange != "none":
+        raise RuntimeError(f"{dist.get_world_size()} processes train, and the loss of each would be that of its own part of the batch: "
+                           "import self_supervised_bt.distributed, or set learn.barlow_twins.exchange = 'none' for runs that have nothing to do with each other")
+
+@patch
+def leave_processes(self:BarlowTwins):
+    "A fit is over"
+
+# %% ../nbs/03_barlow_twins.ipynb #177867b0
 @patch(as_prop=True)
 def predicting(self:BarlowTwins):
     "Is `get_preds` at work?"
@@ -270,11 +285,11 @@ def input_images(self:BarlowTwins)->TensorImage:
     if len(xb) != 1: raise ValueError(f"the dls give {len(xb)} inputs an item, one image is expected: set n_inp=1")
     return image_batch(xb[0])
 
-# %% ../nbs/03_barlow_twins.ipynb #a3a9b50d
+# %% ../nbs/03_barlow_twins.ipynb #8799309b
 @patch
 def train_on(self:BarlowTwins, x:TensorImage):
     "The views of `x` as the Learner's batch, with a target to stand in where there is none"
-    if len(x) == 1:
+    if len(x) == 1 and not self.joined:
         if self.training: raise ValueError("a batch of one image has no correlation: use drop_last=True or another batch size")
         warnings.warn("a validation batch of one image is left out of the loss: it has no correlation")
         self.learn.yb = ()
@@ -294,7 +309,7 @@ def clean_pred(self:BarlowTwins)->Tensor: # (B,D), what metrics see
     "Embeddings of the batch's un-augmented images"
     with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
 
-# %% ../nbs/03_barlow_twins.ipynb #8799309b
+# %% ../nbs/03_barlow_twins.ipynb #1de07bc1
 def _after_batch(dl): return getattr(getattr(dl, "after_batch", None), "fs", [])
 
 def check_set_up(learn:Learner # about to fit, validate or predict
@@ -309,7 +324,7 @@ def check_set_up(learn:Learner # about to fit, validate or predict
         warnings.warn("the dls normalise their images before the views are made, and colour transforms expect [0,1]: "
                       "take Normalize out of the dls, and give stats=... to the pipelines")
 
-# %% ../nbs/03_barlow_twins.ipynb #a609def1
+# %% ../nbs/03_barlow_twins.ipynb #c8ef21a0
 def check_batches(dl # training data loader, fastai's or PyTorch's
                  )->None: # raises `ValueError`
     "Refuse a loader that gives no batch, or a batch of one image"
@@ -318,11 +333,12 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
     if not bs or n is None: return   # an iterable: nothing is known before it runs
     if len(dl) == 0:
         raise ValueError(f"the training dl gives no batch: {n} image(s), bs={bs}, drop_last={dl.drop_last}. Use a smaller bs or more images")
+    if hasattr(dl, "world_size"): return   # fastai's DistributedDL: a batch has parts in all processes
     if bs == 1 or (n % bs == 1 and not dl.drop_last):
         raise ValueError(f"the training dl gives a batch of one image ({n} images, bs={bs}), which has no correlation: "
                          "use drop_last=True or another bs")
 
-# %% ../nbs/03_barlow_twins.ipynb #c8ef21a0
+# %% ../nbs/03_barlow_twins.ipynb #89d24fec
 @patch
 def show(self:BarlowTwins,
          n:int=5,             # rows: images to show, at most a batch
@@ -361,7 +377,7 @@ def training_images(dls # fastai's `DataLoaders`, of its own loaders or of PyTor
     dl = dls.train
     return batch_images(dl.one_batch() if hasattr(dl, "one_batch") else first(dl))
 
-# %% ../nbs/03_barlow_twins.ipynb #89d24fec
+# %% ../nbs/03_barlow_twins.ipynb #c4b6af15
 def no_loss(pred, *yb):
     "Stands where a Learner needs a loss and only `BarlowTwins` has one"
     raise ValueError("this Learner has no loss of its own, BarlowTwins lends it one while it is attached: "

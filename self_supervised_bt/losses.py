@@ -372,15 +372,17 @@ class BarlowTwinsLoss:
     def __call__(self, z1:Tensor, z2:Tensor)->Tensor: # scalar
         check_embeddings(z1, z2)
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms_of(*self.rows(z1, z2))
-            loss = self.lmb*terms.redundancy
-            if self.invariance: loss = loss + terms.invariance
-            if self.scale != 1: loss = loss*self.scale
-        self.terms = terms.detach()
+            loss = self.weigh(self.terms_of(*self.rows(z1, z2)))
         check_loss(loss, dict(z1=z1, z2=z2), self.check_finite)
         self.queue.push(z1, z2)
         return loss
 
+    def weigh(self, terms):
+        "The loss of the terms, which are kept to be looked at"
+        self.terms = terms.detach()
+        loss = self.lmb*terms.redundancy
+        if self.invariance: loss = loss + terms.invariance
+        return loss*self.scale if self.scale != 1 else loss
     def rows(self, z1, z2): return self.queue.join(z1, z2.detach() if self.stop_gradient else z2)
     def terms_of(self, z1, z2):
         "The terms of two embeddings"

@@ -303,8 +303,9 @@ class Checkpoints(Callback):
         self.try_folder()
         if self.monitor and self.monitor not in self.recorder.metric_names[1:]:
             raise ValueError(f"monitor={self.monitor!r} is no column of the Recorder: it has {', '.join(self.recorder.metric_names[1:])}")
-        if (found := checkpoints_in(self.path)) and not self.resume:
-            raise ValueError(f"{self.path} holds a run up to {found[0].name}: go on with it by resume=True, or choose another folder")
+        found = _of_all_processes([f.name for f in checkpoints_in(self.path)])[0]   # as process 0 sees it, before it writes
+        if found and not self.resume:
+            raise ValueError(f"{self.path} holds a run up to {found[0]}: go on with it by resume=True, or choose another folder")
         if found: self.take_up()
         else: self.save(0)
         if self.failed: raise self.failed

@@ -26,6 +26,7 @@ from .checkpoints import load_encoder, save_encoder
 from .classifiers import few_labels, transfer
 from .data import digits_dls, image_files, known_dls
 from .diagnostics import Diagnostics
+from .distributed import setup_processes
 from .evaluation import effective_rank, encode, encode_views, knn_accuracy, linear_probe, twin_accuracy
 from .folders import ImageFiles, bad_images, unlabelled_dls
 from .guard import NonFiniteGuard
@@ -129,6 +130,7 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
             )->dict:               # what is in results.json
     "Train an encoder without labels, in a way that survives"
     out = Path(out)
+    setup_processes()   # those that a launcher started, if any
     s = settings_of(out, resume, data=data and str(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed, half=half, changes=changes)
     set_seed(s["seed"])
     learn = bt_learner(run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"]), recipe=s["recipe"], cbs=[

@@ -80,7 +80,7 @@ def test_notebooks_hold_no_errors_no_nan_and_no_paths_of_a_machine():
 
 
 def test_modules_import_lower_rooms_by_name_alone():
-    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "folders", "resume", "guard", "checkpoints", "runs", "cli"]
+    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "folders", "resume", "guard", "distributed", "checkpoints", "runs", "cli"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((root/f"self_supervised_bt/{name}.py").read_text())):
             if not isinstance(node, ast.ImportFrom): continue

@@ -69,6 +69,17 @@ def test_images_are_looked_at(folder):
     with pytest.raises(ValueError, match="none of the 1 files"): look_at([grey/"0bad.png"])
 
 
+def test_two_processes_train_one_run(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = "torchrun --nproc-per-node 2 --no-python bt_pretrain {} --out run --arch timm/test_resnet --width 16 --bs 16 --epochs 2 --workers 0 --valid-pct 0.2"
+    done = subprocess.run(command.format(folder).split(), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    results = json.loads((tmp_path/"run/results.json").read_text())
+    assert results["recipe"]["bs"] == 16 and results["steps"] == 4 and done.stdout.count("Saved in run/") == 1
+    assert load_encoder(tmp_path/"run/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
+
+
 # Evaluation
 
 def test_evaluation_is_that_of_the_parts(folder, tmp_path):

@@ -1,0 +1,563 @@
+"Several processes are one: losses, gradients, weights, bytes, and what happens when one dies"
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from fastai.torch_core import TensorImage, set_seed
+from fasttransform import Pipeline, Transform
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.data import digits, digits_dls, tensor_dls
+from self_supervised_bt.distributed import (
+    EXCHANGES, GlobalLoss, cheaper_exchange, exchange_bytes, explaining_loss, on_main, over_processes, run_processes, separate_draws,
+    setup_processes, synced_batchnorm)
+from self_supervised_bt.losses import AllPairs, BarlowTwinsLoss, variant_loss
+from self_supervised_bt.mixed import MixedBarlowTwins, MixedBarlowTwinsLoss
+from self_supervised_bt.recipes import bt_learner
+from self_supervised_bt.resume import Checkpoints, checkpoints_in
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_available(), reason="processes are forked")
+pytest.importorskip("accelerate")
+ROWS = {2: (7, 5), 3: (5, 4, 3)}   # of every process: an uneven last batch
+
+
+def net(dtype):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), BatchNormAct2d(6), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return create_barlow_twins_model(encoder, 12, 16).to(dtype)
+
+
+def views(dtype, n=12, count=3):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 1, 8, 8, dtype=torch.float64, generator=g)
+    return [(x + .3*torch.randn(x.shape, dtype=torch.float64, generator=g)).to(dtype) for _ in range(count)]
+
+
+def covariances(z1, z2): return (z1.T @ z2/len(z1) - z1.mean(0)[:, None]*z2.mean(0)).square().sum()   # somebody's own loss
+
+
+def formula(z1, z2, lmb=5e-3):
+    "Zbontar et al. 2021, eq. 1 and 2"
+    a, b = ((z - z.mean(0))/(z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
+    c = a.T @ b/len(a)
+    on = (c.diagonal() - 1).square().sum()
+    return on + lmb*(c.square().sum() - c.diagonal().square().sum())
+
+
+CASES = {  # name: what the library is given, what one process with all rows works out, views
+    "gather": (lambda: GlobalLoss(BarlowTwinsLoss(), "gather"), lambda: formula, 2),
+    "sum": (lambda: GlobalLoss(BarlowTwinsLoss(), "sum"), lambda: formula, 2),
+    "invariance only": (lambda: GlobalLoss(BarlowTwinsLoss(0., scale=2.), "gather"), lambda: BarlowTwinsLoss(0., scale=2.), 2),
+    "redundancy only": (lambda: GlobalLoss(BarlowTwinsLoss(invariance=False), "sum"), lambda: BarlowTwinsLoss(invariance=False), 2),
+    "stop-gradient, gather": (lambda: GlobalLoss(variant_loss("stop-gradient"), "gather"), lambda: variant_loss("stop-gradient"), 2),
+    "stop-gradient, sum": (lambda: GlobalLoss(variant_loss("stop-gradient"), "sum"), lambda: variant_loss("stop-gradient"), 2),
+    "feature": (lambda: GlobalLoss(variant_loss("feature normalisation")), lambda: variant_loss("feature normalisation"), 2),
+    "cross-entropy": (lambda: GlobalLoss(variant_loss("cross-entropy")), lambda: variant_loss("cross-entropy"), 2),
+    "hsic": (lambda: GlobalLoss(variant_loss("hsic")), lambda: variant_loss("hsic"), 2),
+    "own": (lambda: GlobalLoss(covariances), lambda: covariances, 2),
+    "three views": (lambda: over_processes(AllPairs(BarlowTwinsLoss())), lambda: AllPairs(BarlowTwinsLoss()), 3),
+    "mixed": (lambda: GlobalLoss(MixedBarlowTwinsLoss()), lambda: MixedBarlowTwinsLoss(), 3),
+}
+
+
+def step(model, loss, vs, rest=()):
+    "Loss, gradients, and the buffers after a step's passes: two views at once, a third apart, as the callbacks do"
+    zs = model(torch.cat(vs[:2])).chunk(2)
+    value = loss(*zs, *(model(v) for v in vs[2:]), *rest)
+    value.backward()
+    inner = getattr(model, "module", model)
+    return value.item(), torch.cat([p.grad.flatten() for p in inner.parameters()]).numpy(), torch.cat([b.flatten().double() for b in inner.buffers()]).numpy()
+
+
+def share(rank, sizes): return slice(sum(sizes[:rank]), sum(sizes[:rank+1]))
+
+
+def mixture(sizes):
+    "Permutation and weights, drawn by each process for its own rows"
+    perms = [torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
+    return perms, [torch.tensor(.2 + .1*i) for i in range(len(sizes))]
+
+
+def every_case(rank, world):
+    sizes, seen = ROWS[world], {}
+    for dtype in (torch.float64, torch.float32):
+        for name, (loss, _, count) in CASES.items():
+            model = net(dtype)
+            perms, weights = mixture(sizes)
+            with synced_batchnorm(model):
+                ddp = DistributedDataParallel(model, broadcast_buffers=False)
+                seen[name, dtype] = step(ddp, loss(), [v[share(rank, sizes)] for v in views(dtype, count=count)],
+                                         (perms[rank], weights[rank]) if name == "mixed" else ())
+    return seen
+
+
+@pytest.mark.parametrize("world", ROWS)
+def test_loss_and_every_gradient_equal_those_of_one_process(world):
+    sizes, seen = ROWS[world], run_processes(partial(every_case, world=world), world)
+    for (name, dtype) in seen[0]:
+        _, reference, count = CASES[name]
+        perms, weights = mixture(sizes)
+        perm = torch.cat([p + share(i, sizes).start for i, p in enumerate(perms)])
+        rest = (perm, torch.cat([w.expand(n) for w, n in zip(weights, sizes)])) if name == "mixed" else ()
+        loss, grad, buffers = step(net(dtype), reference(), views(dtype, count=count), rest)
+        tol = 1e-6 if dtype == torch.float64 else 1e-5
+        for got in seen:
+            value, g, b = got[name, dtype]
+            assert abs(value - loss) <= tol*abs(loss), (name, dtype)
+            assert abs(g - grad).max() <= tol*abs(grad).max(), (name, dtype, abs(g - grad).max()/abs(grad).max())
+            np.testing.assert_allclose(b, buffers, rtol=1e-4, atol=1e-5)
+        assert len({got[name, dtype][0] for got in seen}) == 1, f"{name}: the processes do not agree to the last digit"
+
+
+def odd_inputs(rank):
+    g, out = torch.Generator().manual_seed(0), {}
+    z = torch.randn(2, 16, 6, dtype=torch.float64, generator=g)
+    z[..., 0] = 3.   # a constant dimension
+    for name, given in {"far from 0": z.float() + 1000, "half": z.bfloat16(), "strided": z.transpose(1, 2).contiguous().transpose(1, 2)}.items():
+        for exchange in EXCHANGES:
+            for even in (False, True):
+                own = given[:, rank*8:rank*8+8].detach().requires_grad_()
+                loss = GlobalLoss(BarlowTwinsLoss(), exchange, even=even)(*own)
+                loss.backward()
+                whole = given.detach().requires_grad_()
+                expected = BarlowTwinsLoss()(*whole)
+                expected.backward()
+                assert loss.dtype == expected.dtype and own.grad.dtype == whole.grad.dtype
+                out[name, exchange, even] = (abs(loss - expected)/expected).item(), (own.grad/2 - whole.grad[:, rank*8:rank*8+8]).abs().max().item(), whole.grad.abs().max().item()
+    one = z[:, :1] if rank == 0 else z[:, 1:]   # a single row
+    out["one row"] = abs(GlobalLoss(BarlowTwinsLoss())(*one) - BarlowTwinsLoss()(*z)).item(), 0., 1.
+    return out
+
+
+def test_odd_inputs():
+    for seen in run_processes(odd_inputs):
+        for name, (loss, grad, size) in seen.items():
+            tol = {"far from 0": 2e-4, "half": 1e-2}.get(name[0], 1e-9)
+            assert loss < tol and grad < tol*size, (name, loss, grad, size)
+
+
+def a_queue(rank):
+    queued, alone, losses = GlobalLoss(BarlowTwinsLoss(queue=8)), BarlowTwinsLoss(queue=8), []
+    for i in range(3):
+        z = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_()
+        losses.append((queued(*z[:, rank*3:rank*3+3]).item(), alone(*z).item()))
+    return losses
+
+
+def test_a_queue_holds_the_global_batch():
+    for losses in run_processes(a_queue):
+        for got, expected in losses: assert abs(got - expected) < 1e-9
+
+
+def bad_rows(rank):
+    z, said = torch.randn(2, 4, 3), []
+    if rank == 1: z[1, 2, 0] = torch.nan
+    for loss in (BarlowTwinsLoss(), variant_loss("hsic")):
+        for exchange in EXCHANGES if loss.off_target == 0 else (None,):
+            with pytest.raises(FloatingPointError) as e: GlobalLoss(loss, exchange)(*z)
+            said.append(str(e.value))
+    with pytest.raises(ValueError, match=r"different widths, \[3, 4\]"): GlobalLoss(BarlowTwinsLoss())(*torch.randn(2, 4, 3+rank))
+    with pytest.raises(TypeError, match="only embeddings"): GlobalLoss(lambda a, b, c: a.sum())(*z, 3)
+    return said
+
+
+def test_bad_input_is_refused_by_all_processes():
+    other, own = run_processes(bad_rows)
+    assert all("embeddings of process 0 are finite" in s for s in other[:2]) and all("z2 has 1 nan" in s for s in own)
+    for kwargs in ({"exchange": "scatter"}, {"exchange": "sum", "objective": variant_loss("hsic")}):
+        with pytest.raises(ValueError, match="exchange"): GlobalLoss(**{"objective": BarlowTwinsLoss(), **kwargs})
+
+
+def test_alone_nothing_changes():
+    z = torch.randn(2, 8, 4)
+    loss = GlobalLoss(BarlowTwinsLoss())
+    assert loss(*z) == BarlowTwinsLoss()(*z) and loss.lmb == 5e-3 and loss.terms.invariance > 0 and setup_processes() == 1
+    loss.lmb = .1
+    assert loss.objective.lmb == .1 and not hasattr(GlobalLoss(covariances), "lmb")
+    assert on_main(lambda a, b: a + b, 1, b=2) == 3
+
+
+# fits
+
+class Rolled(Transform):
+    "A view without chance"
+    split_idx, order = 0, 0
+    def __init__(self, by): self.by = by
+    def encodes(self, x: TensorImage): return x.roll(self.by, -1)
+
+
+def still_views(): return [Pipeline([Rolled(i)], split_idx=0) for i in (0, 1)]
+
+
+def fit_learner(cb=None, n=48, bs=8, n_valid=22, **kwargs):
+    x = digits()[0].float()/255
+    items = [(TensorImage(im),) for im in x[:n]]
+    dls = DataLoaders.from_dsets(items, [(TensorImage(im),) for im in x[n:n+n_valid]], bs=bs, val_bs=bs, shuffle=False, device="cpu", num_workers=0)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn = Learner(dls, create_barlow_twins_model(encoder, 16, 16), cbs=[cb or BarlowTwins(still_views(), terms=True)], opt_func=kwargs.pop("opt_func", SGD), **kwargs)
+    learn.logger = lambda *_: None
+    learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == "ProgressCallback"])
+    return learn
+
+
+def weights(learn): return torch.cat([t.detach().flatten().double() for t in learn.model.state_dict().values()]).numpy()
+
+
+def fit_still(rank, exchange):
+    learn = fit_learner()
+    learn.barlow_twins.exchange = exchange
+    loss_func, objective, kinds = learn.loss_func, learn.barlow_twins.objective, [type(m) for m in learn.model.modules()]
+    with learn.distrib_ctx(): learn.fit(2, 1e-2)
+    assert learn.loss_func is loss_func and learn.barlow_twins.objective is objective and not learn.barlow_twins.joined
+    assert [type(m) for m in learn.model.modules()] == kinds and not any("forward" in vars(m) for m in learn.model.modules())
+    assert not any(type(cb).__name__ == "_Processes" for cb in learn.cbs)
+    return weights(learn), np.array(learn.recorder.values)
+
+
+@pytest.mark.parametrize("world,exchange", [(2, "gather"), (3, "sum")])
+def test_a_fit_equals_that_of_one_process(world, exchange):
+    "48 images in order, in parts of 8: batch k of one process are the k-th batches of all"
+    seen = run_processes(partial(fit_still, exchange=exchange), world)
+    learn = fit_learner(bs=8*world)
+    order = torch.arange(48).view(world, -1).split(8, 1)
+    learn.dls.train.get_idxs = lambda: torch.cat([o.flatten() for o in order]).tolist()
+    learn.dls.valid.get_idxs = lambda: _shards(22, world, 8)
+    learn.dls.train.create_batches = partial(_of_sizes, learn.dls.train, [o.numel() for o in order])
+    valid = -(-22//world)
+    learn.dls.valid.create_batches = partial(_of_sizes, learn.dls.valid, [world*min(8, valid-i) for i in range(0, valid, 8)])
+    learn.fit(2, 1e-2)
+    for w, values in seen:
+        np.testing.assert_array_equal(w, seen[0][0])
+        np.testing.assert_allclose(w, weights(learn), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(values, seen[0][1], rtol=1e-6)
+        np.testing.assert_allclose(values, np.array(learn.recorder.values), rtol=1e-4)   # losses of training and validation, and the terms
+
+
+def _shards(n, world, bs):
+    "fastai's DistributedDL: padded from the front, cut in contiguous parts, batch by batch"
+    own = -(-n//world)
+    parts = (torch.arange(own*world) % n).view(world, own)
+    return torch.cat([c.flatten() for c in parts.split(bs, 1)]).tolist()
+
+
+def _of_sizes(dl, sizes, samps):
+    samps = iter(list(samps))
+    for n in sizes: yield dl.create_batch([dl.create_item(next(samps)) for _ in range(n)])
+
+
+class Watches(BarlowTwins):
+    "Keeps what was drawn next to the views of every step"
+    def train_on(self, x):
+        super().train_on(x)
+        self.seen = [*getattr(self, "seen", []), float(torch.rand(()))]
+
+
+def fifty_steps(rank):
+    out = {}
+    for name, cb, kwargs in (("views", Watches(get_multi_aug_pipelines(2, 8)), {}), ("mixed", MixedBarlowTwins(get_multi_aug_pipelines(2, 8)), {}),
+                             ("own batchnorm", MixedBarlowTwins(get_multi_aug_pipelines(2, 8)), {"sync_bn": False}),
+                             ("three views", BarlowTwins(get_multi_aug_pipelines(3, 8)), {})):
+        learn = fit_learner(cb, n=101, n_valid=17)   # 51 and 51: batches of 8 and one of 3; 9 and 9: the last of one image
+        set_seed(7)
+        with learn.distrib_ctx(**kwargs): learn.fit(10 if name == "views" else 2, 1e-2)
+        out[name] = weights(learn), getattr(cb, "seen", None), learn.train_iter, [float(v) for v in learn.recorder.values[-1]]
+    return out
+
+
+def test_weights_are_equal_after_50_steps():
+    a, b = run_processes(fifty_steps)
+    for name in a:
+        np.testing.assert_array_equal(a[name][0], b[name][0], err_msg=name)
+        assert np.isfinite(a[name][0]).all() and a[name][3] == b[name][3]
+    assert a["views"][2] >= 50
+    views_a, views_b = a["views"][1], b["views"][1]
+    assert len(views_a) == len(views_b) and not set(views_a[:40]) & set(views_b[:40]), "the processes draw the same views"
+
+
+class PowerCut(Callback):
+    order = 2000
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.training and self.learn.train_iter == self.at: raise KeyError("no power")
+
+
+def killed_and_taken_up(rank, folder, at):
+    "Weights of a whole run, and of one that died after step `at` and was taken up by Learners from other seeds"
+    def fit(seed, cbs):
+        set_seed(seed)
+        learn = bt_learner(digits_dls(bs=64, device="cpu"), "timm/test_resnet", 8, small_stem=False, hidden_size=16, projection_size=16, cbs=cbs)
+        with learn.no_logging(), learn.distrib_ctx(): learn.fit(2, 1e-2)
+        return [p.detach().numpy().copy() for p in learn.model.parameters()]
+    whole = fit(0, [])
+    try: fit(0, [Checkpoints(folder, every=2), PowerCut(at)])
+    except KeyError: pass
+    names = [f.name for f in checkpoints_in(folder)]
+    return whole, fit(1 + rank, [Checkpoints(folder, every=2, resume=True)]), names
+
+
+@pytest.mark.parametrize("at", [5, 15])
+def test_a_run_of_several_processes_is_taken_up_to_the_last_bit(tmp_path, at):
+    for whole, again, names in run_processes(partial(killed_and_taken_up, folder=tmp_path, at=at)):
+        assert names[0] == f"step-{at - at % 2 if at < 12 else 14:010d}.safetensors"
+        for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
+
+
+def deterministic(rank):
+    set_seed(rank)   # only the first process's seed counts
+    separate_draws()
+    return torch.rand(1).item(), np.random.rand()
+
+
+def test_draws_differ_and_repeat():
+    one, two = run_processes(deterministic, 3), run_processes(deterministic, 3)
+    assert one == two and len({t for t, _ in one}) == len({n for _, n in one}) == 3
+
+
+def a_search(rank):
+    learn = fit_learner(BarlowTwins(get_multi_aug_pipelines(2, 8)))
+    with learn.distrib_ctx():
+        learn.fit(1, 1e-2)
+        before, momenta = weights(learn), str(learn.opt.state_dict()["state"])
+        learn.lr_find(num_it=6, show_plot=False)
+        assert (weights(learn) == before).all() and str(learn.opt.state_dict()["state"]) == momenta
+        learn.fit(1, 1e-2)
+    return weights(learn)
+
+
+def test_a_search_for_the_learning_rate_comes_back():
+    one, two = run_processes(a_search, timeout=20)
+    np.testing.assert_array_equal(one, two)
+
+
+def shards_of_tensors(rank):
+    from fastai.distributed import DistributedDL
+    x = torch.arange(90, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    dls, seen = tensor_dls(x, bs=8, valid_pct=0, device="cpu"), {}
+    for drop_last in (True, False):
+        dls.train.drop_last = drop_last
+        dl = DistributedDL(dls.train)
+        batches = [b[0][:, 0, 0, 0].tolist() for b in dl]
+        assert len(batches) == len(dl)
+        seen[drop_last] = batches
+    return seen
+
+
+def test_tensors_are_shared_out():
+    a, b = run_processes(shards_of_tensors)
+    assert [len(o) for o in a[False]] == [8]*5 + [5] == [len(o) for o in b[False]] and len(a[True]) == 5
+    assert sorted(sum(a[False] + b[False], [])) == list(range(90))
+
+
+class Stream(IterableDataset):
+    "What a reader of shards is: every process's own part, without indices"
+    def __len__(self): return 20
+    def __iter__(self):
+        x = digits()[0][dist.get_rank()::dist.get_world_size()].float()/255
+        for im in x[:20]: yield (im,)
+
+
+def on_a_stream(rank):
+    learn = fit_learner()
+    learn.dls = DataLoaders(DataLoader(Stream(), batch_size=8), DataLoader(Stream(), batch_size=8), device="cpu")
+    with learn.distrib_ctx(): learn.fit(2, 1e-2)
+    return weights(learn), list(learn.recorder.values[-1])
+
+
+def test_what_a_launcher_left_out_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="RANK, MASTER_ADDR, MASTER_PORT not set"): setup_processes()
+
+
+def under_slurm(rank):
+    "SLURM's names alone, and a store of process 0's own"
+    port = int(os.environ["MASTER_PORT"]) + 1
+    dist.barrier()
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"): os.environ.pop(name)
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port))
+    return setup_processes(timeout=20), dist.get_rank(), os.environ["WORLD_SIZE"], on_main(lambda: "written")
+
+
+def test_slurm_numbers_are_read():
+    assert run_processes(under_slurm) == [(2, 0, "2", "written"), (2, 1, "2", None)]
+
+
+def test_a_stream_is_not_shared_out_again():
+    one, two = run_processes(on_a_stream, timeout=20)
+    np.testing.assert_array_equal(one[0], two[0])
+    assert one[1] == two[1] and np.isfinite(one[1]).all()
+
+
+def refused(rank):
+    learn, said = fit_learner(), []
+    with pytest.raises(RuntimeError, match="nobody averages") as e: learn.fit(1)
+    assert not learn.barlow_twins.joined and isinstance(learn.barlow_twins.objective, BarlowTwinsLoss)
+    said.append(learn.validate()[0])   # each for itself, as nothing is shared out
+    learn.barlow_twins.exchange = "none"
+    learn.fit(1)
+    learn.barlow_twins.exchange = "some"
+    with pytest.raises(ValueError, match="exchange must be one of"), learn.distrib_ctx(): learn.fit(1)
+    learn.barlow_twins.exchange, learn.barlow_twins.objective = "sum", variant_loss("hsic")
+    with pytest.raises(ValueError, match="exchange='sum' needs"), learn.distrib_ctx(): learn.fit(1)
+    learn.barlow_twins.exchange, learn.barlow_twins.objective = None, BarlowTwinsLoss()
+    learn.model.encoder[1].__class__ = type("Own", (nn.BatchNorm2d,), {"forward": lambda self, x: x})
+    with pytest.raises(TypeError, match="Own has a forward pass of its own"), learn.distrib_ctx(): learn.fit(1)
+    learn.model.encoder[1].__class__ = nn.BatchNorm2d
+    assert not learn.barlow_twins.joined and not any("forward" in vars(m) for m in learn.model.modules())
+    learn.add_cb(_Fails())
+    with pytest.raises(ZeroDivisionError), learn.distrib_ctx(): learn.fit(1)
+    assert not learn.barlow_twins.joined and isinstance(learn.barlow_twins.objective, BarlowTwinsLoss)
+    return said
+
+
+class _Fails(BarlowTwins.__base__):
+    def after_step(self): 1/0
+
+
+def test_no_loss_of_parts_by_accident(): run_processes(refused)
+
+
+# bytes
+
+def received():
+    "Bytes this process's TCP connections have received, as the kernel counts them"
+    total = 0
+    for fd in os.listdir("/proc/self/fd"):
+        try: s = socket.socket(fileno=int(fd))
+        except OSError: continue   # a file
+        try: total += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 128)[0]
+        except (OSError, struct.error): pass   # a socket of another kind
+        finally: s.detach()
+    return total
+
+
+def count_bytes(rank, cases):
+    out = []
+    for n, d, exchange, dtype in cases:
+        z = torch.randn(2, n//dist.get_world_size(), d).to(dtype).requires_grad_()
+        dist.barrier()
+        before = received()
+        GlobalLoss(BarlowTwinsLoss(), exchange)(*z).backward()
+        out.append(received() - before)
+        dist.barrier()
+    return out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts bytes by connection")
+@pytest.mark.parametrize("world", [2, 3])
+def test_bytes_exchanged_are_those_of_the_arithmetic(world):
+    cases = [(n, d, e, t) for n, d in ((120, 256), (600, 256)) for e in (*EXCHANGES, None) for t in (torch.float32, torch.bfloat16)]
+    counted = np.mean(run_processes(partial(count_bytes, cases=cases), world), 0)
+    for (n, d, exchange, dtype), seen in zip(cases, counted):
+        size = dtype.itemsize
+        expected = exchange_bytes(n, d, world, exchange or cheaper_exchange(n, d, size), size)
+        assert abs(seen - expected) < .04*expected + 2500, (n, d, exchange, dtype, seen, expected)
+
+
+def test_the_cheaper_exchange_is():
+    for n in (64, 1000, 1024, 4096, 20000):
+        for d in (128, 1024, 8192):
+            for size in (2, 4, 8):
+                for world in (2, 3, 64):
+                    gather, summed = (exchange_bytes(n, d, world, e, size) for e in EXCHANGES)
+                    if abs(gather - summed) < .3*gather: continue   # the O(D) of the statistics
+                    assert cheaper_exchange(n, d, size) == ("gather" if gather < summed else "sum"), (n, d, size, world)
+
+
+# processes that die
+
+class Dies(BarlowTwins):
+    "Sends its process a signal in batch 3"
+    def before_batch(self):
+        super().before_batch()
+        if self.iter == 3 and dist.get_rank() == 1: os.kill(os.getpid(), self.signal)
+
+
+def doomed(rank, signal):
+    torch.set_num_threads(1)
+    cb = Dies(get_multi_aug_pipelines(2, 8))
+    cb.signal = signal
+    learn = fit_learner(cb, n=96)
+    start = time.time()
+    try:
+        with learn.distrib_ctx(): learn.fit(1)
+    except RuntimeError as e:
+        return type(e).__name__, str(e), time.time() - start
+
+
+@pytest.mark.parametrize("world,kind,limit", [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)])
+def test_a_process_that_dies_takes_the_others_along(world, kind, limit):
+    said = run_processes(partial(doomed, signal=int(kind)), world, timeout=3, check=False)
+    assert "ended without a word" in str(said[1])
+    for o in said[:1] + said[2:]:
+        name, message, seconds = o
+        assert name == "ProcessLost" and re.search(r"process \d of \d lost contact with another.*in batch \d of epoch 0", message, re.S), o
+        assert seconds < limit
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shape") as e, explaining_loss(): raise RuntimeError("shape mismatch")
+    assert type(e.value) is RuntimeError
+
+
+SCRIPT = """
+import os, time
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from torch import nn
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.data import digits_dls
+dist.init_process_group("gloo")
+encoder = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+learn = Learner(digits_dls(bs=64, device="cpu"), create_barlow_twins_model(encoder, 16, 16), cbs=BarlowTwins(get_multi_aug_pipelines(2, 8)))
+said = open(f"said{dist.get_rank()}.txt", "w")
+try: learn.fit(1)
+except RuntimeError as e: print("refused:", e, file=said, flush=True)
+from self_supervised_bt.distributed import setup_processes
+setup_processes()
+class Dies(Callback):
+    def before_batch(self):
+        if self.iter == 3 and dist.get_rank() == 1:
+            print("dies", time.time(), file=said, flush=True)
+            os.kill(os.getpid(), 9)
+with learn.no_bar(), learn.distrib_ctx(): learn.fit(1)
+print("weights", sum(p.double().sum().item() for p in learn.model.parameters()), file=said, flush=True)
+with learn.no_bar(), learn.distrib_ctx(): learn.fit(1, cbs=Dies())
+"""
+
+
+def test_torchrun(tmp_path):
+    "Refused without the module, trains with it, and all end when one is killed"
+    (tmp_path/"train.py").write_text(SCRIPT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"], cwd=tmp_path,
+                          env=env, capture_output=True, text=True, timeout=120)
+    ended, said = time.time(), [(tmp_path/f"said{i}.txt").read_text() for i in (0, 1)]
+    assert all(re.match(r"refused: .*\n?.*2 processes train", o) for o in said), (said, done.stderr[-3000:])
+    weights = [re.search(r"^weights (.*)$", o, re.M)[1] for o in said]
+    assert weights[0] == weights[1]
+    assert done.returncode != 0 and ended - float(re.search(r"^dies (.*)$", said[1], re.M)[1]) < 20, done.stderr[-3000:]
