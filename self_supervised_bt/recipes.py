@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+import fastai.callback.schedule  # fit_one_cycle
 import torch
-from fastai.callback import schedule  # fit_one_cycle
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib

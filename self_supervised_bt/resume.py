@@ -21,9 +21,9 @@ from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 
+import fastai.callback.schedule  # fit_one_cycle and its kin
 import numpy as np
 import torch
-from fastai.callback import schedule  # fit_one_cycle and its kin
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
@@ -403,7 +403,7 @@ def save(self:Checkpoints,
                                      f"{self.path} with a lower learning rate")
     better = done == 0 and self.improved()
     try:
-        file = write_checkpoint({**state, "best": self.best}, self.path/f"step-{self.learn.train_iter:010d}.safetensors")
+        write_checkpoint({**state, "best": self.best}, self.path/f"step-{self.learn.train_iter:010d}.safetensors")
         if better: write_checkpoint({**state, "best": self.best}, self.path/"best.safetensors")
         for old in checkpoints_in(self.path)[self.keep:]: old.unlink()
         self.failed = None

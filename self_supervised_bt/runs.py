@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
-import torch
 from fastai.callback import progress  # no_bar
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -31,7 +30,7 @@ from .evaluation import effective_rank, encode, encode_views, knn_accuracy, line
 from .folders import ImageFiles, bad_images, unlabelled_dls
 from .guard import NonFiniteGuard
 from .losses import check_choice
-from .recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
+from .recipes import Recipe, bt_learner, get_recipe
 from .resume import Checkpoints, checkpoints_in, versions
 from .training import Autocast
 
@@ -68,10 +67,10 @@ def run_dls(data:str|Path,        # folder of images, "digits", or one of `KNOWN
 # %% ../nbs/10a_runs.ipynb #630c670c
 def settings_of(out:Path,      # folder of the run
                 resume:bool,   # go on with it?
-                **given        # settings; `None` for not given
+                **kwargs       # settings; `None` for not given
                )->dict:        # all settings; raises `ValueError`
     "A run's settings: those it began with, or new ones, which are written down"
-    file,given = out/"run.json",{k: v for k,v in given.items() if v is not None}
+    file,given = out/"run.json",{k: v for k,v in kwargs.items() if v is not None}
     changes = given.pop("changes", {})
     if resume and file.exists():
         saved = json.loads(file.read_text())
@@ -126,12 +125,12 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
              keep:int=3,           # how many checkpoints to keep
              seed:int=None,        # of the split, the weights and the views; 0 if not given
              half:bool=None,       # bfloat16 in the model?
-             **changes             # settings of the recipe to replace, e.g. `epochs=20`
+             **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # what is in results.json
     "Train an encoder without labels, in a way that survives"
     out = Path(out)
     setup_processes()   # those that a launcher started, if any
-    s = settings_of(out, resume, data=data and str(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed, half=half, changes=changes)
+    s = settings_of(out, resume, data=data and str(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed, half=half, changes=kwargs)
     set_seed(s["seed"])
     learn = bt_learner(run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"]), recipe=s["recipe"], cbs=[
         Checkpoints(out, every=every, keep=keep, resume=resume, monitor="valid_loss" if s["valid_pct"] else None), NonFiniteGuard(), Diagnostics(),

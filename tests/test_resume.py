@@ -1,7 +1,6 @@
 "Runs that are killed, stopped, out of disk or fed with poison, and what becomes of them"
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from fastai.metrics import AccumMetric
 from fastai.torch_core import set_seed
 from fasttransform import Transform
 from safetensors.torch import save_file
-from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
