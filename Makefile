@@ -33,7 +33,7 @@ export: $(READY) ## notebooks -> library and README, then clean the notebooks
 
 bench: $(READY) ## the benchmarks, side by side with installed peers; DATA=folder of class folders adds training on photographs
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[bench]"
-	for f in $(filter-out benchmarks/backends.py benchmarks/cifar.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
+	for f in $(filter-out benchmarks/backends.py benchmarks/cifar.py benchmarks/paper.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
 	$(if $(DATA),$(BIN)/python benchmarks/backends.py "$(DATA)" && $(BIN)/python benchmarks/cifar.py "$(DATA)")
 
 clean: ## remove the environment and everything made

@@ -453,9 +453,9 @@ def stop_wanted(self:Checkpoints, at_once:bool=False)->str: # name of the signal
 @patch
 def stop(self:Checkpoints, name:str):
     "End the process; 75 says that it wants to go on"
-    if self.failed: raise SystemExit(f"{name}: {self.failed}")
-    if not rank_distrib(): print(f"{name}: checkpoint written to {self.path}, go on with resume=True")
-    raise SystemExit(75)
+    _of_all_processes(None)   # until it is written: launchers kill the others when the first one ends
+    if not rank_distrib() and not self.failed: print(f"{name}: checkpoint written to {self.path}, go on with resume=True")
+    raise SystemExit(f"{name}: {self.failed}" if self.failed else 75)
 
 # %% ../nbs/08_resume.ipynb #c768e5ac
 def _resumable(fit):

@@ -323,6 +323,29 @@ def test_a_run_of_several_processes_is_taken_up_to_the_last_bit(tmp_path, at):
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
 
 
+class Scheduler(Callback):
+    "Asks one process alone to stop"
+    def after_batch(self):
+        if dist.get_rank() == 1 and self.training and self.learn.train_iter == 3: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def asked_to_stop(rank, folder):
+    def fit(cbs):
+        set_seed(0)
+        learn = bt_learner(digits_dls(bs=64, device="cpu"), "timm/test_resnet", 8, small_stem=False, hidden_size=16, projection_size=16, cbs=cbs)
+        with learn.no_logging(), learn.distrib_ctx(): learn.fit(2, 1e-2)
+        return [p.detach().numpy().copy() for p in learn.model.parameters()]
+    try: fit([Checkpoints(folder), Scheduler()])
+    except SystemExit as e: code, names = e.code, [f.name for f in checkpoints_in(folder)]   # written before anybody ends
+    return code, names, fit([]), fit([Checkpoints(folder, resume=True)])
+
+
+def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path):
+    for code, names, whole, again in run_processes(partial(asked_to_stop, folder=tmp_path)):
+        assert code == 75 and names[0] == "step-0000000010.safetensors"
+        for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
+
+
 def deterministic(rank):
     set_seed(rank)   # only the first process's seed counts
     separate_draws()

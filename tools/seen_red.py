@@ -215,6 +215,16 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("resume: validation's draws are taken for training's", RESUME, "self.save(len(self.dls.train), self.trained)", "self.save(len(self.dls.train))", "signal"),
     ("resume: signals stay caught", RESUME, "for number,handler in self.handlers: signal.signal(number, handler)", "pass", "signal"),
     ("resume: another run goes on", RESUME, "    if changed: raise ValueError", "    if False: raise ValueError", "another_run"),
+    ("resume: a process ends before the checkpoint is written", RESUME, "    _of_all_processes(None)   # until", "    pass   # until", "signal_to_one"),
+    ("resume: one process stops alone", RESUME, "    if num_distrib() <= 1: return self.asked\n", "    return self.asked\n", "signal_to_one"),
+    ("resume: files seen before process 0 writes", RESUME, "found = _of_all_processes([f.name for f in checkpoints_in(self.path)])[0]",
+     "found = [] if rank_distrib() else [f.name for f in checkpoints_in(self.path)]", "several_processes_is_taken_up"),
+    ("runs: other settings go on", RUNS, "if differ: raise ValueError", "if False: raise ValueError", "goes_on_by_its_folder"),
+    ("runs: broken files are not listed", RUNS, "if len(skipped): skipped.to_csv", "if False: skipped.to_csv", "broken_files_are_listed"),
+    ("runs: every process reads a whole batch", RUNS, "bs=recipe.bs//max(1, num_distrib())", "bs=recipe.bs", "two_processes_train"),
+    ("runs: test images lose a part", RUNS, "tests.train.new(shuffle=False, drop_last=False)", "tests.train.new(shuffle=False)", "images_of_their_own"),
+    ("export: halves in the other order", CKPT, "h.roll(h.shape[1]//2, 1)", "h", "plain_timm_gives"),
+    ("export: not tried out", CKPT, "if ours.shape != theirs.shape or", "if False and", "does_not_know_is_refused"),
 ]
 
 
