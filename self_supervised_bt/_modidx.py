@@ -565,6 +565,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._rank': ( 'distributed.html#_rank',
                                                                                           'self_supervised_bt/distributed.py'),
+                                                'self_supervised_bt.distributed._rest_threads': ( 'distributed.html#_rest_threads',
+                                                                                                  'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._sizes': ( 'distributed.html#_sizes',
                                                                                            'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed._synced': ( 'distributed.html#_synced',

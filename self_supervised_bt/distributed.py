@@ -8,6 +8,7 @@ __all__ = ['EXCHANGES', 'run_processes', 'setup_processes', 'ProcessLost', 'expl
            'over_processes', 'is_main', 'on_main']
 
 # %% ../nbs/09_distributed.ipynb #714bf487
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from copy import deepcopy
 from datetime import timedelta
 from functools import partial, wraps
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,12 +62,20 @@ def _child(f, rank, n, port, timeout, send):
     sys.stdout.flush()
     os._exit(0)   # nothing of the parent is tidied up twice
 
+def _rest_threads():
+    "End OpenMP's idle threads: a forked child has none of them, and would wait for them for ever"
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text().splitlines() if maps.exists() else []
+    for lib in {line.split()[-1] for line in loaded if re.search(r"/lib[gi]?omp[^/]*\.so", line)}:
+        with suppress(AttributeError, OSError): ctypes.CDLL(lib).omp_pause_resource_all(2)
+
 def run_processes(f:callable,         # process number to anything that can be pickled
                   n:int=2,            # processes
                   timeout:float=60.,  # seconds that a process waits for another
                   check:bool=True     # raise if one failed? Otherwise its error is in its place
                  )->list:             # what each returned
     "Run `f` in forked processes of this machine that exchange over gloo on the CPU"
+    _rest_threads()
     fork,running,store = multiprocessing.get_context("fork"),[],dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(n):
         receive,send = fork.Pipe(duplex=False)

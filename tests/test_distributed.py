@@ -294,6 +294,19 @@ def test_weights_are_equal_after_50_steps():
     assert len(views_a) == len(views_b) and not set(views_a[:40]) & set(views_b[:40]), "the processes draw the same views"
 
 
+def convolved(rank): return float(nn.functional.conv2d(torch.ones(32, 3, 32, 32), torch.ones(64, 3, 3, 3)).sum())
+
+
+def test_processes_can_be_forked_after_work_on_several_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert run_processes(convolved, timeout=20) == [convolved(0)]*2
+        whole = convolved(0)
+        assert run_processes(convolved, timeout=20) == [whole]*2 and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(threads)
+
+
 class PowerCut(Callback):
     order = 2000
     def __init__(self, at): self.at = at

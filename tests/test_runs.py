@@ -96,8 +96,9 @@ def test_evaluation_is_that_of_the_parts(folder, tmp_path):
 
 def test_test_images_of_their_own(folder, tmp_path):
     shutil.copytree(folder, tmp_path/"test")
+    for i in range(260): shutil.copy(folder/"light/00.png", tmp_path/f"test/light/copy{i}.png")   # more than a batch
     dls = labelled_dls(folder, 32, test=tmp_path/"test", num_workers=0)
-    assert (len(dls.train.dataset), len(dls.valid.dataset)) == (40, 40) and sum(len(b[0]) for b in dls.valid) == 40
+    assert (len(dls.train.dataset), len(dls.valid.dataset)) == (40, 300) and sum(len(b[0]) for b in dls.valid) == 300
     shutil.move(tmp_path/"test/dark", tmp_path/"test/black")
     with pytest.raises(ValueError, match="must be the same"): labelled_dls(folder, 32, test=tmp_path/"test", num_workers=0)
     with pytest.raises(ValueError, match="one data set"): evaluate(save_encoder(create_encoder("timm/test_resnet", pretrained=False), tmp_path/"e"), [folder, folder], test=folder)
