@@ -50,7 +50,8 @@ def _child(f, rank, n, port, timeout, send):
     "A forked process: `f(rank)`, and what came of it"
     lo = first(name for _,name in socket.if_nameindex() if name.startswith("lo"))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME=lo,
-                      TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")   # they meet at the parent's, as under torchrun
+                      TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",   # they meet at the parent's, as under torchrun
+                      OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")   # or accelerate decides, and says so
     torch.set_num_threads(1)   # OpenMP's threads do not survive a fork
     try:
         setup_processes("gloo", timeout)
