@@ -117,7 +117,7 @@ def read_checkpoint(path:str|Path # file that `write_checkpoint` wrote
     except SafetensorError as e: raise ValueError(f"{path} is not a checkpoint, or was damaged ({e}): take another") from e
     if packed is None: raise ValueError(f"{path} holds tensors, but no run to go on with: pass a file that Checkpoints wrote")
     try: return unpack(json.loads(packed), tensors)
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} was written by something else, or damaged ({e}): take another") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{path} was written by something else, or damaged ({e}): take another") from e
 
 # %% ../nbs/08_resume.ipynb #46a56f8f
 def random_states()->dict: # plain data and tensors

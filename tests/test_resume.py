@@ -251,7 +251,7 @@ class Poison:
     def __reduce__(self): return os.system, (f"touch {self.file}",)
 
 
-@pytest.mark.parametrize("how", ["pickle", "torch.save", "damaged", "other tensors", "unknown kind", "no json", "empty"])
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "damaged", "other tensors", "unknown kind", "no json", "nested without end", "empty"])
 def test_hostile_and_damaged_files_are_refused_and_the_one_before_is_taken(tmp_path, how):
     whole = run(tmp_path/"run", 2, every=2)
     bad, hit = tmp_path/"run"/"step-0000000099.safetensors", tmp_path/"hit"
@@ -260,7 +260,8 @@ def test_hostile_and_damaged_files_are_refused_and_the_one_before_is_taken(tmp_p
     elif how == "damaged": bad.write_bytes(checkpoints_in(tmp_path/"run")[0].read_bytes()[:-100])
     elif how == "other tensors": save_file({"a": torch.ones(2)}, bad)
     elif how == "empty": bad.write_bytes(b"")
-    else: save_file({"0": torch.ones(2)}, bad, metadata={"self_supervised_bt checkpoint": "{" if how == "no json" else '{"call": "os.system"}'})
+    else: save_file({"0": torch.ones(2)}, bad, metadata={"self_supervised_bt checkpoint": {
+        "no json": "{", "unknown kind": '{"call": "os.system"}', "nested without end": '{"list": ['*100_000}[how]})
     with pytest.raises(ValueError, match="not a checkpoint|no run to go on|written by something else"): read_checkpoint(bad)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
