@@ -482,6 +482,7 @@ def one_process(rank, file, on_bad, later, out):
     dls = DataLoaders.from_dsets(items, items[:16], bs=16, device="cpu", num_workers=0, shuffle=False, drop_last=True)
     guard = NonFiniteGuard(on_bad)
     cbs = [BarlowTwins(pipelines(), loss=BarlowTwinsLoss(check_finite=False)), guard]
+    cbs[0].exchange = "none"   # a loss for each part: what one process sees of a bad image the other does not
     if rank: cbs.append(BeforeViews(1, "before_batch", poison_images_first))
     learn = Learner(dls, nn.parallel.DistributedDataParallel(small_model()), cbs=cbs, opt_func=OPTS["momentum"], lr=1e-2)
     learn.logger, said = (lambda *_: None), ""
