@@ -225,7 +225,6 @@ BREAKS = [  # what is broken, where, the line as it is, the line broken, the tes
     ("runs: test images lose a part", RUNS, "tests.train.new(shuffle=False, drop_last=False)", "tests.train.new(shuffle=False)", "images_of_their_own"),
     ("export: halves in the other order", CKPT, "h.roll(h.shape[1]//2, 1)", "h", "plain_timm_gives"),
     ("export: not tried out", CKPT, "if ours.shape != theirs.shape or", "if False and", "does_not_know_is_refused"),
-    ("distributed: forked beside threads", DIST, "    _rest_threads()\n", "", "forked_after_work"),
 ]
 
 
