@@ -89,6 +89,7 @@ def timm_code(encoder:nn.Module, # of `create_encoder`
         lines.append("model.register_forward_hook(lambda m, x, h: h.roll(h.shape[1]//2, 1))   # maxima before means, as it was trained")
     return "\n".join([*lines, f"model.load_state_dict(load_file({file!r}))", "model.eval()", *_input_lines(encoder)]) + "\n"
 
+# %% ../nbs/10_checkpoints.ipynb #7c28ebd7
 def _input_lines(encoder):
     "What the images must look like, as a comment"
     about = describe_input(getattr(encoder, "clean_pipeline", None))
@@ -108,7 +109,7 @@ def export_timm(model,         # a Learner, a `BarlowTwinsModel` or an encoder
     scope,device = {},next(encoder.parameters()).device
     exec(code.replace(repr(path.name), repr(str(path))), scope)
     x = torch.rand(2, encoder.created_by["n_in"], *describe_input(getattr(encoder, "clean_pipeline", None)).get("size", (64, 64)))
-    with torch.no_grad(), politely(encoder): ours = encoder(x.to(device)).cpu()
+    with politely(encoder): ours = encoder(x.to(device)).cpu()
     with torch.no_grad(): theirs = scope["model"](x)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         path.unlink()

@@ -34,7 +34,7 @@ from .folders import check_images
 from .losses import cross_correlation
 from .recipes import RECIPES, bt_learner, get_recipe
 from .reports import report
-from .runs import evaluate, look_at, pretrain
+from .runs import encoder_file, evaluate, look_at, pretrain
 
 # %% ../nbs/11_cli.ipynb #02c6751a
 def digits_job()->SimpleNamespace: # images, labels and settings
@@ -51,7 +51,7 @@ def folder_job(path:str,        # folder of images
     "The images below a folder, and settings that suit their size and number"
     report = check_images(path, full=True)
     files = report.good
-    side,n_in = look_at(files or [n for n in report.names])
+    side,n_in = look_at(files or report.names)
     if len(files) < 20: raise ValueError(f"{path} holds {len(files)} image(s), at least 20 are needed to train on some and test on others")
     size = size or (32 if side <= 48 else 64)
     x = load_images(files, max(size, min(side, 2*size)), n_in)
@@ -186,6 +186,7 @@ def _ends_with_one_line(f):
             raise SystemExit(f"{f.__name__}: {str(e).split(chr(9))[-1] if 'Exception occured in' in str(e) else e}") from e
     return command
 
+# %% ../nbs/11_cli.ipynb #c3069970
 @call_parse(pos=["data"])
 @_ends_with_one_line
 def bt_pretrain(data:str=None,    # folder of images, "digits", "cifar10", "cifar100", "stl10" or "tinyimagenet"; may be left out with --resume
@@ -219,6 +220,7 @@ def _show(title, values):
     print(f"\n{title}\n")
     for k,v in values.items(): print(f"  {k:16} {v}")
 
+# %% ../nbs/11_cli.ipynb #b4ccf53d
 @call_parse
 @_ends_with_one_line
 def bt_evaluate(run:str,          # folder of a run, or a file of save_encoder
@@ -241,6 +243,6 @@ def bt_export(run:str,     # folder of a run, or a file of save_encoder
               out:str=None # file of weights to write, .safetensors; encoder_timm.safetensors beside the run's if not given
              ):
     "Weights for plain timm, and the code that loads them. Example: bt_export runs/photos"
-    file = Path(run)/"encoder.safetensors" if Path(run).is_dir() else Path(run)
+    file = encoder_file(run)
     out = Path(out or file.with_name("encoder_timm.safetensors"))
     print(f"{export_timm(load_encoder(file), out)}\nSaved as {out}, and these lines as {out.with_suffix('.py')}; both were tried out.")

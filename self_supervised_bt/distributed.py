@@ -63,6 +63,7 @@ def _child(f, rank, n, port, timeout, send):
     sys.stdout.flush()
     os._exit(0)   # nothing of the parent is tidied up twice
 
+# %% ../nbs/09_distributed.ipynb #f4bed620
 def _rest_threads():
     "End OpenMP's idle threads: a forked child has none of them, and would wait for them for ever"
     maps = Path("/proc/self/maps")
@@ -94,7 +95,7 @@ def run_processes(f:callable,         # process number to anything that can be p
     if failed and check: raise RuntimeError("\n\n".join(map(str, failed)))
     return out
 
-# %% ../nbs/09_distributed.ipynb #c1dd076e
+# %% ../nbs/09_distributed.ipynb #899977ff
 def setup_processes(backend:str=None,   # "nccl" or "gloo"; by what the machine has, if not given
                     timeout:float=300.  # seconds a process waits for another before it gives up
                    )->int:              # processes that train together, 1 without a launcher
@@ -117,7 +118,7 @@ def setup_processes(backend:str=None,   # "nccl" or "gloo"; by what the machine 
 def _world(group=None): return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 def _rank(group=None): return dist.get_rank(group) if _world(group) > 1 else 0
 
-# %% ../nbs/09_distributed.ipynb #ea8df956
+# %% ../nbs/09_distributed.ipynb #542a3242
 def _mend_fastai():
     "fastai's `DistributedDL` on any device, with the length it has, and not around a stream"
     try: from fastai.distributed import DistributedDL, DistributedTrainer
@@ -138,7 +139,7 @@ def _mend_fastai():
 
 def _is_stream(dl): return isinstance(getattr(dl, "dataset", None), IterableDataset)
 
-# %% ../nbs/09_distributed.ipynb #7b6e0146
+# %% ../nbs/09_distributed.ipynb #ddc3a210
 class ProcessLost(RuntimeError):
     "Another process ended, or stopped answering"
 
@@ -156,7 +157,7 @@ def explaining_loss(where:callable=str # what to add to the message, asked when 
                                      f"The first error in the others' output is the cause; here it was: {' '.join(str(e).split())[:400]}")
         raise ProcessLost(said + there) from (e.__cause__ if known else e)
 
-# %% ../nbs/09_distributed.ipynb #2203a32f
+# %% ../nbs/09_distributed.ipynb #3eaa20c5
 EXCHANGES = ("gather","sum")
 
 def exchange_bytes(n:int,           # images of the global batch
@@ -178,7 +179,7 @@ def cheaper_exchange(n:int,         # images of the global batch
     "Which of the two exchanges is less to send"
     return "gather" if n*itemsize < d*max(itemsize, 4) else "sum"
 
-# %% ../nbs/09_distributed.ipynb #a88e8a49
+# %% ../nbs/09_distributed.ipynb #7b4eeb4c
 def _sizes(n, d, like, group, even):
     "Rows of every process; raises `ValueError` in all of them if they do not fit together"
     world = _world(group)
@@ -209,7 +210,7 @@ def _own(sizes, group):
     start = sum(sizes[:_rank(group)])
     return slice(start, start + sizes[_rank(group)])
 
-# %% ../nbs/09_distributed.ipynb #24bf2ef5
+# %% ../nbs/09_distributed.ipynb #9da64060
 def _through_standardising(g, a, rstd, means, along):
     "Gradient by the rows, given that by the standardised rows: less its mean and its part along `a`"
     return (g - means).addcmul_(a, along, value=-1).mul_(rstd)
@@ -238,7 +239,7 @@ class _GatheredGram(torch.autograd.Function):
         out = (_through_standardising(ga, a[own], ra, m[0], m[2]), _through_standardising(gb, b[own], rb, m[1], m[3]))
         return *((g*world).to(t) if wanted else None for g,t,wanted in zip(out, ctx.dtypes, need)),None,None,None
 
-# %% ../nbs/09_distributed.ipynb #928d0561
+# %% ../nbs/09_distributed.ipynb #d1674dc3
 def _global_moments(z, sizes, group):
     "Mean and biased variance over all processes' rows of each column, from those of the parts"
     mean = z.mean(0)
@@ -274,7 +275,7 @@ class _SummedCross(torch.autograd.Function):
         gb = _through_standardising(a @ g, b, rb, 0., squares.sum(0)) if need_b else None
         return *(None if x is None else (x*ctx.world).to(t) for x,t in zip((ga, gb), ctx.dtypes)),None,None,None
 
-# %% ../nbs/09_distributed.ipynb #73e4a457
+# %% ../nbs/09_distributed.ipynb #b9635ad0
 class _Gathered(torch.autograd.Function):
     "Rows of all processes; backwards, own rows' gradient times the number of processes"
     @staticmethod
@@ -294,7 +295,7 @@ def gather_embeddings(*zs:Tensor,       # each (n,D), own rows
     sizes = sizes or _sizes(n, d, zs[0], group, False)
     return _Gathered.apply(torch.cat(zs, 1), sizes, group).split(d, 1)
 
-# %% ../nbs/09_distributed.ipynb #771cfb91
+# %% ../nbs/09_distributed.ipynb #2384dbdc
 def _divisible(o):
     "Can the work of this loss be divided? That of `BarlowTwinsLoss` without options that change the formula"
     plain = isinstance(o, BarlowTwinsLoss) and type(o).__call__ is BarlowTwinsLoss.__call__ and type(o).terms_of is BarlowTwinsLoss.terms_of
@@ -327,7 +328,7 @@ class GlobalLoss:
         if len(args) == 2 and _divisible(self.objective): return self.divided(*args, sizes)
         return self.objective(*self.everything(args, sizes))
 
-# %% ../nbs/09_distributed.ipynb #2384dbdc
+# %% ../nbs/09_distributed.ipynb #4e1d5cbb
 @patch
 def divided(self:GlobalLoss, z1:Tensor, z2:Tensor, sizes:list)->Tensor:
     "The loss, every process doing its part of the work"
@@ -362,7 +363,7 @@ def everything(self:GlobalLoss, args:tuple, sizes:list)->list:
     a = torch.as_tensor(a, dtype=torch.float32, device=zs[0].device)*torch.ones(len(perm), device=zs[0].device)
     return [*zs, _gather(perm + start, sizes, self.group), _gather(a, sizes, self.group)]
 
-# %% ../nbs/09_distributed.ipynb #6bdeb176
+# %% ../nbs/09_distributed.ipynb #0450bc62
 class _SyncBatchNorm(torch.autograd.Function):
     "Standardise (B,C,...) by channel over all processes, scale and shift"
     @staticmethod
@@ -390,7 +391,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         gx = ((g - means[0].view(ctx.shape)).addcmul_(a, means[1].view(ctx.shape), value=-1)*scale.view(ctx.shape)).to(dtype)
         return gx,*((None, None) if weight is None else (own[1], own[0])),None,None
 
-# %% ../nbs/09_distributed.ipynb #0450bc62
+# %% ../nbs/09_distributed.ipynb #c4086351
 def _synced(m, group, x):
     "The forward pass of a BatchNorm layer in training, over all processes"
     if not m.training or _world(group) == 1: return type(m).forward(m, x)
@@ -422,7 +423,7 @@ def synced_batchnorm(model:nn.Module, # whose BatchNorm layers are to work over 
     finally:
         for m in layers: m.__dict__.pop("forward", None)
 
-# %% ../nbs/09_distributed.ipynb #52e9e864
+# %% ../nbs/09_distributed.ipynb #43f2aec2
 def separate_draws(group=None # of processes; all if not given
                   )->None:
     "Random numbers of python, NumPy and PyTorch that differ between processes, and follow from those of process 0"
@@ -435,7 +436,7 @@ def separate_draws(group=None # of processes; all if not given
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/09_distributed.ipynb #a3d02946
+# %% ../nbs/09_distributed.ipynb #7c0b175b
 class _Processes(Callback):
     "What a distributed fit needs besides the loss, for its length"
     order = 12   # when fastai's DistributedTrainer has wrapped the model
@@ -457,7 +458,7 @@ def over_processes(objective:callable, # embeddings to a scalar
     if isinstance(objective, AllPairs): return AllPairs(over_processes(objective.objective, **kwargs))
     return objective if isinstance(objective, GlobalLoss) else GlobalLoss(objective, **kwargs)
 
-# %% ../nbs/09_distributed.ipynb #7c0b175b
+# %% ../nbs/09_distributed.ipynb #a6a90203
 @patch
 def join_processes(self:BarlowTwins):
     "A fit starts: the loss is that of the batch of all processes"
@@ -495,7 +496,7 @@ def leave_processes(self:BarlowTwins):
         check_model(self.model).load_state_dict(kept[0])
         self.learn.opt.load_state_dict(kept[1])
 
-# %% ../nbs/09_distributed.ipynb #a6a90203
+# %% ../nbs/09_distributed.ipynb #55c6e0c0
 _fit = Learner.fit
 @wraps(_fit)
 def _fit_and_explain(self, *args, **kwargs):
@@ -503,7 +504,7 @@ def _fit_and_explain(self, *args, **kwargs):
     with explaining_loss(where): return _fit(self, *args, **kwargs)
 Learner.fit = _fit_and_explain
 
-# %% ../nbs/09_distributed.ipynb #5f371c59
+# %% ../nbs/09_distributed.ipynb #cef677a2
 def is_main()->bool: # `True` in process 0, and where there is only one
     "Is this the process that writes files and reports?"
     return _rank() == 0

@@ -26,6 +26,7 @@ from fastcore.parallel import num_cpus
 from torch import Tensor
 
 from .data import REASONS, BadImage, _check_size, _in_chunks, _listed, _opened, folder_labels, read_image
+from .losses import check_choice
 
 # %% ../nbs/07a_folders.ipynb #05f58cb4
 class ImageReport:
@@ -157,7 +158,7 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
                   )->DataLoaders:       # training (shuffled, whole batches) and validation
     "`dls` over image files, read as they are needed; labels only if asked for"
     _check_size(size, n_in)
-    if bad not in ("skip", "raise"): raise ValueError(f'bad must be "skip" or "raise", got {bad!r}')
+    check_choice("bad", bad, ("skip", "raise"))
     if not 0 <= valid_pct < 1: raise ValueError(f"valid_pct must be in [0,1), got {valid_pct}")
     files = _files(items)
     y,vocab = folder_labels(files) if labels else (None, None)

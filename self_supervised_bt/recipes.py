@@ -223,6 +223,6 @@ def fit_recipe(self:Learner,
     recipe = getattr(self, "recipe", None)
     if recipe is None: raise ValueError("the Learner has no recipe: make it with bt_learner(dls, recipe=...), or set learn.recipe")
     self.recipe = recipe = recipe.changed(bs=_global_bs(self.dls), epochs=epochs or recipe.epochs)
-    lrs = recipe.peak_lrs()
-    if recipe.schedule == "one cycle": return self.fit_one_cycle(recipe.epochs, lrs if recipe.opt != "fastai" else lrs[0], cbs=cbs, **kwargs)
-    self.fit(recipe.epochs, lrs if recipe.opt != "fastai" else lrs[0], cbs=[WarmupCosine(lrs if recipe.opt != "fastai" else lrs[:1], recipe.warmup)] + L(cbs), **kwargs)
+    lrs = recipe.peak_lrs()[:1 if recipe.opt == "fastai" else 2]   # fastai's own has one group
+    if recipe.schedule == "one cycle": return self.fit_one_cycle(recipe.epochs, lrs, cbs=cbs, **kwargs)
+    self.fit(recipe.epochs, lrs, cbs=[WarmupCosine(lrs, recipe.warmup)] + L(cbs), **kwargs)

@@ -108,6 +108,7 @@ def _apart(tensors):
         seen.add(place)
     return apart
 
+# %% ../nbs/08_resume.ipynb #c3c12c55
 def read_checkpoint(path:str|Path # file that `write_checkpoint` wrote
                    )->dict:       # the state, on the CPU; raises `ValueError`
     "The state in a file; nothing in it is executed"
@@ -119,12 +120,10 @@ def read_checkpoint(path:str|Path # file that `write_checkpoint` wrote
     try: return unpack(json.loads(packed), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{path} was written by something else, or damaged ({e}): take another") from e
 
-# %% ../nbs/08_resume.ipynb #46a56f8f
+# %% ../nbs/08_resume.ipynb #af9b7d23
 def random_states()->dict: # plain data and tensors
     "States of all global random generators of this process"
-    version,words,gauss = random.getstate()
-    kind,keys,*rest = np.random.get_state()
-    states = dict(python=[version, np.array(words, dtype=np.int64), gauss], numpy=[kind, keys, *rest], torch=torch.get_rng_state())
+    states = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available(): states["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): states["mps"] = torch.mps.get_rng_state()
     return states
@@ -132,8 +131,7 @@ def random_states()->dict: # plain data and tensors
 def set_random_states(states:dict # of `random_states`
                      )->None:
     "Put all random generators where they were"
-    version,words,gauss = states["python"]
-    random.setstate((version, tuple(np.asarray(words).tolist()), gauss))
+    random.setstate(states["python"])
     kind,keys,*rest = states["numpy"]
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
@@ -147,7 +145,7 @@ def _of_all_processes(o):
     torch.distributed.all_gather_object(out, o)
     return out
 
-# %% ../nbs/08_resume.ipynb #0576adec
+# %% ../nbs/08_resume.ipynb #ecc7a504
 def _inner(dl):
     "The loader itself, out of fastai's DistributedDL"
     return _inner(dl.dl) if isinstance(getattr(dl, "dl", None), DataLoader) else dl
@@ -160,9 +158,7 @@ def order_state(dl # fastai's loader, or PyTorch's
                )->dict: # plain data and tensors
     "What decides the order of the epoch that is about to begin"
     dl = _inner(dl)
-    if isinstance(dl, DataLoader):
-        version,words,gauss = dl.rng.getstate()
-        return dict(rng=[version, np.array(words, dtype=np.int64), gauss])
+    if isinstance(dl, DataLoader): return dict(rng=dl.rng.getstate())
     return dict(generators=[g.get_state() for g in _generators(dl)])
 
 def set_order_state(dl,        # fastai's loader, or PyTorch's
@@ -170,12 +166,10 @@ def set_order_state(dl,        # fastai's loader, or PyTorch's
                    )->None:
     "Let the loader shuffle as it did then"
     dl = _inner(dl)
-    if "rng" in state:
-        version,words,gauss = state["rng"]
-        dl.rng.setstate((version, tuple(np.asarray(words).tolist()), gauss))
+    if "rng" in state: dl.rng.setstate(state["rng"])
     for g,s in zip(_generators(dl), state.get("generators", ())): g.set_state(s)
 
-# %% ../nbs/08_resume.ipynb #ecc7a504
+# %% ../nbs/08_resume.ipynb #872980c3
 def can_skip(dl # fastai's loader, or PyTorch's
             )->bool: # otherwise batches are made again
     "May batches be left out without changing those that come after?"
@@ -201,7 +195,7 @@ def batches_from(dl,      # fastai's loader, or PyTorch's, its order and the ran
         yield from batches
     finally: dl.__dict__.pop("skipped", None)
 
-# %% ../nbs/08_resume.ipynb #c677791d
+# %% ../nbs/08_resume.ipynb #0396e5bf
 def _averages(learn): return {m.name: [m.total, m.count] for m in learn.metrics if "total" in vars(m) and "count" in vars(m)}
 
 def _recorded(learn):
@@ -229,7 +223,7 @@ def run_state(learn:Learner,   # in a fit
                 recorder=_recorded(learn), recipe=asdict(recipe) if recipe else None, versions=versions(),
                 callbacks={cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), "state_dict")})
 
-# %% ../nbs/08_resume.ipynb #85eed52b
+# %% ../nbs/08_resume.ipynb #ad3edc30
 def check_same_run(learn:Learner, # about to go on
                    state:dict     # of `run_state`
                   )->None:        # raises `ValueError`
@@ -243,7 +237,7 @@ def check_same_run(learn:Learner, # about to go on
 
 def _plain(settings): return json.loads(json.dumps({k: v for k,v in settings.items() if k in {f.name for f in fields(Recipe)} - {"name", "source"}}))
 
-# %% ../nbs/08_resume.ipynb #ad3edc30
+# %% ../nbs/08_resume.ipynb #f3f6b1ab
 def restore_run(learn:Learner, # in a fit, before its first epoch
                 state:dict     # of `run_state`
                )->None:        # raises `ValueError`
@@ -271,7 +265,7 @@ def load_opt(opt,       # fastai's optimizer
     opt.load_state_dict(dict(hypers=L(state["hypers"]), state=moved))
     opt.state = defaultdict(dict, opt.state)
 
-# %% ../nbs/08_resume.ipynb #f3f6b1ab
+# %% ../nbs/08_resume.ipynb #554f916a
 def checkpoints_in(path:str|Path # folder
                   )->list:       # files, the newest first
     "The checkpoints of a run"
@@ -293,11 +287,9 @@ class Checkpoints(Callback):
         for name,value in dict(every=every, keep=keep).items():
             if value is not None and (not isinstance(value, int) or value < 1): raise ValueError(f"{name} must be a positive int, got {value!r}")
         self.path,self.every,self.keep,self.monitor,self.resume,self.signals = Path(path),every,keep,monitor,resume,signals
-    @property
-    def run_now(self): return not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
 
     def before_fit(self):
-        self.run = self.run_now
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
         if not self.run: return
         self.point,self.begun,self.best,self.asked,self.failed,self.stepped = None,None,None,None,None,False
         self.try_folder()
@@ -332,7 +324,7 @@ class Checkpoints(Callback):
         if self.failed: raise OSError(f"the run is complete, but its last checkpoint is missing: {self.failed}. The Learner holds the weights: "
                                       "learn.checkpoints.save(0) once there is room")
 
-# %% ../nbs/08_resume.ipynb #554f916a
+# %% ../nbs/08_resume.ipynb #b0016aeb
 @patch
 def try_folder(self:Checkpoints):
     "Raise `OSError` now if nothing can be written later"
@@ -346,7 +338,7 @@ def try_folder(self:Checkpoints):
     except OSError as e: raise OSError(f"{self.path} cannot be written to ({e}): choose another folder for the checkpoints") from e
 
 @patch
-def newest(self:Checkpoints)->dict: # of `run_state`, or nothing
+def newest(self:Checkpoints)->dict: # of `run_state`; raises `ValueError`
     "State of the newest checkpoint that can be read; warns of damaged ones"
     files = checkpoints_in(self.path)
     for file in files:
@@ -364,6 +356,7 @@ def take_up(self:Checkpoints):
     if not state["done"]: set_order_state(self.dls.train, state["begun"]["order"][rank_distrib()])
     set_random_states(state["random"][rank_distrib()])
 
+# %% ../nbs/08_resume.ipynb #254d825c
 @patch
 def rest_of_epoch(self:Checkpoints):
     "The batches of the epoch that are not done yet, in `all_batches`' place"
@@ -386,7 +379,7 @@ def _do_fit(self:Learner):
         self.epoch = epoch
         self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
-# %% ../nbs/08_resume.ipynb #b0016aeb
+# %% ../nbs/08_resume.ipynb #84e404b3
 @patch
 def save(self:Checkpoints,
          done:int,          # batches of the epoch that are done
@@ -428,7 +421,7 @@ def load_best(self:Checkpoints)->dict: # the state of `best.safetensors`
     get_model(self.learn.model).load_state_dict(state["model"])
     return state
 
-# %% ../nbs/08_resume.ipynb #36882361
+# %% ../nbs/08_resume.ipynb #fb0c3f96
 @patch
 def listen(self:Checkpoints):
     "Note the signals instead of dying of them; Python lets the main thread alone do that"
@@ -457,7 +450,7 @@ def stop(self:Checkpoints, name:str):
     if not rank_distrib() and not self.failed: print(f"{name}: checkpoint written to {self.path}, go on with resume=True")
     raise SystemExit(f"{name}: {self.failed}" if self.failed else 75)
 
-# %% ../nbs/08_resume.ipynb #c768e5ac
+# %% ../nbs/08_resume.ipynb #fbb4d6d8
 def _resumable(fit):
     @wraps(fit)
     def with_resume(self, *args, resume:bool=None, **kwargs):
