@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.data import tensor_dls
-from self_supervised_bt.evaluation import encode, few_labels_accuracy, knn_accuracy
+from self_supervised_bt.evaluation import encode, k_shot_accuracy, knn_accuracy
 
 CONTENDERS = {"fused": {}, "kornia": dict(backend="kornia"), "fused, exact jitter": dict(exact_jitter=True)}
 
@@ -28,7 +28,7 @@ def run(x, y, x_test, y_test, seed, args, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(args.epochs, 5e-3)
     seconds = time.perf_counter() - start
     h, h_test = encode(learn, x)[0], encode(learn, x_test)[0]
-    return 100*knn_accuracy(h_test, y_test, h, y, k=20), 100*float(few_labels_accuracy(h, y, h_test, y_test, 100, 3).mean()), seconds
+    return 100*knn_accuracy(h_test, y_test, h, y, k=20), 100*float(k_shot_accuracy(h, y, h_test, y_test, 100, 3).mean()), seconds
 
 
 def main():

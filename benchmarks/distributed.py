@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from _common import machine
 from lightly.loss import BarlowTwinsLoss as Lightly
-from self_supervised_bt.distributed import GlobalLoss, exchange_bytes, run_processes, synced_batchnorm
+from self_supervised_bt.distributed import GlobalLoss, exchange_bytes, run_ranks, synced_batchnorm
 from self_supervised_bt.losses import BarlowTwinsLoss
 
 
@@ -67,7 +67,7 @@ def main():
         z1, z2 = (z.requires_grad_() for z in embeddings(a.images, d))
         whole = BarlowTwinsLoss()(z1, z2)
         whole.backward()
-        seen = run_processes(lambda rank: work(rank, a.images, d, a.turns), a.processes)
+        seen = run_ranks(lambda rank: work(rank, a.images, d, a.turns), a.processes)
         for name in contenders():
             values, grads, times = zip(*(o[name] for o in seen))
             grad = torch.cat([torch.from_numpy(g) for g in grads])

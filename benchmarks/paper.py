@@ -17,7 +17,7 @@ import torch
 from _common import machine
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.recipes import bt_learner, get_recipe
-from self_supervised_bt.training import LARS, Autocast, weights_and_biases
+from self_supervised_bt.training import LARS, Autocast, split_norm_bias
 
 
 def learner(a, batch):
@@ -40,7 +40,7 @@ class Floor:
     def __init__(self, a, batch):
         learn = learner(a, batch)
         self.model, self.steps, self.device = learn.model.to(a.device).train(), a.steps, torch.device(a.device)
-        self.opt = LARS(weights_and_biases(self.model), lr=[.1, .01], wd=1e-6)
+        self.opt = LARS(split_norm_bias(self.model), lr=[.1, .01], wd=1e-6)
         self.views = torch.rand(2*batch, 3, learn.recipe.size, learn.recipe.size, device=a.device)
     def run(self):
         for _ in range(self.steps):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, distributed, checkpoints, runs
+from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs
 from .augmentations import *
 from .layers import *
 from .losses import *
@@ -21,10 +21,10 @@ from .doctor import *
 from .reports import *
 from .data import *
 from .folders import *
-from .resume import *
+from .checkpoints import *
 from .guard import *
 from .distributed import *
-from .checkpoints import *
+from .weights import *
 from .runs import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, resume, guard, distributed, checkpoints, runs) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs) for name in m.__all__]

@@ -13,7 +13,7 @@ from torch import nn
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
-from self_supervised_bt.data import digits
+from self_supervised_bt.data import digits_images
 
 matplotlib.use("Agg")
 if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
@@ -26,7 +26,7 @@ def seeded():
 
 def image_items(n=48, labels=True, size=8, channels=1):
     "Handwritten digits as (image, label) or (image,) items"
-    x, y = digits()
+    x, y = digits_images()
     x = nn.functional.interpolate(x[:n].float()/255, size=size).expand(-1, channels, -1, -1)
     return [(TensorImage(im), int(l)) if labels else (TensorImage(im),) for im, l in zip(x, y)]
 

@@ -24,9 +24,9 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from self_supervised_bt import resume
-from self_supervised_bt.data import digits, tensor_dls
+from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.recipes import Recipe, bt_learner
-from self_supervised_bt.resume import Checkpoints
+from self_supervised_bt.checkpoints import Checkpoints
 
 if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
 EPOCHS, EVERY = 4, 3
@@ -36,7 +36,7 @@ IN_WRITE = ("before the file", "half of the file", "before fsync", "before the r
 def learner(seed, folder=None):
     "Random views, dropout, momentum, moments and a validation set: much that could go astray"
     set_seed(seed)
-    x, _ = digits()
+    x, _ = digits_images()
     encoder = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(.1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     dls = tensor_dls(x[:700], bs=64, valid_pct=.1, device="cpu")
     recipe = Recipe(opt="adamw", lr=1e-2, wd=1e-2, epochs=EPOCHS, schedule="cosine", warmup=1, hidden_size=32, projection_size=32, views=dict(recipe="digits"))

@@ -24,7 +24,7 @@ from conftest import image_items, small_model
 from self_supervised_bt.augmentations import BACKENDS, NormalizeViews, get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model, no_loss
 from self_supervised_bt.recipes import bt_learner
-from self_supervised_bt.data import digits, tensor_dls
+from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import PoolingType, create_encoder
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss, variant_loss
@@ -262,7 +262,7 @@ def digit_label(i): return image_items(i + 1)[i][1]
 def test_fit_lr_find_fit_export_load(make_learner, tmp_path, precision, data):
     own = nn.CrossEntropyLoss()
     tfms = [[digit_image], [digit_label, Categorize()]][:2 if data == "labelled" else 1]
-    if data == "tensors": dls = tensor_dls(digits()[0][:48], bs=16, device="cpu")
+    if data == "tensors": dls = tensor_dls(digits_images()[0][:48], bs=16, device="cpu")
     else: dls = Datasets(range(48), tfms, splits=(range(40), range(40, 48))).dataloaders(bs=16, device="cpu", num_workers=0)
     learn = getattr(make_learner(dls, loss_func=own, path=tmp_path, stats=imagenet_stats), precision)()
     with warnings.catch_warnings():
@@ -380,7 +380,7 @@ def test_on_a_gpu(make_dls):
     dls.cuda()
     learn = bt_learner(dls, "resnet18", hidden_size=32, projection_size=32).to_fp16()
     learn.fit(1)
-    assert learn.barlow_twins.draw_views()[0].is_cuda and encode(learn, dls.valid)[0].isfinite().all()
+    assert learn.barlow_twins.sample_views()[0].is_cuda and encode(learn, dls.valid)[0].isfinite().all()
 
 
 # 11. Batches of every length, but one

@@ -14,15 +14,15 @@ from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.classifiers import (
-    PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, few_labels, fit_protocol, fresh, parameter_groups, subset_dl, transfer)
-from self_supervised_bt.data import digits, tensor_dls
+    PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, semi_supervised, fit_protocol, reinitialised, parameter_groups, subset_dl, linear_transfer)
+from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode, linear_probe
 from self_supervised_bt.layers import create_encoder
 
 
 @pytest.fixture
 def labelled():
-    x, y = digits()
+    x, y = digits_images()
     return tensor_dls(x[:200].float()/255, y[:200], bs=32, valid_pct=.3, device="cpu")
 
 
@@ -95,7 +95,7 @@ def test_everything_a_vision_learner_does(learner, folder, tmp_path):
 
 def test_the_linear_protocol_equals_pytorch(learner):
     "The same steps with torch.optim.SGD and CosineAnnealingLR on the frozen encoder's outputs"
-    x, y = digits()
+    x, y = digits_images()
     dls = tensor_dls(x[:96].float()/255, y[:96], bs=32, valid_pct=0, device="cpu")
     dls.train.shuffle = False
     learn = quiet(classifier_learner(learner, dls))
@@ -148,36 +148,36 @@ def test_augmentation_is_for_training_alone():
 
 
 def test_few_labels(learner, labelled):
-    table = few_labels(learner, labelled, labels=(3, .5), epochs=2)
+    table = semi_supervised(learner, labelled, labels=(3, .5), epochs=2)
     assert list(table.columns) == ["images", "linear", "finetune", "scratch"] and list(table.index) == ["3 a class", "50 %"] and table.images.iloc[0] == 30
     h, y = encode(learner, labelled.train)
-    from self_supervised_bt.evaluation import draw_labels
-    idx = draw_labels(y, 3)
+    from self_supervised_bt.evaluation import sample_labels
+    idx = sample_labels(y, 3)
     assert table.linear.iloc[0] == pytest.approx(100*linear_probe(h[idx], y[idx], *encode(learner, labelled.valid)).top1, abs=.051)
 
 
 def test_fresh_knows_nothing_but_its_input(learner):
     for encoder in (learner.model.encoder, create_encoder("timm/test_resnet", n_in=1, pretrained=False)):
-        new = fresh(encoder)
+        new = reinitialised(encoder)
         assert [n for n, _ in new.named_parameters()] == [n for n, _ in encoder.named_parameters()]
         weights = [(a, b) for a, b in zip(new.parameters(), encoder.parameters()) if a.ndim > 1]
         assert all(not torch.equal(a, b) for a, b in weights)
-    assert fresh(learner.model.encoder).clean_pipeline is learner.model.encoder.clean_pipeline
+    assert reinitialised(learner.model.encoder).clean_pipeline is learner.model.encoder.clean_pipeline
 
 
 def test_transfer(learner, labelled):
-    x, y = digits()
+    x, y = digits_images()
     several = torch.stack([y % 2, (y > 4).long()], 1).float()
     tasks = {"digits": labelled, "properties": tensor_dls(x[:200], several[:200], bs=32, valid_pct=.3, device="cpu")}
-    table = transfer(learner, tasks)
+    table = linear_transfer(learner, tasks)
     p = linear_probe(*encode(learner, labelled.train), *encode(learner, labelled.valid))
     assert table.loc["digits", "linear probe"] == f"{100*p.top1:.1f}" and table.loc["properties", "measure"] == "mAP"
     with pytest.raises(ValueError, match="empty one: data holds no images"):
-        transfer(learner, {"empty one": tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")})
+        linear_transfer(learner, {"empty one": tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")})
 
 
 def test_several_labels_an_image_get_their_loss_and_metric(learner):
-    x, y = digits()
+    x, y = digits_images()
     learn = quiet(classifier_learner(learner, tensor_dls(x[:100], torch.stack([y % 2, (y > 4).long()], 1)[:100].float(), bs=20, valid_pct=.4, device="cpu")))
     learn.fit(1, 1e-2)
     assert learn.metrics[0].name == "average_precision_score" and learn.model.head.out_features == 2
@@ -192,13 +192,13 @@ def test_a_failing_fit_loses_no_encoder(learner, labelled):
 
 
 def test_bad_input(learner, labelled):
-    x, y = digits()
+    x, y = digits_images()
     with pytest.raises(ValueError, match="how many classes"): classifier_learner(learner, tensor_dls(x[:50], bs=8, device="cpu"))
-    with pytest.raises(ValueError, match="'svm'"): few_labels(learner, labelled, methods=("svm",))
-    with pytest.raises(ValueError, match="smaller n"): few_labels(learner, labelled, labels=(500,))
+    with pytest.raises(ValueError, match="'svm'"): semi_supervised(learner, labelled, methods=("svm",))
+    with pytest.raises(ValueError, match="smaller n"): semi_supervised(learner, labelled, labels=(500,))
     with pytest.raises(ValueError, match="protocol must be"): fit_protocol(classifier_learner(learner, labelled), "svm")
     with pytest.raises(ValueError, match="no lr:"): fit_protocol(classifier_learner(learner, labelled), "linear", lr=3)
-    with pytest.raises(ValueError, match="no labels: y is None"): transfer(learner, {"no labels": tensor_dls(x[:50], bs=8, device="cpu")})
+    with pytest.raises(ValueError, match="no labels: y is None"): linear_transfer(learner, {"no labels": tensor_dls(x[:50], bs=8, device="cpu")})
 
 
 def test_the_cosine_steps_once_an_epoch():

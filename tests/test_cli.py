@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from self_supervised_bt.checkpoints import load_encoder
+from self_supervised_bt.weights import load_encoder
 from self_supervised_bt.cli import bt_demo, bt_diagnose, digits_job, folder_job
 
 

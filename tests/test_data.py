@@ -25,14 +25,14 @@ from torch import nn
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.recipes import bt_learner
-from self_supervised_bt.checkpoints import load_encoder, save_encoder
-from self_supervised_bt.data import (TINY_IMAGENET, BadImage, digits, digits_dls, folder_labels, image_files, known_dls, known_images, load_images,
-    read_image, tensor_dls, train_test_split)
+from self_supervised_bt.weights import load_encoder, save_encoder
+from self_supervised_bt.data import (TINY_IMAGENET, BadImage, digits_images, digits_dls, folder_labels, image_files, known_dls, known_images, load_images,
+    read_image, tensor_dls, hold_out)
 from self_supervised_bt.evaluation import encode
 
 
 def test_digits_are_scikit_learns():
-    x, y = digits()
+    x, y = digits_images()
     assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.uint8
     assert np.abs(x[:, 0].numpy()/255 - load_digits().images/16).max() < 1/255 and (y.numpy() == load_digits().target).all()
 
@@ -58,11 +58,11 @@ def test_digits_dls_hold_images_alone():
 
 
 def test_split_is_whole_and_repeatable():
-    x, y = digits()
-    a, b = train_test_split(x, y, 300, seed=1), train_test_split(x, y, 300, seed=1)
+    x, y = digits_images()
+    a, b = hold_out(x, y, 300, seed=1), hold_out(x, y, 300, seed=1)
     assert all(torch.equal(i, j) for i, j in zip(a, b)) and (len(a[0]), len(a[2])) == (1497, 300)
     assert torch.equal(torch.cat([a[1], a[3]]).bincount(), y.bincount())
-    assert train_test_split(x, None, 300)[1] is None
+    assert hold_out(x, None, 300)[1] is None
 
 
 def test_folder(folder):
@@ -363,8 +363,8 @@ def test_bad_folders_and_tensors(tmp_path, folder):
     for args, words in [((torch.rand(5, 8, 8),), "(N,C,H,W)"), ((torch.rand(5, 1, 8, 8), torch.arange(4)), "4 labels for 5 images")]:
         with pytest.raises(ValueError) as e: tensor_dls(*args)
         assert words in str(e.value)
-    with pytest.raises(ValueError, match="valid_pct"): tensor_dls(digits()[0], valid_pct=1.)
-    with pytest.raises(ValueError, match="n_test"): train_test_split(digits()[0], n_test=0)
+    with pytest.raises(ValueError, match="valid_pct"): tensor_dls(digits_images()[0], valid_pct=1.)
+    with pytest.raises(ValueError, match="n_test"): hold_out(digits_images()[0], n_test=0)
 
 
 # Weights
@@ -380,7 +380,7 @@ def trained():
 
 
 def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
-    x = digits()[0][:40]
+    x = digits_images()[0][:40]
     again = load_encoder(save_encoder(trained, tmp_path/"deep/er/e.safetensors"))
     assert torch.allclose(encode(again, x)[0], encode(trained, x)[0], atol=1e-5)
     assert not again.training and os.listdir(tmp_path/"deep/er") == ["e.safetensors"]
@@ -391,7 +391,7 @@ def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
 def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
-    monkeypatch.setattr("self_supervised_bt.resume.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("self_supervised_bt.checkpoints.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 

@@ -130,7 +130,7 @@ def test_columns_and_pictures_reach_tensorboard(make_learner, tmp_path):
     pytest.importorskip("tensorboard")
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = make_learner(cbs=[Diagnostics(), Pictures(every=2), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    learn = make_learner(cbs=[Diagnostics(), ImageLogger(every=2), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
     learn.fit(4, 1e-3)
     events = EventAccumulator(str(tmp_path)); events.Reload()
     assert {"train_loss", "invariance", "effective_rank", "gradient_norm"} <= set(events.Tags()["scalars"])
@@ -147,7 +147,7 @@ def test_pictures_reach_weights_and_biases(make_learner, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step))))
     class LikeWandb(Callback):
         _wandb_step = 7
-    make_learner(cbs=[Pictures(), LikeWandb()]).fit(1, 1e-3)
+    make_learner(cbs=[ImageLogger(), LikeWandb()]).fit(1, 1e-3)
     assert [list(d) for d, _ in sent] == [["views"], ["cross_correlation"]] and sent[0][1] == 7
 
 
@@ -155,7 +155,7 @@ def test_bad_input(make_learner, make_dls):
     from fastai.learner import Learner
     with pytest.raises(ValueError, match="square"): plot_cross_correlation(torch.rand(2, 3))
     with pytest.raises(ValueError, match="every"): Diagnostics(every=0)
-    with pytest.raises(ValueError, match="every"): Pictures(every=.5)
-    for cb in (Diagnostics(), Pictures()):
+    with pytest.raises(ValueError, match="every"): ImageLogger(every=.5)
+    for cb in (Diagnostics(), ImageLogger()):
         learn = Learner(make_dls(), small_model(), loss_func=lambda z, y: z.mean(), cbs=[cb])
         with pytest.raises(ValueError, match="no such callback"): learn.fit(1)

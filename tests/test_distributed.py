@@ -26,14 +26,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
-from self_supervised_bt.data import digits, digits_dls, tensor_dls
+from self_supervised_bt.data import digits_images, digits_dls, tensor_dls
 from self_supervised_bt.distributed import (
-    EXCHANGES, GlobalLoss, cheaper_exchange, exchange_bytes, explaining_loss, on_main, over_processes, run_processes, separate_draws,
-    setup_processes, synced_batchnorm)
+    EXCHANGES, GlobalLoss, cheaper_exchange, exchange_bytes, explaining_lost_rank, on_rank0, over_ranks, run_ranks, seed_ranks,
+    setup_ranks, synced_batchnorm)
 from self_supervised_bt.losses import AllPairs, BarlowTwinsLoss, variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins, MixedBarlowTwinsLoss
 from self_supervised_bt.recipes import bt_learner
-from self_supervised_bt.resume import Checkpoints, checkpoints_in
+from self_supervised_bt.checkpoints import Checkpoints, checkpoints_in
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_available(), reason="processes are forked")
 pytest.importorskip("accelerate")
@@ -74,7 +74,7 @@ CASES = {  # name: what the library is given, what one process with all rows wor
     "cross-entropy": (lambda: GlobalLoss(variant_loss("cross-entropy")), lambda: variant_loss("cross-entropy"), 2),
     "hsic": (lambda: GlobalLoss(variant_loss("hsic")), lambda: variant_loss("hsic"), 2),
     "own": (lambda: GlobalLoss(covariances), lambda: covariances, 2),
-    "three views": (lambda: over_processes(AllPairs(BarlowTwinsLoss())), lambda: AllPairs(BarlowTwinsLoss()), 3),
+    "three views": (lambda: over_ranks(AllPairs(BarlowTwinsLoss())), lambda: AllPairs(BarlowTwinsLoss()), 3),
     "mixed": (lambda: GlobalLoss(MixedBarlowTwinsLoss()), lambda: MixedBarlowTwinsLoss(), 3),
 }
 
@@ -112,7 +112,7 @@ def every_case(rank, world):
 
 @pytest.mark.parametrize("world", ROWS)
 def test_loss_and_every_gradient_equal_those_of_one_process(world):
-    sizes, seen = ROWS[world], run_processes(partial(every_case, world=world), world)
+    sizes, seen = ROWS[world], run_ranks(partial(every_case, world=world), world)
     for (name, dtype) in seen[0]:
         _, reference, count = CASES[name]
         perms, weights = mixture(sizes)
@@ -149,7 +149,7 @@ def odd_inputs(rank):
 
 
 def test_odd_inputs():
-    for seen in run_processes(odd_inputs):
+    for seen in run_ranks(odd_inputs):
         for name, (loss, grad, size) in seen.items():
             tol = {"far from 0": 2e-4, "half": 1e-2}.get(name[0], 1e-9)
             assert loss < tol and grad < tol*size, (name, loss, grad, size)
@@ -164,7 +164,7 @@ def a_queue(rank):
 
 
 def test_a_queue_holds_the_global_batch():
-    for losses in run_processes(a_queue):
+    for losses in run_ranks(a_queue):
         for got, expected in losses: assert abs(got - expected) < 1e-9
 
 
@@ -181,7 +181,7 @@ def bad_rows(rank):
 
 
 def test_bad_input_is_refused_by_all_processes():
-    other, own = run_processes(bad_rows)
+    other, own = run_ranks(bad_rows)
     assert all("embeddings of process 0 are finite" in s for s in other[:2]) and all("z2 has 1 nan" in s for s in own)
     for kwargs in ({"exchange": "scatter"}, {"exchange": "sum", "objective": variant_loss("hsic")}):
         with pytest.raises(ValueError, match="exchange"): GlobalLoss(**{"objective": BarlowTwinsLoss(), **kwargs})
@@ -190,10 +190,10 @@ def test_bad_input_is_refused_by_all_processes():
 def test_alone_nothing_changes():
     z = torch.randn(2, 8, 4)
     loss = GlobalLoss(BarlowTwinsLoss())
-    assert loss(*z) == BarlowTwinsLoss()(*z) and loss.lmb == 5e-3 and loss.terms.invariance > 0 and setup_processes() == 1
+    assert loss(*z) == BarlowTwinsLoss()(*z) and loss.lmb == 5e-3 and loss.terms.invariance > 0 and setup_ranks() == 1
     loss.lmb = .1
     assert loss.objective.lmb == .1 and not hasattr(GlobalLoss(covariances), "lmb")
-    assert on_main(lambda a, b: a + b, 1, b=2) == 3
+    assert on_rank0(lambda a, b: a + b, 1, b=2) == 3
 
 
 # fits
@@ -209,7 +209,7 @@ def still_views(): return [Pipeline([Rolled(i)], split_idx=0) for i in (0, 1)]
 
 
 def fit_learner(cb=None, n=48, bs=8, n_valid=22, **kwargs):
-    x = digits()[0].float()/255
+    x = digits_images()[0].float()/255
     items = [(TensorImage(im),) for im in x[:n]]
     dls = DataLoaders.from_dsets(items, [(TensorImage(im),) for im in x[n:n+n_valid]], bs=bs, val_bs=bs, shuffle=False, device="cpu", num_workers=0)
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def fit_still(rank, exchange):
 @pytest.mark.parametrize("world,exchange", [(2, "gather"), (3, "sum")])
 def test_a_fit_equals_that_of_one_process(world, exchange):
     "48 images in order, in parts of 8: batch k of one process are the k-th batches of all"
-    seen = run_processes(partial(fit_still, exchange=exchange), world)
+    seen = run_ranks(partial(fit_still, exchange=exchange), world)
     learn = fit_learner(bs=8*world)
     order = torch.arange(48).view(world, -1).split(8, 1)
     learn.dls.train.get_idxs = lambda: torch.cat([o.flatten() for o in order]).tolist()
@@ -285,7 +285,7 @@ def fifty_steps(rank):
 
 
 def test_weights_are_equal_after_50_steps():
-    a, b = run_processes(fifty_steps)
+    a, b = run_ranks(fifty_steps)
     for name in a:
         np.testing.assert_array_equal(a[name][0], b[name][0], err_msg=name)
         assert np.isfinite(a[name][0]).all() and a[name][3] == b[name][3]
@@ -306,7 +306,7 @@ def test_processes_can_be_forked_after_work_on_several_threads():
     try:
         torch.set_num_threads(2)
         for _ in range(3): whole = convolved(0)
-        assert run_processes(convolved, timeout=20) == [whole]*2 and torch.get_num_threads() == 2
+        assert run_ranks(convolved, timeout=20) == [whole]*2 and torch.get_num_threads() == 2
     finally: torch.set_num_threads(threads)
 
 
@@ -333,7 +333,7 @@ def killed_and_taken_up(rank, folder, at):
 
 @pytest.mark.parametrize("at", [5, 15])
 def test_a_run_of_several_processes_is_taken_up_to_the_last_bit(tmp_path, at):
-    for whole, again, names in run_processes(partial(killed_and_taken_up, folder=tmp_path, at=at)):
+    for whole, again, names in run_ranks(partial(killed_and_taken_up, folder=tmp_path, at=at)):
         assert names[0] == f"step-{at - at % 2 if at < 12 else 14:010d}.safetensors"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
@@ -357,19 +357,19 @@ def asked_to_stop(rank, folder):
 
 
 def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path):
-    for code, names, whole, again in run_processes(partial(asked_to_stop, folder=tmp_path)):
+    for code, names, whole, again in run_ranks(partial(asked_to_stop, folder=tmp_path)):
         assert code == 75 and names[0] == "step-0000000010.safetensors"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
 
 
 def deterministic(rank):
     set_seed(rank)   # only the first process's seed counts
-    separate_draws()
+    seed_ranks()
     return torch.rand(1).item(), np.random.rand()
 
 
 def test_draws_differ_and_repeat():
-    one, two = run_processes(deterministic, 3), run_processes(deterministic, 3)
+    one, two = run_ranks(deterministic, 3), run_ranks(deterministic, 3)
     assert one == two and len({t for t, _ in one}) == len({n for _, n in one}) == 3
 
 
@@ -385,7 +385,7 @@ def a_search(rank):
 
 
 def test_a_search_for_the_learning_rate_comes_back():
-    one, two = run_processes(a_search, timeout=20)
+    one, two = run_ranks(a_search, timeout=20)
     np.testing.assert_array_equal(one, two)
 
 
@@ -403,7 +403,7 @@ def shards_of_tensors(rank):
 
 
 def test_tensors_are_shared_out():
-    a, b = run_processes(shards_of_tensors)
+    a, b = run_ranks(shards_of_tensors)
     assert [len(o) for o in a[False]] == [8]*5 + [5] == [len(o) for o in b[False]] and len(a[True]) == 5
     assert sorted(sum(a[False] + b[False], [])) == list(range(90))
 
@@ -412,7 +412,7 @@ class Stream(IterableDataset):
     "What a reader of shards is: every process's own part, without indices"
     def __len__(self): return 20
     def __iter__(self):
-        x = digits()[0][dist.get_rank()::dist.get_world_size()].float()/255
+        x = digits_images()[0][dist.get_rank()::dist.get_world_size()].float()/255
         for im in x[:20]: yield (im,)
 
 
@@ -426,7 +426,7 @@ def on_a_stream(rank):
 def test_what_a_launcher_left_out_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="RANK, MASTER_ADDR, MASTER_PORT not set"): setup_processes()
+    with pytest.raises(ValueError, match="RANK, MASTER_ADDR, MASTER_PORT not set"): setup_ranks()
 
 
 def under_slurm(rank):
@@ -436,15 +436,15 @@ def under_slurm(rank):
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"): os.environ.pop(name)
     os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID=str(rank), MASTER_PORT=str(port))
-    return setup_processes(timeout=20), dist.get_rank(), os.environ["WORLD_SIZE"], on_main(lambda: "written")
+    return setup_ranks(timeout=20), dist.get_rank(), os.environ["WORLD_SIZE"], on_rank0(lambda: "written")
 
 
 def test_slurm_numbers_are_read():
-    assert run_processes(under_slurm) == [(2, 0, "2", "written"), (2, 1, "2", None)]
+    assert run_ranks(under_slurm) == [(2, 0, "2", "written"), (2, 1, "2", None)]
 
 
 def test_a_stream_is_not_shared_out_again():
-    one, two = run_processes(on_a_stream, timeout=20)
+    one, two = run_ranks(on_a_stream, timeout=20)
     np.testing.assert_array_equal(one[0], two[0])
     assert one[1] == two[1] and np.isfinite(one[1]).all()
 
@@ -475,7 +475,7 @@ class _Fails(BarlowTwins.__base__):
     def after_step(self): 1/0
 
 
-def test_no_loss_of_parts_by_accident(): run_processes(refused)
+def test_no_loss_of_parts_by_accident(): run_ranks(refused)
 
 
 # bytes
@@ -508,7 +508,7 @@ def count_bytes(rank, cases):
 @pytest.mark.parametrize("world", [2, 3])
 def test_bytes_exchanged_are_those_of_the_arithmetic(world):
     cases = [(n, d, e, t) for n, d in ((120, 256), (600, 256)) for e in (*EXCHANGES, None) for t in (torch.float32, torch.bfloat16)]
-    counted = np.mean(run_processes(partial(count_bytes, cases=cases), world), 0)
+    counted = np.mean(run_ranks(partial(count_bytes, cases=cases), world), 0)
     for (n, d, exchange, dtype), seen in zip(cases, counted):
         size = dtype.itemsize
         expected = exchange_bytes(n, d, world, exchange or cheaper_exchange(n, d, size), size)
@@ -548,16 +548,16 @@ def doomed(rank, signal):
 
 @pytest.mark.parametrize("world,kind,limit", [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)])
 def test_a_process_that_dies_takes_the_others_along(world, kind, limit):
-    said = run_processes(partial(doomed, signal=int(kind)), world, timeout=3, check=False)
+    said = run_ranks(partial(doomed, signal=int(kind)), world, timeout=3, check=False)
     assert "ended without a word" in str(said[1])
     for o in said[:1] + said[2:]:
         name, message, seconds = o
-        assert name == "ProcessLost" and re.search(r"process \d of \d lost contact with another.*in batch \d of epoch 0", message, re.S), o
+        assert name == "RankLost" and re.search(r"process \d of \d lost contact with another.*in batch \d of epoch 0", message, re.S), o
         assert seconds < limit
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shape") as e, explaining_loss(): raise RuntimeError("shape mismatch")
+    with pytest.raises(RuntimeError, match="shape") as e, explaining_lost_rank(): raise RuntimeError("shape mismatch")
     assert type(e.value) is RuntimeError
 
 
@@ -576,8 +576,8 @@ learn = Learner(digits_dls(bs=64, device="cpu"), create_barlow_twins_model(encod
 said = open(f"said{dist.get_rank()}.txt", "w")
 try: learn.fit(1)
 except RuntimeError as e: print("refused:", e, file=said, flush=True)
-from self_supervised_bt.distributed import setup_processes
-setup_processes()
+from self_supervised_bt.distributed import setup_ranks
+setup_ranks()
 class Dies(Callback):
     def before_batch(self):
         if self.iter == 3 and dist.get_rank() == 1:

@@ -15,15 +15,15 @@ from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from self_supervised_bt.recipes import bt_learner
-from self_supervised_bt.data import digits, tensor_dls
-from self_supervised_bt.doctor import CHECKS, closer_to_twin, diagnose, first_nonfinite
+from self_supervised_bt.data import digits_images, tensor_dls
+from self_supervised_bt.doctor import CHECKS, positive_pairs_closer, diagnose, first_nonfinite
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.losses import variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
 
 
 def learner(x=None, augs=None, bs=64, width=64, encoder="timm/test_resnet", **kwargs):
-    x = digits()[0][:256] if x is None else x
+    x = digits_images()[0][:256] if x is None else x
     learn = bt_learner(tensor_dls(x, bs=bs, valid_pct=0, device="cpu"), encoder, 16, augs or get_barlow_twins_aug_pipelines(16, "digits"),
                        small_stem=False, hidden_size=width, projection_size=width, **kwargs)
     learn.logger = lambda *_: None
@@ -52,11 +52,11 @@ def trained():
 def the_page():
     "The few lines of the README"
     model = create_barlow_twins_model(create_encoder("xresnet18", n_in=1, pretrained=False), hidden_size=1024, projection_size=1024)
-    return Learner(tensor_dls(digits()[0][:640], bs=256, valid_pct=0, device="cpu"), model, cbs=[BarlowTwins(get_barlow_twins_aug_pipelines(size=28, stats=None))])
+    return Learner(tensor_dls(digits_images()[0][:640], bs=256, valid_pct=0, device="cpu"), model, cbs=[BarlowTwins(get_barlow_twins_aug_pipelines(size=28, stats=None))])
 
 
 def mixed():
-    dls = tensor_dls(digits()[0][:256], bs=64, valid_pct=0, device="cpu")
+    dls = tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu")
     return Learner(dls, small_model(width=32), cbs=[MixedBarlowTwins(get_barlow_twins_aug_pipelines(16, "digits"))])
 
 
@@ -107,7 +107,7 @@ class Overflows(nn.Module):
 
 def overflow():
     model = learner().model
-    return Learner(tensor_dls(digits()[0][:256], bs=64, valid_pct=0, device="cpu"), BarlowTwinsModel(nn.Sequential(model.encoder, Overflows()), model.projector),
+    return Learner(tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu"), BarlowTwinsModel(nn.Sequential(model.encoder, Overflows()), model.projector),
                    cbs=[BarlowTwins(augs())])
 
 
@@ -119,7 +119,7 @@ def noise_pipelines():
 
 
 def nan_pixels():
-    x = digits()[0][:256].float()/255
+    x = digits_images()[0][:256].float()/255
     x[:, :, 2, 2] = float("nan")
     return x
 
@@ -223,8 +223,8 @@ def test_training_goes_on_as_if_nobody_had_looked():
 
 def test_thumbnails_tell_twins_from_strangers():
     x = torch.rand(80, 3, 16, 16)
-    assert closer_to_twin(x, x) == 1. and abs(closer_to_twin(x, torch.rand(80, 3, 16, 16)) - .5) < .06
-    assert closer_to_twin(x, torch.zeros(80, 3, 16, 16)) == .5            # no difference is no knowledge
+    assert positive_pairs_closer(x, x) == 1. and abs(positive_pairs_closer(x, torch.rand(80, 3, 16, 16)) - .5) < .06
+    assert positive_pairs_closer(x, torch.zeros(80, 3, 16, 16)) == .5            # no difference is no knowledge
 
 
 def test_the_first_module_is_named_and_the_watch_ends():

@@ -11,15 +11,15 @@ from fastai.data.core import Datasets
 from fastai.vision.augment import Flip
 
 from conftest import image_items, small_model
-from self_supervised_bt.data import digits, tensor_dls, train_test_split
+from self_supervised_bt.data import digits_images, tensor_dls, hold_out
 from self_supervised_bt.evaluation import (
-    OnlineEvaluation, draw_labels, effective_rank, encode, encode_views, few_labels_accuracy, fit_logistic, knn_accuracy, knn_predict,
-    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, topk_accuracy, twin_accuracy, unlabelled_table)
+    OnlineEvaluation, sample_labels, effective_rank, encode, encode_views, k_shot_accuracy, fit_logistic, knn_accuracy, knn_predict,
+    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, topk_accuracy, positive_pair_accuracy, unlabelled_table)
 
 
 @pytest.fixture
 def reps():
-    x, y, x_test, y_test = train_test_split(*digits())
+    x, y, x_test, y_test = hold_out(*digits_images())
     return x.flatten(1).float(), y, x_test.flatten(1).float(), y_test
 
 
@@ -168,7 +168,7 @@ def test_several_labels_an_image():
 
 def test_shares_of_labels_are_shares_of_every_class():
     y = torch.tensor([0]*100 + [1]*30 + [2]*3)
-    assert y[draw_labels(y, .1)].bincount().tolist() == [10, 3, 1]
+    assert y[sample_labels(y, .1)].bincount().tolist() == [10, 3, 1]
 
 
 def test_encoding_needs_memory_for_its_rows_once():
@@ -199,7 +199,7 @@ def test_images_of_another_size(make_learner):
 
 
 def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):
-    x, y = digits()
+    x, y = digits_images()
     x, y = x[:60], y[:60]
     cb = OnlineEvaluation((x, y), every=2, k=5)
     learn = make_learner(make_dls(n=48), cbs=[cb])
@@ -213,7 +213,7 @@ def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):
 
 def test_online_evaluation_leaves_training_as_it_is(make_learner, make_dls):
     from fastai.torch_core import set_seed
-    x, y = digits()
+    x, y = digits_images()
     weights = []
     for cbs in ([], [OnlineEvaluation((x[:60], y[:60]), k=5)]):
         set_seed(3)
@@ -225,7 +225,7 @@ def test_online_evaluation_leaves_training_as_it_is(make_learner, make_dls):
 
 
 def test_a_failing_online_evaluation_costs_no_training(make_learner, monkeypatch):
-    x, y = digits()
+    x, y = digits_images()
     cb = OnlineEvaluation((x[:60], y[:60]), k=5)
     learn = make_learner(cbs=[cb])
     whole, calls = cb.measure, []
@@ -239,7 +239,7 @@ def test_a_failing_online_evaluation_costs_no_training(make_learner, monkeypatch
 
 
 def test_what_online_evaluation_cannot_use_is_said_before_training(make_learner):
-    x, _ = digits()
+    x, _ = digits_images()
     for data, words in [((x[:40], torch.zeros(40, dtype=torch.long)), "1 class"), ((x[:10], torch.arange(10)), "k must be"), (x[:40], "is None")]:
         learn = make_learner(cbs=[OnlineEvaluation(data)])
         before = [p.clone() for p in learn.model.parameters()]
@@ -249,10 +249,10 @@ def test_what_online_evaluation_cannot_use_is_said_before_training(make_learner)
 
 def test_few_labels_equal_scikit_learn(reps):
     h, y, h_test, y_test = reps
-    acc = few_labels_accuracy(h, y, h_test, y_test, n=5, draws=3, seed=7)
+    acc = k_shot_accuracy(h, y, h_test, y_test, n=5, draws=3, seed=7)
     a, b = (np.asarray(F.normalize(t - h.mean(0), dim=1)) for t in (h, h_test))
     for i in range(3):
-        idx = draw_labels(y, 5, 7 + i)
+        idx = sample_labels(y, 5, 7 + i)
         assert (y[idx].bincount() == 5).all() and len(idx.unique()) == 50
         assert float(acc[i]) == pytest.approx(LogisticRegression(C=10., max_iter=1000).fit(a[idx], y[idx]).score(b, y_test))
 
@@ -267,7 +267,7 @@ def test_effective_rank_equals_its_formula():
 
 def test_twins_are_found_by_their_views():
     h = torch.randn(200, 16)
-    assert twin_accuracy(h, h*3) == 1. and twin_accuracy(h, h.roll(1, 0)) == 0. and twin_accuracy(h, torch.randn(200, 16)) < .05
+    assert positive_pair_accuracy(h, h*3) == 1. and positive_pair_accuracy(h, h.roll(1, 0)) == 0. and positive_pair_accuracy(h, torch.randn(200, 16)) < .05
 
 
 def test_encode_views_are_those_of_the_callback(make_learner):
@@ -296,10 +296,10 @@ def test_bad_input(reps, make_learner):
                         ((h_test[0], h, y), "(N,F)")]:
         with pytest.raises(ValueError) as e: knn_predict(*args)
         assert words in str(e.value)
-    with pytest.raises(ValueError, match="smaller n"): few_labels_accuracy(h, y, h_test, y_test, n=1000)
-    with pytest.raises(ValueError, match="at least 2"): few_labels_accuracy(h, y*0, h_test, y_test, n=1)
+    with pytest.raises(ValueError, match="smaller n"): k_shot_accuracy(h, y, h_test, y_test, n=1000)
+    with pytest.raises(ValueError, match="at least 2"): k_shot_accuracy(h, y*0, h_test, y_test, n=1)
     with pytest.raises(ValueError, match="no images"): encode(make_learner(), torch.rand(0, 1, 8, 8))
-    with pytest.raises(ValueError, match="no images"): encode(make_learner(), tensor_dls(digits()[0][:5], valid_pct=0, device="cpu").valid)
+    with pytest.raises(ValueError, match="no images"): encode(make_learner(), tensor_dls(digits_images()[0][:5], valid_pct=0, device="cpu").valid)
     with pytest.raises(ValueError, match="1..20"): neighbours(h[:2], h[:20], 21)
     with pytest.raises(ValueError, match="1..19, the other rows"): neighbours(h[:20], k=20)
     with pytest.raises(ValueError, match="h is on cpu and bank_h on meta"): neighbours(h[:2], torch.empty(5, h.shape[1], device="meta"), 1)
@@ -312,6 +312,6 @@ def test_bad_input(reps, make_learner):
     with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h_test, y_test)
     with pytest.raises(ValueError, match="5 wide|64 wide"): linear_probe(h, y, h_test[:, :5], y_test)
     with pytest.raises(ValueError, match="dead"): effective_rank(torch.zeros(5, 4))
-    with pytest.raises(ValueError, match="share"): draw_labels(y, 1.5)
+    with pytest.raises(ValueError, match="share"): sample_labels(y, 1.5)
     with pytest.raises(ValueError, match="3 labels"): encode(make_learner(), (torch.rand(4, 1, 8, 8), y[:3]))
     with pytest.raises(ValueError, match="every"): OnlineEvaluation((h, y), every=0)

@@ -128,7 +128,7 @@ def test_the_order_follows_the_seeds_and_nothing_else(wild):
 def test_reading_draws_nothing(wild):
     dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=0, device="cpu")
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert dls.train_ds.draws_nothing
+    assert dls.train_ds.deterministic_items
     dls.train_ds[list(range(100))]
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1]) and (np.random.get_state()[1] == states[2]).all()
 

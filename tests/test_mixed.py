@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from conftest import small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import create_barlow_twins_model
-from self_supervised_bt.data import digits, tensor_dls
+from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.losses import FORMS, barlow_twins_loss
-from self_supervised_bt.mixed import MixedBarlowTwins, MixedBarlowTwinsLoss, check_weight, mix
+from self_supervised_bt.mixed import MixedBarlowTwins, MixedBarlowTwinsLoss, check_mixing_weight, mix_views
 from test_losses import distance, standardised, textbook, value_and_gradients
 
 
@@ -81,9 +81,9 @@ def test_compiles_into_one_graph(form):
 
 def test_mixing():
     v1, v2, perm = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5), torch.tensor([2, 0, 3, 1])
-    assert torch.allclose(mix(v1, v2, perm, .3), .3*v1 + .7*v2[perm])
+    assert torch.allclose(mix_views(v1, v2, perm, .3), .3*v1 + .7*v2[perm])
     a = torch.rand(4)
-    assert torch.allclose(mix(v1, v2, perm, a), torch.stack([a[i]*v1[i] + (1 - a[i])*v2[perm[i]] for i in range(4)]), atol=1e-6)
+    assert torch.allclose(mix_views(v1, v2, perm, a), torch.stack([a[i]*v1[i] + (1 - a[i])*v2[perm[i]] for i in range(4)]), atol=1e-6)
 
 
 # The callback
@@ -120,7 +120,7 @@ def test_the_loss_is_that_of_the_mixture(mixed_learner, per_sample):
         assert a.shape == ((len(v1),) if per_sample else ()) and 0 <= float(a.min()) and float(a.max()) <= 1
         assert sorted(perm.tolist()) == list(range(len(v1)))
         assert torch.equal(x, xb) and torch.equal(x, torch.cat([v1, v2])) and torch.equal(zm, kept)
-        assert torch.allclose(xm, mix(v1, v2, perm, a))
+        assert torch.allclose(xm, mix_views(v1, v2, perm, a))
         assert loss == pytest.approx(float(formula(*z.chunk(2), zm, perm, a, .02, 2.)), rel=1e-4)
     assert len({tuple(s[4].tolist()) for s in watch.seen if len(s[4]) == 16}) > 1 and len({float(s[5].sum()) for s in watch.seen}) == 5
 
@@ -156,7 +156,7 @@ def test_everything_the_plain_callback_does(mixed_learner, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["to_fp32", "to_bf16"])
 def test_fit_export_load_fit(tmp_path, precision):
-    dls = tensor_dls(digits()[0][:48], bs=16, device="cpu")
+    dls = tensor_dls(digits_images()[0][:48], bs=16, device="cpu")
     learn = Learner(dls, small_model(), cbs=MixedBarlowTwins(get_barlow_twins_aug_pipelines(8, stats=None), lmb_reg=2., terms=True), path=tmp_path)
     learn.logger = lambda *_: None
     getattr(learn, precision)().fit(1)
@@ -183,4 +183,4 @@ def test_bad_input(mixed_learner):
         with pytest.raises(ValueError, match="alpha must be"): MixedBarlowTwins(augs, alpha=bad)
     with pytest.raises(ValueError, match="predictor"):
         mixed_learner(model=create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)).fit(1)
-    check_weight(0, 3), check_weight(1., 3), check_weight(torch.tensor(.5), 3)
+    check_mixing_weight(0, 3), check_mixing_weight(1., 3), check_mixing_weight(torch.tensor(.5), 3)

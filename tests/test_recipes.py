@@ -17,7 +17,7 @@ from self_supervised_bt.data import digits_dls, tensor_dls
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
-from self_supervised_bt.training import LARS, WarmupCosine, warmup_cosine, weights_and_biases
+from self_supervised_bt.training import LARS, WarmupCosine, warmup_cosine, split_norm_bias
 
 
 # LARS
@@ -107,7 +107,7 @@ def test_the_papers_numbers():
         encoder = create_encoder(r.arch, pretrained=False, pool_type=r.pool_type, small_stem=r.small_stem, **r.arch_args)
         model = create_barlow_twins_model(encoder, r.hidden_size, r.projection_size, True, r.nlayers, r.bias)
     assert sum(p.numel() for p in model.parameters()) == 174_535_744
-    assert [len(g) for g in weights_and_biases(model)] == [53 + 3, 2*53 + 4]
+    assert [len(g) for g in split_norm_bias(model)] == [53 + 3, 2*53 + 4]
 
 
 @pytest.mark.parametrize("name, lmb, lmb_reg, size", [("mixed-cifar10", 1/128, 4, 32), ("mixed-cifar100", 1/128, 4, 32), ("mixed-stl10", 1/128, 2, 64),

@@ -8,7 +8,7 @@ from fastai.learner import Learner
 
 from conftest import small_model
 from self_supervised_bt import reports
-from self_supervised_bt.data import digits
+from self_supervised_bt.data import digits_images
 from self_supervised_bt.diagnostics import Diagnostics
 from self_supervised_bt.reports import PARTS, report, settings, some_images
 
@@ -21,7 +21,7 @@ def trained(make_learner, make_dls):
 
 
 def test_the_page_holds_everything(trained, tmp_path):
-    x, y = digits()
+    x, y = digits_images()
     table = pd.DataFrame({"a<b": ["41.5 ± 0.2"]}, index=["mine & yours"])
     page = report(trained, tmp_path/"new"/"folder", (x[:100], y[:100]), {"My <results>": table}, title="A & B")
     text = page.read_text(encoding="utf-8")

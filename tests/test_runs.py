@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from self_supervised_bt.checkpoints import export_timm, load_encoder, save_encoder
+from self_supervised_bt.weights import export_timm, load_encoder, save_encoder
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.layers import create_encoder
-from self_supervised_bt.runs import evaluate, labelled_dls, look_at, pretrain
+from self_supervised_bt.runs import evaluate, labelled_dls, size_and_channels, pretrain
 
 root = Path(__file__).parents[1]
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
@@ -65,8 +65,8 @@ def test_images_are_looked_at(folder):
     grey.mkdir()
     for i in range(3): Image.fromarray(np.full((20 + i, 40), 99, np.uint8)).save(grey/f"{i}.png")
     (grey/"0bad.png").write_bytes(b"x")
-    assert look_at(sorted(grey.iterdir())) == (21, 1) and look_at(sorted((folder/"dark").iterdir())) == (32, 3)
-    with pytest.raises(ValueError, match="none of the 1 files"): look_at([grey/"0bad.png"])
+    assert size_and_channels(sorted(grey.iterdir())) == (21, 1) and size_and_channels(sorted((folder/"dark").iterdir())) == (32, 3)
+    with pytest.raises(ValueError, match="none of the 1 files"): size_and_channels([grey/"0bad.png"])
 
 
 def test_two_processes_train_one_run(folder, tmp_path):

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
-from self_supervised_bt.data import digits, digits_dls, tensor_dls
+from self_supervised_bt.data import digits_images, digits_dls, tensor_dls
 from self_supervised_bt.losses import BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import Recipe, bt_learner
-from self_supervised_bt.resume import Checkpoints, checkpoints_in, pack, read_checkpoint, unpack, write_checkpoint
+from self_supervised_bt.checkpoints import Checkpoints, checkpoints_in, pack, read_checkpoint, unpack, write_checkpoint
 
 AUGS = dict(size=8, recipe="digits")
 root = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_killed_20_times_taken_up_20_times():
 @pytest.mark.parametrize("opt", ["fastai", "lars", "adam", "adamw", "sgd"])
 def test_every_optimizer_goes_on(tmp_path, opt, at):
     recipe = Recipe(opt=opt, lr=1e-2, wd=1e-3*(opt != "fastai"), epochs=3, schedule="cosine" if opt == "lars" else "one cycle", hidden_size=16, projection_size=16)
-    x, _ = digits()
+    x, _ = digits_images()
     def make(cbs):
         learn = bt_learner(tensor_dls(x[:256], bs=64, valid_pct=0, device="cpu"), small_model().encoder, 8, recipe=recipe, cbs=[ChannelsLast(), *cbs])
         learn.logger = lambda *_: None
@@ -113,7 +113,7 @@ def test_what_callbacks_remember_goes_on(tmp_path, what):
         bt = (MixedBarlowTwins(get_barlow_twins_aug_pipelines(**AUGS)) if what == "mixed" else
               BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=BarlowTwinsLoss(queue=40) if what == "queue" else None))
         metrics = [AccumMetric(lambda p, t: p.std(), flatten=False)] if what == "metric" else []
-        learn = Learner(tensor_dls(digits()[0][:200], bs=32, device="cpu"), small_model(), cbs=[bt, *cbs] + [GradientAccumulation(64)]*(what == "accumulation"), metrics=metrics)
+        learn = Learner(tensor_dls(digits_images()[0][:200], bs=32, device="cpu"), small_model(), cbs=[bt, *cbs] + [GradientAccumulation(64)]*(what == "accumulation"), metrics=metrics)
         learn.logger = lambda *_: None
         return learn
     whole, again = taken_up(make, lambda learn: learn.fit(3, 1e-2), tmp_path, 8, every=3 if what != "accumulation" else 1)
