@@ -1,6 +1,8 @@
 "From an encoder to a classifier: protocols against PyTorch, and everything a fastai Learner does"
 import math
+from copy import deepcopy
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,19 @@ from torch import nn
 
 from conftest import image_items, small_model
 from self_supervised_bt.classifiers import (
-    PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, semi_supervised, fit_protocol, reinitialised, parameter_groups, subset_dl, linear_transfer)
+    PROTOCOLS,
+    Classifier,
+    classifier_learner,
+    cosine_by_epoch,
+    fit_protocol,
+    linear_transfer,
+    parameter_groups,
+    reinitialised,
+    semi_supervised,
+    subset_dl,
+)
 from self_supervised_bt.data import digits_images, tensor_dls
-from self_supervised_bt.evaluation import encode, linear_probe
+from self_supervised_bt.evaluation import encode, linear_probe, sample_labels
 from self_supervised_bt.layers import create_encoder
 
 
@@ -43,8 +55,11 @@ def test_images_are_normalised_once_and_inside(learner, labelled):
     learn = classifier_learner(learner, labelled)
     x = labelled.train_ds.x[:5]
     model = learn.model.eval()
-    with torch.no_grad(): assert torch.allclose(model(x), model.head(learner.model.encoder.eval()((x - .3)/.35)), atol=1e-5)
-    dls = DataLoaders.from_dsets(image_items(32), image_items(32), bs=8, device="cpu", num_workers=0, after_batch=[Normalize.from_stats([.3], [.35], cuda=False)])
+    encoder = learner.model.encoder.eval()
+    with torch.no_grad(): assert torch.allclose(model(x), model.head(encoder((x - .3)/.35)), atol=1e-5)
+    normalise = Normalize.from_stats([.3], [.35], cuda=False)
+    dls = DataLoaders.from_dsets(image_items(32), image_items(32), bs=8, device="cpu", num_workers=0,
+                                 after_batch=[normalise])
     with pytest.raises(ValueError, match="would do it again"): classifier_learner(learner, dls, n_out=10)
 
 
@@ -59,38 +74,43 @@ def test_groups_hold_every_weight_once(arch):
     encoder = create_encoder(arch, pretrained=False)
     model = Classifier(encoder, nn.Linear(3, 4), None)
     groups = parameter_groups(model)
-    assert len(groups) == 3 and sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters())
+    assert len(groups) == 3
+    assert sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters())
     assert {id(p) for p in groups[2]} == {id(p) for p in model.head.parameters()}
     sizes = [sum(p.numel() for p in g) for g in groups]
-    assert sizes[0] < sizes[1] or arch == "timm/test_vit"      # the cut falls where half of the weights are behind, late layers are large
+    assert sizes[0] < sizes[1] or arch == "timm/test_vit"   # the cut is at half of the weights: late layers are large
 
 
 def test_freezing_trains_the_head_alone_until_unfrozen(learner, labelled):
     learn = quiet(classifier_learner(learner, labelled, train_bn=False))
-    state = lambda: {k: v.clone() for k, v in learn.model.state_dict().items()}
-    moved = lambda a: {k.split(".")[0] for k, v in learn.model.state_dict().items() if not torch.equal(v, a[k])}
+    def state(): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+    def moved(old): return {k.split(".")[0] for k, v in learn.model.state_dict().items() if not torch.equal(v, old[k])}
     before = state()
     learn.fit(1, 1e-2)
     assert moved(before) == {"head"} and not learn.model.encoder.training
     learn.unfreeze()
     before = state()
     learn.fit(1, slice(1e-4, 1e-2))
-    assert moved(before) == {"head", "encoder"} and len(learn.opt.hypers) == len(parameter_groups(learn.model)) and learn.opt.hypers[0]["lr"] < learn.opt.hypers[-1]["lr"]
+    assert moved(before) == {"head", "encoder"}
+    hypers = learn.opt.hypers
+    assert len(hypers) == len(parameter_groups(learn.model))
+    assert hypers[0]["lr"] < hypers[-1]["lr"]
 
 
 def test_everything_a_vision_learner_does(learner, folder, tmp_path):
-    import matplotlib.pyplot as plt
     dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=0, bs=8, num_workers=0, device="cpu", item_tfms=[])
     encoder = create_encoder("timm/test_resnet", pretrained=False)
     learn = quiet(classifier_learner(encoder, dls))
     learn.fine_tune(12, 1e-2)
-    label, _, probabilities = learn.predict(sorted(folder.rglob("*.png"))[0])
-    assert label in ("dark", "light") and float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
+    file = sorted(folder.rglob("*.png"))[0]
+    label, _, probabilities = learn.predict(file)
+    assert label in ("dark", "light")
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
     assert learn.validate()[1] > .8
-    learn.show_results(); plt.close("all")
+    learn.show_results()
+    plt.close("all")
     learn.export(tmp_path/"c.pkl")
-    again = load_learner(tmp_path/"c.pkl")
-    assert again.predict(sorted(folder.rglob("*.png"))[0])[0] == label
+    assert load_learner(tmp_path/"c.pkl").predict(file)[0] == label
 
 
 def test_the_linear_protocol_equals_pytorch(learner):
@@ -99,8 +119,8 @@ def test_the_linear_protocol_equals_pytorch(learner):
     dls = tensor_dls(x[:96].float()/255, y[:96], bs=32, valid_pct=0, device="cpu")
     dls.train.shuffle = False
     learn = quiet(classifier_learner(learner, dls))
-    torch.nn.init.normal_(learn.model.head.weight, std=.01, generator=torch.Generator().manual_seed(0))
-    head = nn.Linear(*reversed(learn.model.head.weight.shape)); head.load_state_dict(learn.model.head.state_dict())
+    nn.init.normal_(learn.model.head.weight, std=.01, generator=torch.Generator().manual_seed(0))
+    head = deepcopy(learn.model.head).requires_grad_(True)
     fit_protocol(learn, "linear", epochs=5, wd=1e-2)
     opt = torch.optim.SGD(head.parameters(), .3*32/256, momentum=.9, weight_decay=1e-2)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 5)
@@ -109,9 +129,12 @@ def test_the_linear_protocol_equals_pytorch(learner):
     for _ in range(5):
         for idx in torch.arange(96).split(32):
             loss = F.cross_entropy(head(h[idx]), ds.y[idx])
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
         plan.step()
-    assert torch.allclose(learn.model.head.weight, head.weight, atol=1e-5) and torch.allclose(learn.model.head.bias, head.bias, atol=1e-5)
+    assert torch.allclose(learn.model.head.weight, head.weight, atol=1e-5)
+    assert torch.allclose(learn.model.head.bias, head.bias, atol=1e-5)
 
 
 def test_the_papers_settings():
@@ -129,11 +152,13 @@ def test_a_protocol_changes_nothing_else_of_the_learner(learner, labelled):
 
 
 def test_a_subset_is_the_subset_in_another_order(labelled):
+    def sums(images): return images.flatten(1).sum(1).tolist()
     idx = torch.tensor([3, 17, 40, 41, 99])
-    few = subset_dl(labelled.train, idx)
-    seen = [tuple(b[0].flatten(1).sum(1).tolist()) for _ in range(4) for b in few]
-    assert len(few) == 1 and len(set(seen)) > 1
-    assert all(sorted(s) == pytest.approx(sorted(labelled.train_ds.x[idx].flatten(1).sum(1).tolist()), abs=1e-3) for s in seen)
+    subset = subset_dl(labelled.train, idx)
+    seen = [tuple(sums(b[0])) for _ in range(4) for b in subset]
+    assert len(subset) == 1 and len(set(seen)) > 1
+    expected = sorted(sums(labelled.train_ds.x[idx]))
+    assert all(sorted(s) == pytest.approx(expected, abs=1e-3) for s in seen)
     assert sum(len(b[0]) for b in subset_dl(labelled.train, torch.arange(70))) == 64      # whole batches
 
 
@@ -144,19 +169,22 @@ def test_augmentation_is_for_training_alone():
     flipped = dls.train.one_batch()[0].as_subclass(torch.Tensor).flip(-1)
     assert all(((f - dls.train_ds.x).abs() < 1e-5).flatten(1).all(1).any() for f in flipped)
     h = encode(small_model().encoder, dls.train)[0]
-    assert len(h) == 20 and torch.equal(dls.train_ds.x, dls.train_ds[torch.arange(20)][0].as_subclass(torch.Tensor))
+    assert len(h) == 20
+    assert torch.equal(dls.train_ds.x, dls.train_ds[torch.arange(20)][0].as_subclass(torch.Tensor))
 
 
-def test_few_labels(learner, labelled):
+def test_semi_supervised_table(learner, labelled):
     table = semi_supervised(learner, labelled, labels=(3, .5), epochs=2)
-    assert list(table.columns) == ["images", "linear", "finetune", "scratch"] and list(table.index) == ["3 a class", "50 %"] and table.images.iloc[0] == 30
+    assert list(table.columns) == ["images", "linear", "finetune", "scratch"]
+    assert list(table.index) == ["3 per class", "50 %"]
+    assert table.images.iloc[0] == 30
     h, y = encode(learner, labelled.train)
-    from self_supervised_bt.evaluation import sample_labels
     idx = sample_labels(y, 3)
-    assert table.linear.iloc[0] == pytest.approx(100*linear_probe(h[idx], y[idx], *encode(learner, labelled.valid)).top1, abs=.051)
+    probe = linear_probe(h[idx], y[idx], *encode(learner, labelled.valid))
+    assert table.linear.iloc[0] == pytest.approx(100*probe.top1, abs=.051)
 
 
-def test_fresh_knows_nothing_but_its_input(learner):
+def test_reinitialised_has_new_weights_and_the_same_input(learner):
     for encoder in (learner.model.encoder, create_encoder("timm/test_resnet", n_in=1, pretrained=False)):
         new = reinitialised(encoder)
         assert [n for n, _ in new.named_parameters()] == [n for n, _ in encoder.named_parameters()]
@@ -171,14 +199,18 @@ def test_transfer(learner, labelled):
     tasks = {"digits": labelled, "properties": tensor_dls(x[:200], several[:200], bs=32, valid_pct=.3, device="cpu")}
     table = linear_transfer(learner, tasks)
     p = linear_probe(*encode(learner, labelled.train), *encode(learner, labelled.valid))
-    assert table.loc["digits", "linear probe"] == f"{100*p.top1:.1f}" and table.loc["properties", "measure"] == "mAP"
+    assert table.loc["digits", "linear probe"] == f"{100*p.top1:.1f}"
+    assert table.loc["properties", "measure"] == "mAP"
+    empty = tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")
     with pytest.raises(ValueError, match="empty one: data holds no images"):
-        linear_transfer(learner, {"empty one": tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")})
+        linear_transfer(learner, {"empty one": empty})
 
 
-def test_several_labels_an_image_get_their_loss_and_metric(learner):
+def test_several_labels_per_image_get_their_loss_and_metric(learner):
     x, y = digits_images()
-    learn = quiet(classifier_learner(learner, tensor_dls(x[:100], torch.stack([y % 2, (y > 4).long()], 1)[:100].float(), bs=20, valid_pct=.4, device="cpu")))
+    several = torch.stack([y % 2, (y > 4).long()], 1).float()
+    dls = tensor_dls(x[:100], several[:100], bs=20, valid_pct=.4, device="cpu")
+    learn = quiet(classifier_learner(learner, dls))
     learn.fit(1, 1e-2)
     assert learn.metrics[0].name == "average_precision_score" and learn.model.head.out_features == 2
 
@@ -187,18 +219,20 @@ def test_a_failing_fit_loses_no_encoder(learner, labelled):
     weights = learner.model.encoder.state_dict()
     before = {k: v.clone() for k, v in weights.items()}
     def explode(*_): raise RuntimeError("boom")
-    with pytest.raises(RuntimeError): quiet(classifier_learner(learner, labelled, loss_func=explode)).fit(1)
+    learn = quiet(classifier_learner(learner, labelled, loss_func=explode))
+    with pytest.raises(RuntimeError): learn.fit(1)
     assert all(torch.equal(v, before[k]) for k, v in learner.model.encoder.state_dict().items())
 
 
 def test_bad_input(learner, labelled):
-    x, y = digits_images()
-    with pytest.raises(ValueError, match="how many classes"): classifier_learner(learner, tensor_dls(x[:50], bs=8, device="cpu"))
+    no_labels = tensor_dls(digits_images()[0][:50], bs=8, device="cpu")
+    learn = classifier_learner(learner, labelled)
+    with pytest.raises(ValueError, match="how many classes"): classifier_learner(learner, no_labels)
     with pytest.raises(ValueError, match="'svm'"): semi_supervised(learner, labelled, methods=("svm",))
     with pytest.raises(ValueError, match="smaller n"): semi_supervised(learner, labelled, labels=(500,))
-    with pytest.raises(ValueError, match="protocol must be"): fit_protocol(classifier_learner(learner, labelled), "svm")
-    with pytest.raises(ValueError, match="no lr:"): fit_protocol(classifier_learner(learner, labelled), "linear", lr=3)
-    with pytest.raises(ValueError, match="no labels: y is None"): linear_transfer(learner, {"no labels": tensor_dls(x[:50], bs=8, device="cpu")})
+    with pytest.raises(ValueError, match="protocol must be"): fit_protocol(learn, "svm")
+    with pytest.raises(ValueError, match="no lr:"): fit_protocol(learn, "linear", lr=3)
+    with pytest.raises(ValueError, match="no labels: y is None"): linear_transfer(learner, {"no labels": no_labels})
 
 
 def test_the_cosine_steps_once_an_epoch():

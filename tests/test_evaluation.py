@@ -5,16 +5,34 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.data.core import Datasets
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Flip
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from fastai.data.core import Datasets
-from fastai.vision.augment import Flip
 
 from conftest import image_items, small_model
-from self_supervised_bt.data import digits_images, tensor_dls, hold_out
+from self_supervised_bt.data import digits_images, hold_out, tensor_dls
 from self_supervised_bt.evaluation import (
-    OnlineEvaluation, sample_labels, effective_rank, encode, encode_views, k_shot_accuracy, fit_logistic, knn_accuracy, knn_predict,
-    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, topk_accuracy, positive_pair_accuracy, unlabelled_table)
+    OnlineEvaluation,
+    RowBuffer,
+    effective_rank,
+    encode,
+    encode_views,
+    fit_logistic,
+    k_shot_accuracy,
+    knn_accuracy,
+    knn_predict,
+    knn_votes,
+    label_table,
+    linear_probe,
+    mean_average_precision,
+    neighbours,
+    positive_pair_accuracy,
+    sample_labels,
+    topk_accuracy,
+    unlabelled_table,
+)
 
 
 @pytest.fixture
@@ -31,9 +49,10 @@ def test_encode_keeps_order_mode_and_every_image(make_learner, make_dls):
     x = torch.stack([o[0] for o in learn.dls.train_ds]).as_subclass(torch.Tensor)
     assert learn.model.encoder.training and not learn.model.encoder[1].training
     with torch.no_grad(): assert torch.allclose(h, learn.model.encoder.eval()(x), atol=1e-5)
-    assert y.tolist() == [o[1] for o in learn.dls.train_ds] and h.dtype == torch.float32
-    assert torch.equal(h, encode(learn, x, progress=True)[0]) and encode(learn, x)[1] is None
-    assert not h.requires_grad
+    assert y.tolist() == [o[1] for o in learn.dls.train_ds]
+    assert h.dtype == torch.float32 and not h.requires_grad
+    assert torch.equal(h, encode(learn, x, progress=True)[0])
+    assert encode(learn, x)[1] is None
 
 
 def test_encode_augments_nothing():
@@ -41,19 +60,22 @@ def test_encode_augments_nothing():
     tds = Datasets(range(32), [[lambda i: items[i][0]]], splits=(range(32), range(32)))
     dls = tds.dataloaders(bs=8, device="cpu", num_workers=0, after_batch=[Flip(p=.5)])
     encoder = small_model().encoder
-    assert torch.allclose(encode(encoder, dls.train)[0], encode(encoder, torch.stack([o[0] for o in items]))[0], atol=1e-4)
+    images = torch.stack([o[0] for o in items])
+    assert torch.allclose(encode(encoder, dls.train)[0], encode(encoder, images)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_knn_plain_votes_equal_scikit_learn(reps, k):
     h, y, h_test, y_test = reps
     sk = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(h, y).predict(h_test)
-    assert (knn_predict(h_test, h, y, k, temperature=1e6) == torch.as_tensor(sk)).float().mean() > .99      # ties may differ
+    ours = knn_predict(h_test, h, y, k, temperature=1e6)
+    assert (ours == torch.as_tensor(sk)).float().mean() > .99      # ties may differ
 
 
 def test_knn_weighted_votes_equal_a_loop(reps):
     h, _, h_test, _ = reps
-    h_test, y = h_test[:60], torch.randint(0, 10, (len(h),))      # chance labels: every weight counts
+    h_test = h_test[:60]
+    y = torch.randint(0, 10, (len(h),))      # random labels: every weight counts
     expected = []
     for q in h_test.double():
         s = np.array([float(q @ b/(q.norm()*b.norm())) for b in h.double()])
@@ -77,29 +99,34 @@ def test_neighbours_equal_the_full_matrix(chunk, alone):
     full = F.cosine_similarity(h[:, None].double(), bank[None].double(), dim=2)
     if alone: full.fill_diagonal_(-2)
     s, idx = neighbours(h, None if alone else bank, 12, chunk)
-    assert torch.allclose(s.double(), full.topk(12).values, atol=1e-6) and torch.equal(idx, full.topk(12).indices)
+    assert torch.allclose(s.double(), full.topk(12).values, atol=1e-6)
+    assert torch.equal(idx, full.topk(12).indices)
 
 
 def test_a_bank_of_several_tiles():
-    "More rows than are compared at once: the best of all tiles counts, and a query is left out wherever it lies"
+    "A bank wider than one tile: the best of all tiles counts, and a query is excluded in whichever tile it is"
     g = torch.Generator().manual_seed(0)
     h = torch.randn(17000, 4, generator=g)
     rows = torch.tensor([0, 5, 511, 512, 8191, 8192, 16383, 16384, 16999])
     full = F.cosine_similarity(h[rows, None].double(), h[None].double(), dim=2)
     s, idx = neighbours(h[rows], h, k=9)
-    assert torch.allclose(s.double(), full.topk(9).values, atol=1e-6) and (s[:, 0] > 1 - 1e-6).all()
+    assert torch.allclose(s.double(), full.topk(9).values, atol=1e-6)
+    assert (s[:, 0] > 1 - 1e-6).all()
     full[torch.arange(len(rows)), rows] = -2
     s, idx = neighbours(h, k=9)
-    assert torch.allclose(s[rows].double(), full.topk(9).values, atol=1e-6) and not (idx == torch.arange(len(h))[:, None]).any()
+    assert torch.allclose(s[rows].double(), full.topk(9).values, atol=1e-6)
+    assert not (idx == torch.arange(len(h))[:, None]).any()
 
 
-def test_a_query_never_counts_itself_even_among_doubles():
-    h = torch.randn(50, 8).repeat_interleave(3, 0)          # every row three times: "leave the nearest out" would leave a double out
-    y = torch.arange(150)                                   # and a class of its own for each row
+def test_a_query_never_counts_itself_even_among_duplicates():
+    h = torch.randn(50, 8).repeat_interleave(3, 0)   # every row three times: leaving out the nearest would be wrong
+    y = torch.arange(150)                            # a class of its own for each row
     own = torch.arange(150)[:, None]
     s, idx = neighbours(h, k=2)
-    assert not (idx == own).any() and (idx//3 == own//3).all() and torch.allclose(s, torch.ones(150, 2))
-    assert knn_accuracy(h, y, k=149) == 0. and knn_accuracy(h, y//3, k=2) == 1.
+    assert not (idx == own).any() and (idx//3 == own//3).all()
+    assert torch.allclose(s, torch.ones(150, 2))
+    assert knn_accuracy(h, y, k=149) == 0.
+    assert knn_accuracy(h, y//3, k=2) == 1.
     assert knn_votes(h, None, y, k=149).gather(1, own).abs().max() == 0
 
 
@@ -115,27 +142,33 @@ def test_leave_one_out_equals_a_loop(reps):
 def test_top_5_equals_scikit_learn():
     from sklearn.metrics import top_k_accuracy_score
     scores, y = torch.rand(200, 9), torch.randint(0, 9, (200,))
-    for k in (1, 5): assert topk_accuracy(scores, y, k) == pytest.approx(top_k_accuracy_score(y, scores, k=k, labels=range(9)))
+    for k in (1, 5):
+        expected = top_k_accuracy_score(y, scores, k=k, labels=range(9))
+        assert topk_accuracy(scores, y, k) == pytest.approx(expected)
     assert topk_accuracy(scores[:, :3], y.clamp(max=2), 5) == 1.
 
 
 def blobs(n, classes, width, noise, seed=0):
     "Overlapping classes with skewed axes: a probe has something to lose"
     g = torch.Generator().manual_seed(seed)
-    centres, axes = torch.randn(classes, width, generator=g), torch.logspace(0, -3, width)
+    centres = torch.randn(classes, width, generator=g)
+    axes = torch.logspace(0, -3, width)
     y = torch.randint(0, classes, (n,), generator=g)
     return ((centres[y] + noise*torch.randn(n, width, generator=g))*axes + 3*axes), y
 
 
 def test_linear_probe_equals_scikit_learn():
-    (h, y), (h_val, y_val) = (lambda a, b: ((a[:3000], b[:3000]), (a[3000:], b[3000:])))(*blobs(5000, 12, 40, 2.))
+    rows, labels = blobs(5000, 12, 40, 2.)
+    h, h_val = rows.split([3000, 2000])
+    y, y_val = labels.split([3000, 2000])
     probe = linear_probe(h, y, h_val, y_val)
-    a, b = ((t - h.mean(0))/h.std(0, correction=0) for t in (h, h_val))
-    sk = LogisticRegression(C=probe.C, max_iter=5000, tol=1e-6).fit(a.double(), y)
-    assert abs(probe.top1 - sk.score(b.double(), y_val)) <= .003
-    assert (probe.classifier(h_val).argmax(1) == torch.as_tensor(sk.predict(b.double()))).float().mean() > .997
-    best = max(LogisticRegression(C=C, max_iter=5000).fit(a.double(), y).score(b.double(), y_val) for C in probe.tried)
-    assert probe.top1 > best - .01 and probe.top5 > probe.top1           # the C chosen without the test rows is nearly their best
+    a, b = (((t - h.mean(0))/h.std(0, correction=0)).double() for t in (h, h_val))
+    sk = LogisticRegression(C=probe.C, max_iter=5000, tol=1e-6).fit(a, y)
+    assert abs(probe.top1 - sk.score(b, y_val)) <= .003
+    assert (probe.classifier(h_val).argmax(1) == torch.as_tensor(sk.predict(b))).float().mean() > .997
+    best = max(LogisticRegression(C=C, max_iter=5000).fit(a, y).score(b, y_val) for C in probe.tried)
+    assert probe.top1 > best - .01           # C is chosen without the test rows, and nearly their best
+    assert probe.top5 > probe.top1
 
 
 @pytest.mark.parametrize("C", [1e-3, 1., 100.])
@@ -150,20 +183,24 @@ def test_logistic_regression_reaches_scikit_learns_minimum(C):
 def test_the_probe_never_sees_test_rows():
     h, y = blobs(400, 3, 10, 1.5)
     g = torch.Generator().manual_seed(1)
-    one, two = (linear_probe(h, y, torch.randn(50, 10, generator=g), torch.randint(0, 3, (50,), generator=g)) for _ in range(2))
-    assert one.C == two.C and one.tried == two.tried and torch.equal(one.classifier.weight, two.classifier.weight)
+    def probe(): return linear_probe(h, y, torch.randn(50, 10, generator=g), torch.randint(0, 3, (50,), generator=g))
+    one, two = probe(), probe()
+    assert one.C == two.C and one.tried == two.tried
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
 
 
-def test_several_labels_an_image():
+def test_several_labels_per_image():
     from sklearn.metrics import average_precision_score
     h, y = blobs(600, 4, 10, 1.)
     several = torch.stack([y == 0, y > 1, (y % 2) == 0, h[:, 0] > 3.], 1).float()
     probe = linear_probe(h[:400], several[:400], h[400:], several[400:])
     assert probe.top1 is None and probe.mean_ap > .8
     scores = probe.classifier(h[400:]).detach()
-    assert probe.mean_ap == pytest.approx(np.mean([average_precision_score(several[400:, c], scores[:, c]) for c in range(4)]))
-    absent = several.clone(); absent[:, 1] = 0                          # a class nobody has does not count
-    assert mean_average_precision(scores, absent[400:]) == pytest.approx(np.mean([average_precision_score(several[400:, c], scores[:, c]) for c in (0, 2, 3)]))
+    aps = np.array([average_precision_score(several[400:, c], scores[:, c]) for c in range(4)])
+    assert probe.mean_ap == pytest.approx(aps.mean())
+    absent = several.clone()
+    absent[:, 1] = 0                          # a class that no row has does not count
+    assert mean_average_precision(scores, absent[400:]) == pytest.approx(aps[[0, 2, 3]].mean())
 
 
 def test_shares_of_labels_are_shares_of_every_class():
@@ -172,30 +209,34 @@ def test_shares_of_labels_are_shares_of_every_class():
 
 
 def test_encoding_needs_memory_for_its_rows_once():
-    "A million rows: what is written as it comes needs no second copy at the end"
-    from self_supervised_bt.evaluation import _Rows
-    rows = _Rows(1000)
+    "Rows are written as they come: a million of them need no second copy at the end"
+    rows = RowBuffer(1000)
     for _ in range(10): rows.add(torch.ones(100, 4))
-    assert rows.all().shape == (1000, 4) and rows.all().data_ptr() == rows.rows.data_ptr()
-    rows = _Rows(None)                                                    # a loader that gives more than it said
+    assert rows.rows().shape == (1000, 4)
+    assert rows.rows().data_ptr() == rows.buffer.data_ptr()
+    rows = RowBuffer(None)                    # a loader that gives more than it said
     for i in range(4): rows.add(torch.full((3, 2), float(i)))
-    assert rows.all()[:, 0].tolist() == [0]*3 + [1]*3 + [2]*3 + [3]*3
+    assert rows.rows()[:, 0].tolist() == [0]*3 + [1]*3 + [2]*3 + [3]*3
 
 
 def test_a_stream_of_images_is_encoded():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return iter((image, label) for image, label in image_items(20))
     encoder = small_model().encoder
+    images = torch.stack([o[0] for o in image_items(20)])
     h, y = encode(encoder, torch.utils.data.DataLoader(Stream(), batch_size=8))
-    assert torch.allclose(h, encode(encoder, torch.stack([o[0] for o in image_items(20)]))[0], atol=1e-5) and y.tolist() == [o[1] for o in image_items(20)]
+    assert torch.allclose(h, encode(encoder, images)[0], atol=1e-5)
+    assert y.tolist() == [o[1] for o in image_items(20)]
 
 
 def test_images_of_another_size(make_learner):
     learn = make_learner(stats=([.3], [.35]))
     x = torch.rand(6, 1, 8, 8)
-    larger = torch.nn.functional.interpolate(x, size=12, mode="bilinear", antialias=True)
-    with torch.no_grad(): assert torch.allclose(encode(learn, x, size=12)[0], learn.model.encoder.eval()((larger - .3)/.35), atol=1e-3)
-    with pytest.raises(ValueError, match="size must be positive"): encode(learn, x, size=-4)
+    larger = F.interpolate(x, size=12, mode="bilinear", antialias=True)
+    with torch.no_grad(): expected = learn.model.encoder.eval()((larger - .3)/.35)
+    assert torch.allclose(encode(learn, x, size=12)[0], expected, atol=1e-3)
+    for size in (-4, 0):
+        with pytest.raises(ValueError, match="size must be positive"): encode(learn, x, size=size)
 
 
 def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):
@@ -206,18 +247,20 @@ def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):
     learn.fit(4, 1e-3)
     names, rows = learn.recorder.metric_names, [list(v) for v in learn.recorder.values]
     assert list(names)[3:5] == ["knn_accuracy", "linear_accuracy"] and not learn.metrics
-    assert rows[0][2:] == rows[1][2:] and len(cb.seconds) == 3 and 0 < cb.cost < 1
+    assert rows[0][2:] == rows[1][2:]
+    assert len(cb.seconds) == 3 and 0 < cb.cost < 1
     assert rows[-1][2] == pytest.approx(knn_accuracy(*encode(learn, (x, y)), k=5))
-    learn.validate(); learn.lr_find(num_it=20, show_plot=False)          # neither is disturbed
+    learn.validate()                                # neither is disturbed
+    learn.lr_find(num_it=20, show_plot=False)
 
 
 def test_online_evaluation_leaves_training_as_it_is(make_learner, make_dls):
-    from fastai.torch_core import set_seed
     x, y = digits_images()
     weights = []
     for cbs in ([], [OnlineEvaluation((x[:60], y[:60]), k=5)]):
         set_seed(3)
-        dls = make_dls(); model = small_model(); set_seed(3)
+        dls, model = make_dls(), small_model()
+        set_seed(3)
         learn = make_learner(dls, model, cbs=cbs)
         learn.fit(2, 1e-3)
         weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
@@ -240,21 +283,24 @@ def test_a_failing_online_evaluation_costs_no_training(make_learner, monkeypatch
 
 def test_what_online_evaluation_cannot_use_is_said_before_training(make_learner):
     x, _ = digits_images()
-    for data, words in [((x[:40], torch.zeros(40, dtype=torch.long)), "1 class"), ((x[:10], torch.arange(10)), "k must be"), (x[:40], "is None")]:
+    one_class = torch.zeros(40, dtype=torch.long)
+    cases = [((x[:40], one_class), "1 class"), ((x[:10], torch.arange(10)), "k must be"), (x[:40], "is None")]
+    for data, words in cases:
         learn = make_learner(cbs=[OnlineEvaluation(data)])
         before = [p.clone() for p in learn.model.parameters()]
         with pytest.raises(ValueError, match=words): learn.fit(1)
         assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters())) and not learn.metrics
 
 
-def test_few_labels_equal_scikit_learn(reps):
+def test_k_shot_accuracy_equals_scikit_learn(reps):
     h, y, h_test, y_test = reps
-    acc = k_shot_accuracy(h, y, h_test, y_test, n=5, draws=3, seed=7)
+    acc = k_shot_accuracy(h, y, h_test, y_test, n=5, samples=3, seed=7)
     a, b = (np.asarray(F.normalize(t - h.mean(0), dim=1)) for t in (h, h_test))
     for i in range(3):
         idx = sample_labels(y, 5, 7 + i)
         assert (y[idx].bincount() == 5).all() and len(idx.unique()) == 50
-        assert float(acc[i]) == pytest.approx(LogisticRegression(C=10., max_iter=1000).fit(a[idx], y[idx]).score(b, y_test))
+        sk = LogisticRegression(C=10., max_iter=1000).fit(a[idx], y[idx])
+        assert float(acc[i]) == pytest.approx(sk.score(b, y_test))
 
 
 def test_effective_rank_equals_its_formula():
@@ -265,9 +311,11 @@ def test_effective_rank_equals_its_formula():
     assert effective_rank(torch.ones(30, 5)) == pytest.approx(1, abs=1e-3)
 
 
-def test_twins_are_found_by_their_views():
+def test_positive_pairs_are_found_by_cosine_similarity():
     h = torch.randn(200, 16)
-    assert positive_pair_accuracy(h, h*3) == 1. and positive_pair_accuracy(h, h.roll(1, 0)) == 0. and positive_pair_accuracy(h, torch.randn(200, 16)) < .05
+    assert positive_pair_accuracy(h, h*3) == 1.
+    assert positive_pair_accuracy(h, h.roll(1, 0)) == 0.
+    assert positive_pair_accuracy(h, torch.randn(200, 16)) < .05
 
 
 def test_encode_views_are_those_of_the_callback(make_learner):
@@ -281,37 +329,72 @@ def test_encode_views_are_those_of_the_callback(make_learner):
     assert len(h1) == len(x)
 
 
+def test_encode_views_needs_a_callback_that_makes_views(make_learner):
+    learn = make_learner()
+    learn.remove_cb(learn.barlow_twins)
+    with pytest.raises(ValueError, match="no callback that makes views"): encode_views(learn, learn.dls.valid)
+
+
 def test_tables(reps):
     h, y, h_test, y_test = reps
-    table = label_table({"a": (h, h_test), "b": (h*2, h_test*2)}, y, y_test, labels=(1, 5, 500), draws=2)
-    assert list(table.columns) == ["kNN (k=20)", "1 label a class", "5 labels a class"] and table.loc["a", "kNN (k=20)"] == table.loc["b", "kNN (k=20)"]
-    assert unlabelled_table({"a": (h, h)}).loc["a", "twins found"] == "100.0%"
+    table = label_table({"a": (h, h_test), "b": (h*2, h_test*2)}, y, y_test, labels=(1, 5, 500), samples=2)
+    assert list(table.columns) == ["kNN (k=20)", "1 label per class", "5 labels per class"]
+    assert table.loc["a", "kNN (k=20)"] == table.loc["b", "kNN (k=20)"]
+    assert unlabelled_table({"a": (h, h)}).loc["a", "positive pairs found"] == "100.0%"
+
+
+def test_bad_neighbours(reps):
+    h, y, h_test, _ = reps
+    nan = h.clone()
+    nan[3, 5] = float("nan")
+    nan[9, 0] = float("inf")
+    cases = [((h_test, nan, y), "bank_h has 2 row"),
+             ((nan, h, y), "h has 2 row"),
+             ((h_test, h[:50], y[:50], 200), "1..50"),
+             ((h_test, h, y, 0), "k must be"),
+             ((h_test[:, :5], h, y), "5 wide"),
+             ((h_test, h, y[:5]), "5 labels"),
+             ((h_test[0], h, y), "(N,F)")]
+    for args, words in cases:
+        with pytest.raises(ValueError) as e: knn_predict(*args)
+        assert words in str(e.value)
+    with pytest.raises(ValueError, match="1..20"): neighbours(h[:2], h[:20], 21)
+    with pytest.raises(ValueError, match="1..19, the other rows"): neighbours(h[:20], k=20)
+    elsewhere = torch.empty(5, h.shape[1], device="meta")
+    with pytest.raises(ValueError, match="h is on cpu and bank_h on meta"): neighbours(h[:2], elsewhere, 1)
+    with pytest.raises(ValueError, match="temperature"): knn_predict(h_test, h, y, 5, temperature=0.)
+    with pytest.raises(ValueError, match="chunk must be"): neighbours(h[:20], k=2, chunk=0)
+    with pytest.raises(ValueError, match="bank_y needs bank_h"): knn_accuracy(h, y, bank_y=y)
+
+
+def test_bad_probes(reps):
+    h, y, h_test, y_test = reps
+    nan = h.clone()
+    nan[3, 5] = float("nan")
+    cases = [(None, "y is None"),
+             (y.float(), "whole numbers"),
+             (y - 5, "from 0 on"),
+             (y*0, "1 class"),
+             (y[:7], "7 labels")]
+    for bad, words in cases:
+        with pytest.raises(ValueError, match=words): linear_probe(h, bad, h_test, y_test)
+    known = y < 9
+    with pytest.raises(ValueError, match="y_val has class 9"): linear_probe(h[known], y[known], h_test, y_test)
+    with pytest.raises(ValueError, match="not finite"): linear_probe(nan, y, h_test, y_test)
+    with pytest.raises(ValueError, match="zeros and ones"): linear_probe(h, F.one_hot(y)*2, h_test, F.one_hot(y_test))
+    with pytest.raises(ValueError, match="label both alike"): linear_probe(h, F.one_hot(y), h_test, y_test)
+    with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h_test, y_test)
+    with pytest.raises(ValueError, match="5 wide|64 wide"): linear_probe(h, y, h_test[:, :5], y_test)
 
 
 def test_bad_input(reps, make_learner):
     h, y, h_test, y_test = reps
-    nan = h.clone(); nan[3, 5], nan[9, 0] = float("nan"), float("inf")
-    for args, words in [((h_test, nan, y), "bank_h has 2 row"), ((nan, h, y), "h has 2 row"), ((h_test, h[:50], y[:50], 200), "1..50"),
-                        ((h_test, h, y, 0), "k must be"), ((h_test[:, :5], h, y), "5 wide"), ((h_test, h, y[:5]), "5 labels"),
-                        ((h_test[0], h, y), "(N,F)")]:
-        with pytest.raises(ValueError) as e: knn_predict(*args)
-        assert words in str(e.value)
+    nothing = tensor_dls(digits_images()[0][:5], valid_pct=0, device="cpu").valid
     with pytest.raises(ValueError, match="smaller n"): k_shot_accuracy(h, y, h_test, y_test, n=1000)
     with pytest.raises(ValueError, match="at least 2"): k_shot_accuracy(h, y*0, h_test, y_test, n=1)
     with pytest.raises(ValueError, match="no images"): encode(make_learner(), torch.rand(0, 1, 8, 8))
-    with pytest.raises(ValueError, match="no images"): encode(make_learner(), tensor_dls(digits_images()[0][:5], valid_pct=0, device="cpu").valid)
-    with pytest.raises(ValueError, match="1..20"): neighbours(h[:2], h[:20], 21)
-    with pytest.raises(ValueError, match="1..19, the other rows"): neighbours(h[:20], k=20)
-    with pytest.raises(ValueError, match="h is on cpu and bank_h on meta"): neighbours(h[:2], torch.empty(5, h.shape[1], device="meta"), 1)
-    with pytest.raises(ValueError, match="temperature"): knn_predict(h_test, h, y, 5, temperature=0.)
-    for bad, words in [(None, "y is None"), (y.float(), "whole numbers"), (y - 5, "from 0 on"), (y*0, "1 class"), (y[:7], "7 labels")]:
-        with pytest.raises(ValueError, match=words): linear_probe(h, bad, h_test, y_test)
-    with pytest.raises(ValueError, match="y_val has class 9"): linear_probe(h[y < 9], y[y < 9], h_test, y_test)
-    with pytest.raises(ValueError, match="rows that are not finite|not finite"): linear_probe(nan, y, h_test, y_test)
-    with pytest.raises(ValueError, match="zeros and ones"): linear_probe(h, F.one_hot(y)*2, h_test, F.one_hot(y_test))
-    with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h_test, y_test)
-    with pytest.raises(ValueError, match="5 wide|64 wide"): linear_probe(h, y, h_test[:, :5], y_test)
+    with pytest.raises(ValueError, match="no images"): encode(make_learner(), nothing)
+    with pytest.raises(ValueError, match="3 labels"): encode(make_learner(), (torch.rand(4, 1, 8, 8), y[:3]))
     with pytest.raises(ValueError, match="dead"): effective_rank(torch.zeros(5, 4))
     with pytest.raises(ValueError, match="share"): sample_labels(y, 1.5)
-    with pytest.raises(ValueError, match="3 labels"): encode(make_learner(), (torch.rand(4, 1, 8, 8), y[:3]))
     with pytest.raises(ValueError, match="every"): OnlineEvaluation((h, y), every=0)
