@@ -107,7 +107,8 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     if size is not None: clean = at_size(clean, size)
     n = count_images(data)
     device = next(encoder.parameters()).device
-    h,y = RowBuffer(n),RowBuffer(n)
+    h = RowBuffer(n)
+    y = RowBuffer(n)
     with undisturbed(encoder), ordered_batches(data) as batches:
         for b in progress_bar(batches, leave=False) if progress else batches:
             x = clean(batch_images(to_device(b, device))).as_subclass(Tensor)
@@ -165,6 +166,14 @@ def check_several_classes(name:str, # of the argument
     if len(classes) > 1: return
     raise ValueError(f"{name} has {len(classes)} class {classes} in all {len(y)} rows, at least 2 classes are needed")
 
+# %% ../nbs/30_evaluation.ipynb #6d1c3b7e
+def merge_nearest(best, top, idx, k):
+    "The `k` nearest of those found so far (`None` at first) and of one more tile: similarities and indices"
+    if best is None: return top,idx
+    top,idx = (torch.cat(pair, 1) for pair in zip(best, (top, idx)))
+    top,at = top.topk(min(k, top.shape[1]), dim=1)
+    return top,idx.gather(1, at)
+
 # %% ../nbs/30_evaluation.ipynb #67504942
 class NeighbourSearch:
     "The nearest bank rows of a chunk of queries, found one tile of similarities at a time"
@@ -174,7 +183,8 @@ class NeighbourSearch:
         check_comparable("h", h, "bank_h", bank)
         check_representations("h", h)
         if not self.leave_one_out: check_representations("bank_h", bank)
-        self.h,self.bank = h.detach(),bank.detach()
+        self.h = h.detach()
+        self.bank = bank.detach()
         self.k,self.chunk = k,chunk
         self.check_k()
         check_positive_int("chunk", chunk)
@@ -195,7 +205,7 @@ class NeighbourSearch:
         for j in range(0, len(self.bank), self.width):
             s = self.similarities(q, i, j)
             top,idx = s.topk(min(self.k, s.shape[1]), dim=1)
-            best = self.merge(best, top, idx + j)
+            best = merge_nearest(best, top, idx + j, self.k)
         return best
 
     def similarities(self, q, i, j): # of the queries from `i` on with the bank rows from `j` on
@@ -203,12 +213,6 @@ class NeighbourSearch:
         s = torch.mm(q, block.T, out=self.tile[:len(q),:len(block)]).mul_(self.scale[j:j+self.width])
         if self.leave_one_out: s.diagonal(i-j).fill_(-torch.inf)   # empty where the tile misses the diagonal
         return s
-
-    def merge(self, best, top, idx): # the best so far with those of one more tile
-        if best is None: return top,idx
-        top,idx = (torch.cat(pair, 1) for pair in zip(best, (top, idx)))
-        top,at = top.topk(min(self.k, top.shape[1]), dim=1)
-        return top,idx.gather(1, at)
 
 # %% ../nbs/30_evaluation.ipynb #6ac2af0e
 def neighbours(h:Tensor,           # (N,F) representations of queries
@@ -333,8 +337,8 @@ def fit_logistic(h:Tensor,           # (N,F) rows, standardised
 def search_C(h, y, Cs, held_out):
     "The best of `Cs` and of its neighbours half a power of ten away, by the loss on `held_out`; and all losses"
     keep = torch.ones(len(h), dtype=torch.bool, device=h.device).index_fill_(0, held_out, False)
-    fit_h,fit_y = h[keep],y[keep]
-    val_h,val_y = h[held_out],y[held_out]
+    fit_h,fit_y = (t[keep] for t in (h, y))
+    val_h,val_y = (t[held_out] for t in (h, y))
     n = count_classes(y)
     tried = {}
     def attempt(C, start=None):
@@ -400,9 +404,11 @@ def linear_probe(h:Tensor,      # (N,F) training representations
                 )->Probe:       # the classifier and its scores
     "Logistic regression on frozen representations, its regularisation chosen on a part of the training rows"
     check_probe_rows(h, y, h_val, y_val)
-    mean,std = h.float().mean(0),h.float().std(0, correction=0)
+    mean = h.float().mean(0)
+    std = h.float().std(0, correction=0)
     std = torch.where(std > 1e-6*std.max(), std, 1.)   # a constant dimension stays 0
-    rows,y = (h.float() - mean)/std,y.to(h.device)
+    rows = (h.float() - mean)/std
+    y = y.to(h.device)
     C,tried = choose_C(rows, y, Cs, part, seed)
     classifier = unstandardised(fit_logistic(rows, y, C), mean, std)
     with torch.no_grad(): scores = classifier(h_val.float())
@@ -556,7 +562,8 @@ class OnlineEvaluation(Callback):
     def before_fit(self):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
-        self.seconds,self.start = [],time.perf_counter()
+        self.seconds = []
+        self.start = time.perf_counter()
         self.measure()   # raises before the training what would fail after an epoch
         self.seconds.clear()
         add_columns(self.learn, self.columns)
@@ -573,7 +580,8 @@ class OnlineEvaluation(Callback):
 def half_probe(h, y, C):
     "Top-1 accuracy of a linear probe that learns from one half of the rows and is tested on the other"
     by_class = y.argsort(stable=True)   # every other row: each half has every class
-    one,two = by_class[::2],by_class[1::2]
+    one = by_class[::2]
+    two = by_class[1::2]
     return linear_probe(h[one], y[one], h[two], y[two], Cs=(C,)).top1
 
 @patch

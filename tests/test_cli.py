@@ -23,10 +23,10 @@ def test_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     bt_demo(data=str(folder), epochs=1)
     out = capsys.readouterr().out
-    assert "in 2 class folders" in out and "1 label a class" in out and (tmp_path/"runs/pictures/encoder.safetensors").exists()
+    assert "in 2 class folders" in out and "1 label per class" in out and (tmp_path/"runs/pictures/encoder.safetensors").exists()
     bt_demo(data=str(folder), epochs=1, no_labels=True, out="plain")
     out = capsys.readouterr().out
-    assert "without labels" in out and "twins found" in out and (tmp_path/"plain/loss.png").exists()
+    assert "without labels" in out and "positive pairs found" in out and (tmp_path/"plain/loss.png").exists()
 
 
 def test_jobs_suit_their_images(folder):

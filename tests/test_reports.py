@@ -28,7 +28,7 @@ def test_the_page_holds_everything(trained, tmp_path):
     assert page.name == "report.html" and {f.stem for f in page.parent.glob("*.png")} == set(PARTS)
     assert text.count('<img src="data:image/png;base64,') == len(PARTS) and "No picture" not in text
     assert "<title>A &amp; B" in text and "My &lt;results&gt;" in text and "mine &amp; yours" in text and "41.5 ± 0.2" in text
-    for name in ("closer to their twin", "kNN", "twins found", "invariance", "effective_rank", "torch"): assert name in text
+    for name in ("closer to their twin", "kNN", "positive pairs found", "invariance", "effective_rank", "torch"): assert name in text
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
