@@ -114,7 +114,8 @@ def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or 
     if not in_memory:
         return unlabelled_dls(files, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
     y = folder_labels(files)[0] if labels else None
-    return tensor_dls(load_images(files, size, n_in, num_workers=num_workers), y, **args)
+    x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
+    return tensor_dls(x, y, **args)
 
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run
@@ -396,7 +397,7 @@ def folder_run(folder:str,    # folder of images
                         size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
                         epochs=max(5, min(60, 150_000//n)))
     about = f"{n:,} images of {folder}" + (f" in {len(classes)} class folders" if classes else ", without labels")
-    if len(checked): about += f"; {len(checked)} broken files are left out"
+    if len(checked): about += f"; {len(checked)} broken file(s) left out"
     return ShortRun(folder, files, n, n_test, bool(classes), recipe, about)
 
 # %% ../nbs/50_runs.ipynb #1ccaa6e3
