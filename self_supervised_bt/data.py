@@ -294,7 +294,7 @@ def in_chunks(f:callable,           # of a list of items
         num_workers = 0 if len(chunks) < 4 or slow_start else min(16, num_cpus())
     dl = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=f, num_workers=num_workers,
                                      generator=torch.Generator())   # so that the global generator is not used
-    return progress_bar(dl, total=len(chunks), display=progress)
+    return progress_bar(dl, total=len(chunks)) if progress else dl
 
 def check_size(size, # what came as height and width
                n_in  # what came as number of channels
