@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs
+from . import augmentations, layers, losses, multiview, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs
 from .augmentations import *
 from .layers import *
 from .losses import *
+from .multiview import *
 from .barlow_twins import *
 from .mixed import *
 from .training import *
@@ -27,4 +28,4 @@ from .distributed import *
 from .weights import *
 from .runs import *
 
-__all__ = [name for m in (augmentations, layers, losses, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs) for name in m.__all__]
+__all__ = [name for m in (augmentations, layers, losses, multiview, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs) for name in m.__all__]
