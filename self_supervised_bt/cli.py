@@ -24,7 +24,7 @@ from fastai.callback import progress, schedule  # bars, and fit_one_cycle
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 
-from .augmentations import image_batch
+from .fused import image_batch
 from .weights import export_timm, load_encoder, save_encoder
 from .data import digits_images, folder_labels, load_images, tensor_dls, hold_out
 from .diagnostics import Diagnostics, expected_losses, plot_cross_correlation, plot_losses, plot_neighbours

@@ -21,10 +21,11 @@ from fasttransform import Pipeline
 from torch import nn
 
 from conftest import image_items, small_model
-from self_supervised_bt.augmentations import BACKENDS, NormalizeViews, get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
+from self_supervised_bt.augmentations import BACKENDS, get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
+from self_supervised_bt.fused import NormalizeViews
 from self_supervised_bt.layers import PoolingType, create_encoder
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss, variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
@@ -486,7 +487,7 @@ def test_show_the_image_first_and_what_was_drawn(make_learner, make_dls):
     assert torch.allclose(torch.as_tensor(axes[4].get_images()[0].get_array()), b[0][1].permute(1, 2, 0), atol=1e-6)
     for row in (0, 1):
         told = [ax.texts[0].get_text() for ax in axes[4*row+1:4*row+4]]
-        assert told == [aug.fs[0].tell(row) for aug in learn.barlow_twins.augs] and len(set(told)) == 3
+        assert told == [aug.fs[0].describe(row) for aug in learn.barlow_twins.augs] and len(set(told)) == 3
         assert not axes[4*row].texts
     with pytest.raises(ValueError, match="only backend='fused'"): make_learner(backend="kornia").barlow_twins.show(sampled=True)
 
