@@ -334,7 +334,8 @@ def show(self:MultiView,
         for i,(ax,image) in enumerate(zip(column, images)):
             show_pixels(image, ax, None if i else title)
             if title not in fused: continue
-            ax.text(.5, -.03, fused[title].describe(i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
+            text = fused[title].describe(i)
+            ax.text(.5, -.03, text, transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
     return list(axes.flat)
 
 # %% ../nbs/14_multiview.ipynb #9f842c93
