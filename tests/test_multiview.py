@@ -21,14 +21,11 @@ from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline
 from torch import nn
 
-from self_supervised_bt.augmentations import (
-    BACKENDS,
-    NormalizeViews,
-    get_barlow_twins_aug_pipelines,
-)
+from self_supervised_bt.augmentations import BACKENDS, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
+from self_supervised_bt.fused import NormalizeViews
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss
 from self_supervised_bt.multiview import no_loss
 from self_supervised_bt.recipes import bt_learner
@@ -455,7 +452,7 @@ def test_show_the_image_and_the_sampled_parameters(make_learner, make_dls):
     assert torch.allclose(torch.as_tensor(axes[4].get_images()[0].get_array()), b[0][1].permute(1, 2, 0), atol=1e-6)
     for row in (0, 1):
         shown = [ax.texts[0].get_text() for ax in axes[4*row+1:4*row+4]]
-        assert shown == [aug.fs[0].tell(row) for aug in learn.barlow_twins.augs]
+        assert shown == [aug.fs[0].describe(row) for aug in learn.barlow_twins.augs]
         assert len(set(shown)) == 3
         assert not axes[4*row].texts
     with pytest.raises(ValueError, match="only backend='fused'"):
