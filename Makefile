@@ -5,7 +5,7 @@ READY := .venv/.ready
 CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest notebooks export readme bench clean
+.PHONY: help demo test lint notebooks pytest export bench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,13 +20,16 @@ $(READY): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 demo: $(READY) ## train on handwritten digits and show whether it worked; DATA=folder for your own images
 	$(BIN)/bt_demo $(if $(DATA),--data "$(DATA)") $(DEMO)
 
-test: $(READY) notebooks pytest ## everything CI checks: notebooks, library in step with them, tests
+test: $(READY) lint notebooks pytest ## everything CI checks: lint, notebooks, tests (these also: library in step with clean notebooks)
 
-pytest: $(READY)
-	$(BIN)/python -m pytest
+lint: $(READY) ## ruff check: names, import order, lines of 120 columns
+	$(BIN)/ruff check
 
-notebooks: $(READY)
+notebooks: $(READY) ## run every notebook
 	cd nbs && ../$(BIN)/nbdev-test --n-workers 1 --do-print
+
+pytest: $(READY) ## run the tests in tests/; for one file: .venv/bin/python -m pytest tests/test_losses.py
+	$(BIN)/python -m pytest
 
 export: $(READY) ## notebooks -> library and README, then clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
