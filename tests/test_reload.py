@@ -24,9 +24,8 @@ ROOT = PACKAGE.parent
 
 def exporting_notebooks():
     "(module, notebook) in room order"
-    for notebook in house.notebooks(ROOT):
-        lines = [line for cell in house.code_cells(notebook) for line in cell]
-        if lines and lines[0].startswith("#| default_exp"): yield lines[0].split()[-1], notebook
+    pairs = [(house.default_exp(notebook), notebook) for notebook in house.notebooks(ROOT)]
+    return [(module, notebook) for module, notebook in pairs if module]
 
 
 def loaders():

@@ -90,6 +90,12 @@ def code_cells(notebook):
     return ["".join(cell["source"]).splitlines() for cell in cells if cell["cell_type"] == "code"]
 
 
+def default_exp(notebook):
+    "The module that a notebook exports to, or None"
+    lines = [line.split() for cell in code_cells(notebook) for line in cell if line.startswith("#|")]
+    return next((words[-1] for words in lines if "default_exp" in words[0] or "default_exp" in words[1:2]), None)
+
+
 def exported_cells(notebook):
     "The code cells that go into the library, without the line that says so"
     cells = code_cells(notebook)
