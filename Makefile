@@ -5,7 +5,7 @@ READY := .venv/.ready
 CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks pytest export bench clean
+.PHONY: help demo test lint notebooks pytest export bench mutants house clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +38,13 @@ bench: $(READY) ## the benchmarks, side by side with installed peers; DATA=folde
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[bench]"
 	for f in $(filter-out benchmarks/backends.py benchmarks/cifar.py benchmarks/paper.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
 	$(if $(DATA),$(BIN)/python benchmarks/backends.py "$(DATA)" && $(BIN)/python benchmarks/cifar.py "$(DATA)")
+
+mutants: $(READY) ## change MODULE=mixed in small ways and list what its tests miss; LIMIT=40 samples, TESTS="..." names test files
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mutants]"
+	$(BIN)/python tools/mutants.py $(MODULE) $(if $(LIMIT),--limit $(LIMIT)) $(if $(TESTS),--tests "$(TESTS)")
+
+house: $(READY) ## a table of the package's order: names, imports, long lines, what a training step crosses
+	$(BIN)/python tools/house.py
 
 clean: ## remove the environment and everything made
 	rm -rf .venv runs build dist *.egg-info
