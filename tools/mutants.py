@@ -1,4 +1,4 @@
-"""Can the tests fail? Changes a module in many small ways, in a copy, and lists the changes that its tests do not notice.
+"""Can the tests fail? Changes a module in many small ways, in a copy, and lists the changes its tests do not notice.
 
     python tools/mutants.py mixed                     # every mutant of the module, against tests/test_mixed.py
     python tools/mutants.py losses --limit 40         # 40 of them, sampled
