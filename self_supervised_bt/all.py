@@ -9,8 +9,10 @@ __all__ = []
 from importlib import import_module
 
 # %% ../nbs/99_all.ipynb #5a1e0c02
-MODULES = ("data", "folders", "augmentations", "layers", "losses", "barlow_twins", "mixed", "training", "recipes",
-           "checkpoints", "guard", "distributed", "evaluation", "classifiers", "diagnostics", "doctor", "reports",
+MODULES = ("core", "data", "folders", "fitting",
+           "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
+           "training", "recipes", "checkpoints", "guard", "distributed",
+           "evaluation", "classifiers", "diagnostics", "doctor", "reports",
            "weights", "runs")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .augmentations import CentreResize, CropTfm, image_batch
 from .evaluation import sample_labels, encode, encoder_of, linear_probe
 from .layers import create_encoder, encoder_width
-from .losses import check_choice
+from .core import check_choice
 
 # %% ../nbs/31_classifiers.ipynb #29ba48d3
 class Classifier(nn.Module):

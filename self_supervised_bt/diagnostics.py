@@ -17,9 +17,11 @@ from fastai.learner import Recorder
 from fastcore.basics import patch
 from torch import Tensor
 
-from .barlow_twins import BarlowTwins, Column
+from .multiview import multiview_of
 from .evaluation import spectrum_rank, singular_values
-from .losses import check_choice, cross_correlation
+from .core import check_choice
+from .fitting import Column
+from .losses import cross_correlation
 
 # %% ../nbs/32_diagnostics.ipynb #18850ced
 def expected_losses(n:int,     # rows in a batch
@@ -158,11 +160,11 @@ class Diagnostics(Callback):
         if not isinstance(every, int) or every < 1: raise ValueError(f"every must be a positive number of batches, got {every!r}")
         self.every,self.show,self.rows = every,show,[]
     def before_fit(self):
-        bts = self.learn._grab_cbs(BarlowTwins)
-        if not bts: raise ValueError("Diagnostics looks at the embeddings of BarlowTwins, and the Learner has no such callback: add both")
+        bt = multiview_of(self.learn)
+        if bt is None: raise ValueError("Diagnostics looks at the embeddings of BarlowTwins, and the Learner has no such callback: add both")
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
-        self.bt,self.rows = bts[0],[]
+        self.bt,self.rows = bt,[]
         self.terms = tuple(getattr(self.bt.objective, "term_names", ()))
         self.columns = {name: Column(name) for name in (*self.terms, *self.own)}
         if not self.show: return
@@ -229,7 +231,7 @@ class ImageLogger(Callback):
         self.every,self.n,self.figures = every,n,{}
     def before_fit(self):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
-        if self.run and not self.learn._grab_cbs(BarlowTwins): raise ValueError("Pictures shows the views of BarlowTwins, and the Learner has no such callback: add both")
+        if self.run and multiview_of(self.learn) is None: raise ValueError("ImageLogger shows the views of BarlowTwins, and the Learner has no such callback: add both")
     def after_pred(self):
         due = self.epoch % self.every == 0 or self.epoch == self.n_epoch-1
         if not due or self.iter != self.n_iter-1: return

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXCHANGES', 'run_ranks', 'setup_ranks', 'RankLost', 'explaining_lost_rank', 'exchange_bytes', 'cheaper_exchange',
-           'gather_embeddings', 'GlobalLoss', 'synced_batchnorm', 'seed_ranks', 'over_ranks', 'is_rank0', 'on_rank0']
+           'gather_embeddings', 'GlobalLoss', 'synced_batchnorm', 'seed_ranks', 'over_ranks', 'explain_lost_rank',
+           'is_rank0', 'on_rank0']
 
 # %% ../nbs/24_distributed.ipynb #714bf487
 import ctypes
@@ -39,10 +40,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from .barlow_twins import BarlowTwins, check_model
+from .core import check_choice
+from .fitting import around_fit
 from .losses import (
-    AllPairs, BarlowTwinsLoss, _at_least_float32, _diagonal, _dot, _full_precision, _terms, check_choice, check_loss)
+    AllPairs, BarlowTwinsLoss, _at_least_float32, _diagonal, _dot, _full_precision, _terms, check_loss)
 from .mixed import MixedBarlowTwinsLoss
+from .multiview import MultiView, check_model
 
 # %% ../nbs/24_distributed.ipynb #a68b716c
 def _child(f, rank, n, port, timeout, send):
@@ -459,7 +462,7 @@ def over_ranks(objective:callable, # embeddings to a scalar
 
 # %% ../nbs/24_distributed.ipynb #a6a90203
 @patch
-def join_ranks(self:BarlowTwins):
+def join_ranks(self:MultiView):
     "A fit starts: the loss is that of the batch of all processes"
     if _world() == 1 or self.exchange == "none" or self.joined: return
     check_choice("exchange", self.exchange, (None, *EXCHANGES, "none"))
@@ -481,7 +484,7 @@ def join_ranks(self:BarlowTwins):
     learn.add_cb(self.joined[3])
 
 @patch
-def leave_ranks(self:BarlowTwins):
+def leave_ranks(self:MultiView):
     "A fit is over: all as it was"
     if not self.joined: return
     self.objective,trainer,synced,cb,kept = self.joined
@@ -496,12 +499,10 @@ def leave_ranks(self:BarlowTwins):
         self.learn.opt.load_state_dict(kept[1])
 
 # %% ../nbs/24_distributed.ipynb #55c6e0c0
-_fit = Learner.fit
-@wraps(_fit)
-def _fit_and_explain(self, *args, **kwargs):
-    where = lambda: f", in batch {getattr(self, 'iter', 0)} of epoch {getattr(self, 'epoch', 0)}"
-    with explaining_lost_rank(where): return _fit(self, *args, **kwargs)
-Learner.fit = _fit_and_explain
+@around_fit
+def explain_lost_rank(learn:Learner):
+    "Name batch and epoch where a rank was lost"
+    return explaining_lost_rank(lambda: f", in batch {getattr(learn, 'iter', 0)} of epoch {getattr(learn, 'epoch', 0)}")
 
 # %% ../nbs/24_distributed.ipynb #cef677a2
 def is_rank0()->bool: # `True` in process 0, and where there is only one

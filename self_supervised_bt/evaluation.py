@@ -27,8 +27,9 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CentreResize, CropTfm, batch_images
-from .barlow_twins import BarlowTwins, Column, check_model
-from .layers import politely
+from .core import undisturbed
+from .fitting import Column
+from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
 def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
@@ -37,8 +38,8 @@ def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
     net = model.model if isinstance(model, Learner) else model
     net = getattr(net, "module", net)
     encoder = getattr(net, "encoder", net)
-    cbs = model._grab_cbs(BarlowTwins) if isinstance(model, Learner) else []
-    return encoder,cbs[0].clean if cbs else getattr(encoder, "clean_pipeline", lambda x: x)
+    cb = multiview_of(model) if isinstance(model, Learner) else None
+    return encoder,cb.clean if cb else getattr(encoder, "clean_pipeline", lambda x: x)
 
 # %% ../nbs/30_evaluation.ipynb #8cd0fb91
 def _batches(data, bs=512):
@@ -85,7 +86,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     if size: clean = at_size(clean, size)
     (batches,n,switch),device = _batches(data),next(encoder.parameters()).device
     h,y = _Rows(n),_Rows(n)
-    with politely(encoder), switch:
+    with undisturbed(encoder), switch:
         for b in progress_bar(batches, leave=False) if progress else batches:
             h.add(encoder(clean(batch_images(to_device(b, device))).as_subclass(Tensor)).float().cpu())
             if isinstance(b, (tuple, list)) and len(b) > 1: y.add(b[1].as_subclass(Tensor).cpu())
@@ -394,8 +395,8 @@ def encode_views(learn:Learner, # with a `BarlowTwins` callback
     bt,out,(encoder,_) = learn.barlow_twins,[],encoder_of(learn)
     projector,device = check_model(learn.model).projector,next(encoder.parameters()).device
     batches,_,switch = _batches(data)
-    with politely(learn.model), switch:
-        torch.manual_seed(seed)   # inside `politely`: the random state outside stays as it was
+    with undisturbed(learn.model), switch:
+        torch.manual_seed(seed)   # inside `undisturbed`: the random state outside stays as it was
         for b in batches:
             x = batch_images(to_device(b, device))
             hs = [encoder(aug(x).as_subclass(Tensor)) for aug in bt.augs[:2]]

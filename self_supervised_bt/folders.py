@@ -26,7 +26,7 @@ from fastcore.parallel import num_cpus
 from torch import Tensor
 
 from .data import REASONS, BadImage, _check_size, _in_chunks, _listed, _opened, folder_labels, read_image
-from .losses import check_choice
+from .core import check_choice
 
 # %% ../nbs/02_folders.ipynb #05f58cb4
 class ImageReport:

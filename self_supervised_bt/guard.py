@@ -23,11 +23,11 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .barlow_twins import BarlowTwins, ViewsLoss, at_once
-from .doctor import untouched
-from .losses import check_choice
+from .core import check_choice, undisturbed
+from .multiview import MultiView, ViewsLoss, multiview_of
 
 # %% ../nbs/23_guard.ipynb #2b7230f7
 def epoch_order(dl # fastai's `DataLoader`, or PyTorch's
@@ -67,7 +67,7 @@ def _items_at(dl, order, i, n):
     except Exception: return []   # a name is a courtesy, and must not be in the way of the message
 
 def _n_images(learn):
-    bts = learn._grab_cbs(BarlowTwins)
+    bts = L(multiview_of(learn)).filter()
     return len(bts[0].images if bts and bts[0].images is not None else learn.xb[0])
 
 # %% ../nbs/23_guard.ipynb #34ea7fda
@@ -95,18 +95,6 @@ def bad_rows(o # a tensor (B,...), or tuples, lists, dicts of them
     return sorted({int(i) for t in tensors_in(o) if t.ndim for i in (~t.isfinite()).reshape(len(t), -1).any(1).nonzero()})
 
 # %% ../nbs/23_guard.ipynb #eb3243e8
-@contextmanager
-def _no_trace(model:nn.Module # to be run
-            ):
-    "Buffers and random states are as before afterwards"
-    kept = [(b, b.clone()) for b in model.buffers()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with untouched(device): yield
-    finally:
-        with torch.no_grad():
-            for b,was in kept: b.copy_(was)
-
 @contextmanager
 def _watched(model:nn.Module, # whose modules are watched
             before,          # called with a module, its name and its inputs
@@ -143,7 +131,7 @@ def find_forward(model:nn.Module, # run again
     def before(m, name, args): fine.append(all_finite(args))
     def after(m, name, out):
         if fine.pop() and not found and not all_finite(out): found.append(Origin(name, m, next(t for t in tensors_in(out) if not all_finite(t))))
-    with _no_trace(model), torch.no_grad(), _watched(model, before, after): model(*xb)
+    with undisturbed(model, evaluate=False), torch.no_grad(), _watched(model, before, after): model(*xb)
     return found[0] if found else None
 
 # %% ../nbs/23_guard.ipynb #9fbe82cc
@@ -161,7 +149,7 @@ def find_backward(model:nn.Module, # run again
         hear(calls[-1], "ins", args)
     def after(m, name, out): hear(open_now.pop(), "outs", out)
     params = {n: p for n,p in model.named_parameters() if p.requires_grad}
-    with _no_trace(model), torch.enable_grad():
+    with undisturbed(model, evaluate=False), torch.enable_grad():
         with _watched(model, before, after): l = loss(model(*xb))
         grads = dict(zip(params, torch.autograd.grad(l, params.values(), allow_unused=True)))
     bad = {n.rpartition(".")[0] for n,g in grads.items() if g is not None and not all_finite(g)}
@@ -261,7 +249,7 @@ def _some(names, n=8): return ", ".join(names[:n]) + (f" and {len(names)-n} more
 # %% ../nbs/23_guard.ipynb #be02368a
 class NonFiniteGuard(Callback):
     "No step is taken with a loss or gradient that is not finite: `FloatingPointError` says where it came from, or the step is skipped"
-    order,run_valid = BarlowTwins.order-1,True
+    order,run_valid = MultiView.order-1,True
     def __init__(self,
                  on_bad:str="stop",      # "stop" or "skip"
                  max_in_row:int=10,      # bad steps one after the other that may be skipped
@@ -284,7 +272,7 @@ class NonFiniteGuard(Callback):
         if self.training: self.keep()
     def after_loss(self):
         if not len(self.yb) or self.learn._grab_cbs(GatherPredsCallback): return
-        if not at_once(self.loss): self.note_loss()
+        if self.loss.device.type != "cpu": self.note_loss()
         elif not self.shared and not all_finite(self.loss): self.drop()
     def after_backward(self): self.look() if self.now is None else self.note_gradients()
     def before_step(self):
@@ -325,7 +313,7 @@ def undo(self:NonFiniteGuard):
 @patch(as_prop=True)
 def queue(self:NonFiniteGuard):
     "The past embeddings of a loss with `queue=`"
-    bts = self.learn._grab_cbs(BarlowTwins)
+    bts = L(multiview_of(self.learn)).filter()
     if not bts: return None
     objective = _own(bts[0].objective).get("objective", bts[0].objective)   # of more than two views
     return _own(objective).get("queue")
@@ -343,7 +331,7 @@ def scaled(self:NonFiniteGuard):
 
 # %% ../nbs/23_guard.ipynb #3b141104
 @patch
-def bad_loss(self:NonFiniteGuard,
+def take_over_loss(self:NonFiniteGuard,
              z:Tensor,    # embeddings
              e:Exception  # what the loss said of them
             )->Tensor:    # a loss that is nan, on the graph of `z`
@@ -464,7 +452,7 @@ def rewind(self:NonFiniteGuard, e:SimpleNamespace):
 @patch
 def evidence(self:NonFiniteGuard, **known)->SimpleNamespace:
     "What is known of a step, while its batch is there"
-    bts,learn = self.learn._grab_cbs(BarlowTwins),self.learn
+    bts,learn = L(multiview_of(self.learn)).filter(),self.learn
     e = dict(images=bts[0].images if bts else learn.xb, views=learn.xb if bts else None, xb=learn.xb, yb=learn.yb,
              step=learn.train_iter, epoch=learn.epoch, batch=learn.iter, training=learn.training,
              where=(learn.dl, self.sequence, learn.iter, _n_images(learn)), words=self.words,
@@ -531,7 +519,7 @@ def loss_again(self:NonFiniteGuard, z:Tensor, yb:tuple)->Tensor:
     "The loss once more, without a trace in what it remembers"
     loss = self.learn.loss_func
     if not isinstance(loss, ViewsLoss): return deepcopy(loss)(z, *yb)
-    cb = loss.cb
+    cb = loss.swapped_by
     own = {k: v for k,v in vars(cb).items() if k == "objective" or isinstance(v, Tensor)}
     vars(cb).update({k: v.detach() if isinstance(v, Tensor) else deepcopy(v) for k,v in own.items()})   # the graph of a mixture's embedding is gone
     try: return cb.loss(z)

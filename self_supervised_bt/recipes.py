@@ -22,10 +22,11 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .augmentations import get_barlow_twins_aug_pipelines
-from .barlow_twins import BarlowTwins, create_barlow_twins_model, training_images
+from .barlow_twins import BarlowTwins, create_barlow_twins_model
 from .layers import PoolingType, create_encoder, is_resnet
-from .losses import check_choice
+from .core import check_choice
 from .mixed import MixedBarlowTwins
+from .multiview import training_images
 from .training import LARS, WarmupCosine, split_norm_bias
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9

@@ -23,13 +23,13 @@ from fastcore.xml import H1, H2, Body, Div, Figcaption, Figure, Head, Html, Img,
 from torch import Tensor
 
 from .augmentations import batch_images, fused_views
-from .barlow_twins import BarlowTwins, check_model
 from .diagnostics import (
     Diagnostics, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map, plot_neighbours, plot_spectrum, plot_std, plot_terms)
 from .doctor import diagnose
 from .evaluation import encode, encode_views, knn_accuracy, neighbours, singular_values, unlabelled_table
 from .layers import encoder_width
 from .losses import cross_correlation
+from .multiview import check_model, multiview_of
 
 # %% ../nbs/34_reports.ipynb #a6df45c1
 def some_images(data,      # a data loader, images (N,C,H,W), or (images, labels)
@@ -132,7 +132,7 @@ def report(learn:Learner,    # with a `BarlowTwins` callback
            n:int=1000        # images looked at, at most
           )->Path:           # the page, `report.html`
     "One self-contained page about a run, and its pictures as files"
-    if not learn._grab_cbs(BarlowTwins): raise ValueError("the Learner has no BarlowTwins callback: there is nothing to report")
+    if multiview_of(learn) is None: raise ValueError("the Learner has no BarlowTwins callback: there is nothing to report")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if data is None: data = learn.dls.valid if len(learn.dls.valid.dataset) > 7 else learn.dls.train

@@ -29,7 +29,7 @@ from .distributed import setup_ranks
 from .evaluation import effective_rank, encode, encode_views, knn_accuracy, linear_probe, positive_pair_accuracy
 from .folders import ImageFiles, bad_images, unlabelled_dls
 from .guard import NonFiniteGuard
-from .losses import check_choice
+from .core import check_choice
 from .recipes import Recipe, bt_learner, get_recipe
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .training import Autocast

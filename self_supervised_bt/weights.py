@@ -19,7 +19,8 @@ from torchvision.models import ResNet
 
 from .augmentations import CentreResize, CropTfm, NormalizeViews, clean_pipeline
 from .evaluation import encoder_of
-from .layers import create_encoder, politely
+from .core import undisturbed
+from .layers import create_encoder
 from .checkpoints import write_tensors
 
 # %% ../nbs/40_weights.ipynb #9ca36ed4
@@ -109,7 +110,7 @@ def export_timm(model,         # a Learner, a `BarlowTwinsModel` or an encoder
     scope,device = {},next(encoder.parameters()).device
     exec(code.replace(repr(path.name), repr(str(path))), scope)
     x = torch.rand(2, encoder.created_by["n_in"], *describe_input(getattr(encoder, "clean_pipeline", None)).get("size", (64, 64)))
-    with politely(encoder): ours = encoder(x.to(device)).cpu()
+    with undisturbed(encoder): ours = encoder(x.to(device)).cpu()
     with torch.no_grad(): theirs = scope["model"](x)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         path.unlink()

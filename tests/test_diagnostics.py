@@ -9,7 +9,7 @@ from fastai.callback.training import GradientClip
 
 from conftest import small_model
 from self_supervised_bt.diagnostics import (
-    Diagnostics, Pictures, dead_dimensions, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map,
+    Diagnostics, ImageLogger, dead_dimensions, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map,
     plot_neighbours, plot_spectrum, plot_std)
 from self_supervised_bt.evaluation import effective_rank, singular_values
 from self_supervised_bt.losses import barlow_twins_loss
