@@ -581,3 +581,12 @@ def test_normalisation_in_the_dls_is_noticed(make_learner, make_dls):
     learn.remove_cbs(BarlowTwins)
     learn.add_cb(BarlowTwins(get_barlow_twins_aug_pipelines(8, jitter=False, bw=False, stats=None)))      # nothing that needs [0,1]
     with pytest.warns(UserWarning, match="take Normalize out"): learn.fit(1)
+
+
+@pytest.mark.parametrize("callback", [BarlowTwins, MixedBarlowTwins])
+def test_pipelines_are_printed_only_on_demand(callback, capsys):
+    augs = get_barlow_twins_aug_pipelines(8, "digits")
+    callback(augs)
+    assert capsys.readouterr().out == ""
+    callback(augs, print_augs=True)
+    assert capsys.readouterr().out == f"{augs[0]}\n{augs[1]}\n"

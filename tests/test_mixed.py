@@ -184,3 +184,13 @@ def test_bad_input(mixed_learner):
     with pytest.raises(ValueError, match="predictor"):
         mixed_learner(model=create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)).fit(1)
     check_mixing_weight(0, 3), check_mixing_weight(1., 3), check_mixing_weight(torch.tensor(.5), 3)
+
+
+def test_default_weights():
+    "λ = 0.005 and λ_reg = 4, of the loss and of the callback"
+    (z1, z2, zm), perm = three(12, 5), torch.randperm(12)
+    expected = pytest.approx(float(formula(z1, z2, zm, perm, .3, lmb=5e-3, lmb_reg=4.)), rel=1e-5)
+    assert float(MixedBarlowTwinsLoss()(z1, z2, zm, perm, .3)) == expected
+    cb = MixedBarlowTwins(get_barlow_twins_aug_pipelines(8, "digits"))
+    cb.zm, cb.perm, cb.a = zm, perm, .3
+    assert float(cb.loss(torch.cat([z1, z2]))) == expected
