@@ -33,7 +33,7 @@ def test_one_list_says_what_the_modules_are():
 
 def test_the_readme_describes_every_module():
     table = (root/"README.md").read_text().split("| module |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == MODULES
+    assert re.findall(r"^\| \[`(\w+)`\]", table, re.M) == MODULES
 
 
 def test_the_map_of_the_rooms_names_every_notebook():
