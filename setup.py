@@ -8,7 +8,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-EXTRAS = ("distributed", "dev", "bench", "mutants")
+extras = [key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")]
 
 setup(
     name=cfg["lib_name"],
@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["self_supervised_bt"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in EXTRAS},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in extras},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -46,6 +46,8 @@ def test_the_wheel(copy):
     sources = {f"self_supervised_bt/{f.name}" for f in (root/"self_supervised_bt").glob("*.py")}
     assert sources == {n for n in names if n.endswith(".py")}
     for need in cfg["requirements"].split(): assert f"Requires-Dist: {re.split('[<>=]', need)[0]}" in meta
+    extras = {key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")}
+    assert set(re.findall(r"^Provides-Extra: (.*)$", meta, re.M)) == extras >= {"dev", "bench", "mutants"}
     assert "Requires-Python: >=3.11" in meta and "bt_demo" in entries and "License" in meta
     assert any("LICENSE" in n for n in names)
 
