@@ -4,9 +4,9 @@ import re
 import sys
 from pathlib import Path
 
+import house
 import pytest
 
-import house
 from self_supervised_bt import all as everything
 
 root = Path(__file__).parents[1]

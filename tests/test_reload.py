@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import house
 import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -15,7 +16,6 @@ from fastai.learner import Learner, defaults
 from fastai.metrics import accuracy
 from torch import nn
 
-import house
 import self_supervised_bt
 
 PACKAGE = Path(self_supervised_bt.__file__).parent
