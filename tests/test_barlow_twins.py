@@ -95,7 +95,7 @@ def test_three_views_predict_one_row_per_image(make_learner):
 
 def test_what_needs_two_views_is_refused(make_dls):
     three = get_multi_aug_pipelines(3, **AUGS)
-    with pytest.raises(ValueError, match="queue"): BarlowTwins(three, loss=BarlowTwinsLoss(queue=8))
+    with pytest.raises(ValueError, match="queue"): BarlowTwins(three, loss=variant_loss(queue=8))
     with pytest.raises(ValueError, match="two views, got 3"): MixedBarlowTwins(three)
     model = create_barlow_twins_model(small_model().encoder, 16, 8, predictor=True)
     learn = Learner(make_dls(labels=False), model, cbs=BarlowTwins(three))
