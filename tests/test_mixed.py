@@ -194,3 +194,14 @@ def test_default_weights():
     cb = MixedBarlowTwins(get_barlow_twins_aug_pipelines(8, "digits"))
     cb.zm, cb.perm, cb.a = zm, perm, .3
     assert float(cb.loss(torch.cat([z1, z2]))) == expected
+
+
+def test_scale_multiplies_the_whole_loss():
+    zs, perm = three(12, 5), torch.randperm(12)
+    for scale in (.5, 2., 3.):
+        scaled = float(MixedBarlowTwinsLoss(scale=scale)(*zs, perm, .3))
+        assert scaled == pytest.approx(scale*float(MixedBarlowTwinsLoss()(*zs, perm, .3)), rel=1e-6)
+
+
+def test_the_weight_outside_is_named_beside_a_zero():
+    with pytest.raises(ValueError, match="got 2.0"): check_mixing_weight(torch.tensor([0., 2.]), 2)
