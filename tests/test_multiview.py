@@ -6,10 +6,10 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
+from callbacks import RaiseAt, RecordBatches
 from conftest import image_items, small_model
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
@@ -33,21 +33,11 @@ from self_supervised_bt.recipes import bt_learner
 AUGS = dict(size=8, stats=None)
 
 
-class Spy(Callback):
-    "Keeps the inputs, targets and predictions of every batch"
-    order = MixedPrecision.order + 50
-    def __init__(self): self.inputs, self.targets, self.preds = [], [], []
-    def after_pred(self): self.inputs.append(self.xb[0].detach().clone())
-    def after_loss(self):
-        self.targets.append(self.yb)
-        self.preds.append(self.pred.detach().clone())
-
-
 # 1. Order as a relation
 
 def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner):
     assert BarlowTwins.order == CastToTensor.order - 1
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(stats=imagenet_stats, cbs=[spy])
     seen = []
     def note_type(x):
@@ -65,7 +55,7 @@ def test_a_plain_tensor_is_normalised_too(make_learner, backend):
     "Plain tensors go through typed transforms as well"
     images = torch.utils.data.TensorDataset(torch.rand(32, 1, 8, 8))
     dls = DataLoaders(*(torch.utils.data.DataLoader(images, batch_size=16) for _ in range(2)))
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(dls=dls, stats=imagenet_stats, cbs=[spy], backend=backend)
     learn.fit(1)
     assert spy.inputs[0].min() < -.5
@@ -75,7 +65,7 @@ def test_a_plain_tensor_is_normalised_too(make_learner, backend):
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_weights_move_and_images_are_counted(make_learner, make_dls, labels):
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(make_dls(labels=labels, n_valid=20), cbs=[spy])
     before = copy.deepcopy(learn.model.state_dict())
     learn.fit(1)
@@ -186,14 +176,6 @@ def test_a_nan_is_noticed_though_the_loss_does_not_look(make_dls):
 
 # 3. Restore what you swap
 
-class Raises(Callback):
-    "Raises an error at an event"
-    def __init__(self, event, error):
-        self.error = error
-        setattr(self, event, self.fail)
-    def fail(self): raise self.error
-
-
 EVENTS = ["before_batch", "after_pred", "after_loss", "before_epoch", "after_epoch", "before_validate"]
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -201,7 +183,7 @@ EVENTS = ["before_batch", "after_pred", "after_loss", "before_epoch", "after_epo
 def test_the_loss_is_restored_after_a_failure(make_learner, event, error):
     own = nn.CrossEntropyLoss()
     learn = make_learner(loss_func=own)
-    with suppress(KeyboardInterrupt, RuntimeError): learn.fit(1, cbs=Raises(event, error))
+    with suppress(KeyboardInterrupt, RuntimeError): learn.fit(1, cbs=RaiseAt(event, error))
     assert learn.loss_func is own
     assert learn.barlow_twins.views is None
     learn.fit(1)
@@ -213,7 +195,7 @@ def test_the_loss_is_restored_from_a_callback_added_for_one_fit(make_dls):
     learn = Learner(make_dls(), small_model(), loss_func=own)
     learn.logger = print
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS))
-    with suppress(KeyboardInterrupt): learn.fit(1, cbs=[bt, Raises("after_pred", KeyboardInterrupt())])
+    with suppress(KeyboardInterrupt): learn.fit(1, cbs=[bt, RaiseAt("after_pred", KeyboardInterrupt())])
     assert learn.loss_func is own
 
 
