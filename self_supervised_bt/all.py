@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 
 # %% ../nbs/99_all.ipynb #5a1e0c02
-MODULES = ("core", "data", "folders", "fitting",
+MODULES = ("core", "data", "folders", "fitting", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports",

@@ -353,4 +353,4 @@ def __init__(self:Learner, *args, **kwargs):
     makes_views = any(getattr(cb, "makes_views", False) for cb in L(options.get("cbs")))
     if makes_views and not known: options["loss_func"] = no_loss
     Learner._orig___init__(*given.args, **given.kwargs)
-Learner.__init__.__signature__ = inspect.signature(Learner._orig___init__)
+Learner.__init__.__wrapped__ = Learner._orig___init__   # signature and docments stay fastai's
