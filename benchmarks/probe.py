@@ -7,9 +7,9 @@ import statistics
 import time
 
 import torch
+from _common import machine
 from sklearn.linear_model import LogisticRegression
 
-from _common import machine
 from self_supervised_bt.evaluation import linear_probe
 
 

@@ -26,9 +26,9 @@ from fastcore.foundation import L
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
-from .augmentations import image_batch
 from .core import check_choice
 from .evaluation import encode, encoder_of, linear_probe, sample_labels, unsized
+from .fused import image_batch
 from .layers import create_encoder, encoder_width
 
 # %% ../nbs/31_classifiers.ipynb #29ba48d3

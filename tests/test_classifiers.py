@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import image_items, small_model
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
@@ -14,7 +15,6 @@ from fastai.vision.augment import Flip
 from fastai.vision.data import ImageDataLoaders
 from torch import nn
 
-from conftest import image_items, small_model
 from self_supervised_bt.classifiers import (
     PROTOCOLS,
     Classifier,

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import image_items, small_model
 from fastai.data.core import Datasets
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from conftest import image_items, small_model
 from self_supervised_bt.data import digits_images, hold_out, tensor_dls
 from self_supervised_bt.evaluation import (
     OnlineEvaluation,
