@@ -25,7 +25,7 @@ from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import digits_images, digits_dls, tensor_dls
-from self_supervised_bt.losses import BarlowTwinsLoss
+from self_supervised_bt.losses import variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import Recipe, bt_learner
 from self_supervised_bt.checkpoints import Checkpoints, checkpoints_in, pack, read_checkpoint, unpack, write_checkpoint
@@ -111,7 +111,7 @@ def test_every_loader_goes_on_in_the_middle_of_an_epoch(tmp_path, kind):
 def test_what_callbacks_remember_goes_on(tmp_path, what):
     def make(cbs):
         bt = (MixedBarlowTwins(get_barlow_twins_aug_pipelines(**AUGS)) if what == "mixed" else
-              BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=BarlowTwinsLoss(queue=40) if what == "queue" else None))
+              BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=variant_loss(queue=40) if what == "queue" else None))
         metrics = [AccumMetric(lambda p, t: p.std(), flatten=False)] if what == "metric" else []
         learn = Learner(tensor_dls(digits_images()[0][:200], bs=32, device="cpu"), small_model(), cbs=[bt, *cbs] + [GradientAccumulation(64)]*(what == "accumulation"), metrics=metrics)
         learn.logger = lambda *_: None
