@@ -20,10 +20,10 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import Tensor
 
-from .augmentations import batch_images
 from .core import check_positive_int, undisturbed
 from .diagnostics import dead_dimensions, expected_losses
 from .evaluation import singular_values, spectrum_rank
+from .fused import batch_images
 from .guard import all_finite, bad_rows, find_forward
 from .losses import cross_correlation, normalise
 from .multiview import MultiView, check_model, multiview_of

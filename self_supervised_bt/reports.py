@@ -24,7 +24,7 @@ from fastai.torch_core import to_device
 from fastcore import xml
 from torch import Tensor, nn
 
-from .augmentations import batch_images, fused_views
+from .augmentations import fused_views
 from .core import undisturbed
 from self_supervised_bt.diagnostics import (
     expected_losses,
@@ -46,6 +46,7 @@ from self_supervised_bt.evaluation import (
     singular_values,
     unlabelled_table,
 )
+from .fused import batch_images
 from .layers import encoder_width
 from .losses import cross_correlation
 from .multiview import check_model, multiview_of
