@@ -333,7 +333,7 @@ class Diagnosis:
         lines = [f"{name:10} {text}" for name,text in self.facts.items()]
         for f in self.findings: lines += ["", f"! {f.name}: {f.seen}.", f"  -> {f.advice}"]
         if self.ok: lines += ["", "No problem found."]
-        return "\n".join(lines)
+        return "\n".join(lines).strip()
 
 def diagnose(learn:Learner, # with a `BarlowTwins` callback, trained or not
              batches:int=5, # batches to train a copy of the model on
