@@ -92,6 +92,8 @@ def _train_copy(seen, batches):
     seen.nonfinite = _nonfinite_weights(seen, model)
     if seen.nonfinite: return
     for x in islice(_batches(seen), batches):
+        seen.nonfinite = _nonfinite_images(x)
+        if seen.nonfinite: return
         try: _step(seen, model, opt, objective, x)
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as e: seen.error = e
         if seen.error or seen.nonfinite: return
@@ -112,7 +114,7 @@ def _step(seen, model, opt, objective, x):
     "One training step on the copy; images, views and embeddings of the first one are kept"
     start = time.perf_counter()
     with torch.no_grad(): views = tuple(aug(x).as_subclass(Tensor) for aug in seen.bt.augs)
-    seen.nonfinite = _nonfinite_batch(x, views) or _nonfinite_module(seen, model, views)
+    seen.nonfinite = _nonfinite_views(views) or _nonfinite_module(seen, model, views)
     if seen.nonfinite: return
     z = model(torch.cat(views))
     if not all_finite(z): seen.nonfinite = f"the embeddings are not finite{_after_a_step(seen)}"
@@ -146,12 +148,14 @@ def _nonfinite_weights(seen, model):
     others = f", nor are {len(bad)-1} others" if len(bad) > 1 else ""
     return f"the weights {bad[0]} are not finite{_after_a_step(seen)}{others}"
 
-def _nonfinite_batch(x, views):
-    "Which images or views are not finite, in words"
+def _nonfinite_images(x):
+    "Which images are not finite, in words"
     rows = bad_rows(x)
-    if rows:
-        shown = ", ".join(map(str, rows[:8]))
-        return f"{len(rows)} of {len(x)} images have pixels that are not finite (rows of the batch: {shown})"
+    shown = ", ".join(map(str, rows[:8]))
+    if rows: return f"{len(rows)} of {len(x)} images have pixels that are not finite (rows of the batch: {shown})"
+
+def _nonfinite_views(views):
+    "Which view of finite images is not finite, in words"
     bad = [i for i,v in enumerate(views, 1) if not all_finite(v)]
     if bad: return f"the images are finite and view {bad[0]} is not: its pipeline makes NaN or inf"
 
