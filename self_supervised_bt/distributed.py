@@ -361,7 +361,8 @@ def gathered(self:GlobalLoss, args:tuple, sizes:list)->list:
     if not rest: return zs
     perm,a = rest   # which image is mixed with which, among own rows, and the weights
     start = _own_rows(sizes, self.group).start
-    weights = torch.as_tensor(a, dtype=torch.float32, device=zs[0].device).expand(len(perm))
+    ones = torch.ones(len(perm), device=zs[0].device)
+    weights = ones*torch.as_tensor(a, dtype=torch.float32, device=ones.device)   # one weight for all, or one per image
     return [*zs, _gather(perm + start, sizes, self.group), _gather(weights, sizes, self.group)]
 
 # %% ../nbs/24_distributed.ipynb #0450bc62
