@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torchvision.models import ResNet
 
-from .augmentations import CentreResize, CropTfm, NormalizeViews, clean_pipeline
+from .augmentations import CropTfm, clean_pipeline
+from .fused import CentreResize, NormalizeViews
 from .evaluation import encoder_of
 from .core import undisturbed
 from .layers import create_encoder
