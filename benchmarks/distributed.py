@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from _common import machine
 from lightly.loss import BarlowTwinsLoss as Lightly
 
-from _common import machine
 from self_supervised_bt.distributed import EXCHANGES, GlobalLoss, exchange_bytes, synced_batchnorm
 from self_supervised_bt.losses import BarlowTwinsLoss
 

@@ -12,9 +12,9 @@ import time
 from collections import Counter
 
 import torch
+from _common import machine
 from fastai.torch_core import set_seed
 
-from _common import machine
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.guard import NonFiniteGuard

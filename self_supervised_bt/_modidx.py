@@ -862,6 +862,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'self_supervised_bt/guard.py'),
                                           'self_supervised_bt.guard.NonFiniteGuard.undo': ( 'guard.html#nonfiniteguard.undo',
                                                                                             'self_supervised_bt/guard.py'),
+                                          'self_supervised_bt.guard.NonFiniteGuard.warn_of_skipped': ( 'guard.html#nonfiniteguard.warn_of_skipped',
+                                                                                                       'self_supervised_bt/guard.py'),
                                           'self_supervised_bt.guard.Origin': ('guard.html#origin', 'self_supervised_bt/guard.py'),
                                           'self_supervised_bt.guard.Origin.__str__': ( 'guard.html#origin.__str__',
                                                                                        'self_supervised_bt/guard.py'),

@@ -194,6 +194,7 @@ def _standardised(z, eps):
     "Standardised columns, their means and 1/σ"
     return torch.native_batch_norm(z.contiguous(), None, None, None, None, True, 0., eps)
 
+# %% ../nbs/24_distributed.ipynb #8c21654f
 class _GatheredGram(torch.autograd.Function):
     "Off-diagonal squares and diagonal of the global `c`, from own rows of the Gram matrices"
     @staticmethod
@@ -240,6 +241,7 @@ def _global_moments(z, sizes, group):
     m2 = parts[:,1].sum(0) + (n*(parts[:,0] - whole).square()).sum(0)
     return whole.to(z.dtype),(m2/n.sum()).to(z.dtype)
 
+# %% ../nbs/24_distributed.ipynb #b878a388
 class _SummedCross(torch.autograd.Function):
     "Off-diagonal squares and diagonal of the global `c`, the sum of the ranks' own"
     @staticmethod
@@ -535,9 +537,10 @@ def end_search(self:GlobalBatch):
     check_model(self.model).load_state_dict(model)
     self.opt.load_state_dict(opt)
 
-# a reload replaces the callback
-_others = [cb for cb in defaults.callbacks if getattr(cb, "__name__", "") != "GlobalBatch"]
-defaults.callbacks = [*_others, GlobalBatch]
+# %% ../nbs/24_distributed.ipynb #7f0f419f
+for _cb in list(defaults.callbacks):
+    if getattr(_cb, "__name__", "") == "GlobalBatch": defaults.callbacks.remove(_cb)   # before a reload
+defaults.callbacks.append(GlobalBatch)
 
 # %% ../nbs/24_distributed.ipynb #c0518a9d
 @around_fit

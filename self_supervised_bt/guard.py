@@ -247,14 +247,20 @@ class NonFiniteGuard(Callback):
     def after_batch(self):
         if self.error is not None: raise self.error
     def after_fit(self):
-        if not self.skipped: return
-        first = "\n".join(map(str, self.skipped[:5]))
-        warnings.warn(f"{len(self.skipped)} bad batches made no step, guard.skipped has all:\n{first}")
+        if self.skipped: self.warn_of_skipped()
 
-    def release(self):
-        "No batch and no copy is held: after every fit, however it ended"
-        self.run,self.in_row,self.kept_buffers = True,0,[]
-        self.past = self.bad = self.error = self.loss_error = self.sequence = None
+# %% ../nbs/23_guard.ipynb #e0175288
+@patch
+def release(self:NonFiniteGuard):
+    "No batch and no copy is held: after every fit, however it ended"
+    self.run,self.in_row,self.kept_buffers = True,0,[]
+    self.past = self.bad = self.error = self.loss_error = self.sequence = None
+
+@patch
+def warn_of_skipped(self:NonFiniteGuard):
+    "One warning at the end of a fit"
+    examples = "\n".join(map(str, self.skipped[:5]))
+    warnings.warn(f"{len(self.skipped)} bad batches made no step, guard.skipped has all:\n{examples}")
 
 # %% ../nbs/23_guard.ipynb #48540a41
 @patch(as_prop=True)

@@ -23,12 +23,12 @@ from fastai.optimizer import SGD
 from fastai.test_utils import synth_learner
 from fastai.torch_core import TensorImage, set_seed
 from fasttransform import Pipeline, Transform
+from ranks import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from ranks import run_ranks
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.checkpoints import Checkpoints, checkpoints_in

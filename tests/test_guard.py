@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import image_items, small_model
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -20,10 +21,9 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.data import ImageBlock
 from fasttransform import Pipeline, Transform
 from PIL import Image
+from ranks import run_ranks
 from torch import nn
 
-from conftest import image_items, small_model
-from ranks import run_ranks
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import tensor_dls
