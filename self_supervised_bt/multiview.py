@@ -91,7 +91,7 @@ class MultiView(Callback):
     makes_views = True           # how `multiview_of` finds it
     views = images = None        # of the current batch
     own_loss = None              # the Learner's, while it is swapped
-    exchange,joined = None,False # for several ranks
+    exchange,joined = None,False # for several ranks: how they exchange, and whether a callback made the loss global
     columns = ()
     _stateattrs = ("views", "images")
     def __init__(self,
@@ -113,7 +113,7 @@ class MultiView(Callback):
 
     def before_fit(self):
         self.swap_loss()
-        self.join_ranks()
+        self.check_ranks()
         if hasattr(self.objective, "reset"): self.objective.reset()
         if self.terms and not self.predicting: self.show_terms()
     def before_train(self):
@@ -181,22 +181,18 @@ def release(self:MultiView):
     self.columns,self.views,self.images = (),None,None
     if getattr(self.learn.loss_func, "swapped_by", None) is not self: return
     self.learn.loss_func,self.own_loss = self.own_loss,None
-    self.leave_ranks()
 
 # %% ../nbs/14_multiview.ipynb #85c6f2e3
 @patch
-def join_ranks(self:MultiView):
-    "Refuse a fit that is distributed over ranks"
+def check_ranks(self:MultiView):
+    "Refuse a distributed fit if no callback joins the ranks"
     if self.exchange == "none" or not dist.is_available() or not dist.is_initialized(): return
     world = dist.get_world_size()
-    if world > 1:
-        raise RuntimeError(f"{world} ranks train, and the loss of each would be that of its own part of the batch: "
-                           "import self_supervised_bt.distributed, or set learn.barlow_twins.exchange = 'none' for "
-                           "runs that have nothing to do with each other")
-
-@patch
-def leave_ranks(self:MultiView):
-    "A fit has ended"
+    if world == 1 or any(getattr(cb, "joins_ranks", False) for cb in self.learn.cbs): return
+    raise RuntimeError(f"{world} ranks train, and the loss of each would be that of its own part of the batch: "
+                       "from self_supervised_bt.distributed import GlobalBatch; learn.add_cb(GlobalBatch()) "
+                       "(a Learner made after the import has it by default), "
+                       f"or set learn.{self.name}.exchange = 'none' for runs that have nothing to do with each other")
 
 # %% ../nbs/14_multiview.ipynb #9bfd034a
 @patch(as_prop=True)
