@@ -142,7 +142,7 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     with ExitStack() as quiet, learn.no_bar(), learn.no_logging():
         if num_distrib() > 1: quiet.enter_context(learn.distrib_ctx())
         start = time.perf_counter()
-        learn.fit_recipe(resume=resume)
+        learn.fit_recipe()
         seconds = time.perf_counter() - start
     return save_results(learn, out, s, seconds) if not rank_distrib() else {}
 

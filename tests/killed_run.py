@@ -23,7 +23,7 @@ from fastai.learner import defaults
 from fastai.torch_core import set_seed
 from torch import nn
 
-from self_supervised_bt import resume
+from self_supervised_bt import checkpoints, core
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.recipes import Recipe, bt_learner
 from self_supervised_bt.checkpoints import Checkpoints
@@ -33,14 +33,14 @@ EPOCHS, EVERY = 4, 3
 IN_WRITE = ("before the file", "half of the file", "before fsync", "before the rename", "after the rename", "while old ones are removed")
 
 
-def learner(seed, folder=None):
+def learner(seed, folder=None, resume=False):
     "Random views, dropout, momentum, moments and a validation set: much that could go astray"
     set_seed(seed)
     x, _ = digits_images()
     encoder = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(.1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     dls = tensor_dls(x[:700], bs=64, valid_pct=.1, device="cpu")
     recipe = Recipe(opt="adamw", lr=1e-2, wd=1e-2, epochs=EPOCHS, schedule="cosine", warmup=1, hidden_size=32, projection_size=32, views=dict(recipe="digits"))
-    learn = bt_learner(dls, encoder, 16, recipe=recipe, terms=True, cbs=[Checkpoints(folder, every=EVERY, monitor="valid_loss")] if folder else [])
+    learn = bt_learner(dls, encoder, 16, recipe=recipe, terms=True, cbs=[Checkpoints(folder, every=EVERY, monitor="valid_loss", resume=resume)] if folder else [])
     learn.logger = lambda *_: None
     return learn
 
@@ -49,8 +49,8 @@ def train(seed, folder, out=None, goes_on=False, die=None):
     "In a child: a run, from the beginning or taken up, that may have to die inside its fourth checkpoint"
     torch.set_num_threads(1)
     if die: be_killed_at(die)
-    learn = learner(seed, folder)
-    learn.fit_recipe(resume=goes_on) if folder else learn.fit_recipe()
+    learn = learner(seed, folder, goes_on)
+    learn.fit_recipe()
     if out:
         losses = torch.stack([l.detach() for l in learn.recorder.losses])
         torch.save([learn.model.state_dict(), losses, torch.tensor([list(v) for v in learn.recorder.values])], out)
@@ -63,19 +63,19 @@ def be_killed_at(moment):
         calls["n"] += 1
         return calls["n"] == 4
     if moment in ("before the file", "half of the file"):
-        save = resume.save_file
-        def save_file(tensors, path, **kwargs):
-            if not fourth(): return save(tensors, path, **kwargs)
+        save = torch.save
+        def broken_save(state, path):
+            if not fourth(): return save(state, path)
             if moment == "half of the file":
-                save(tensors, path, **kwargs)
+                save(state, path)
                 os.truncate(path, os.path.getsize(path)//2)
             kill()
-        resume.save_file = save_file
+        torch.save = broken_save
     elif moment == "while old ones are removed":
         Path.unlink = lambda self, *a, **k: kill() if self.name.startswith("step-") else os.unlink(self)
     else:
-        name = {"before fsync": "_sync", "before the rename": "replace", "after the rename": "replace"}[moment]
-        where = resume if name == "_sync" else os
+        name = {"before fsync": "_flush", "before the rename": "replace", "after the rename": "replace"}[moment]
+        where = core if name == "_flush" else os
         whole = getattr(where, name)
         def broken(*args):
             hit = (name == "replace" or str(args[0]).endswith(".part")) and fourth()
@@ -120,8 +120,8 @@ def main():
             moment = IN_WRITE[i//2 % len(IN_WRITE)] if i % 2 == 0 else None
             folder = tmp/str(i)
             code = child(0, folder, die=moment) if moment else child(0, folder, after=rng.uniform(.05, 1.2)*seconds)
-            parts, files = len(list(folder.glob("*.part"))), sorted(f.name for f in folder.glob("step-*.safetensors"))
-            for f in folder.glob("step-*.safetensors"): resume.read_checkpoint(f)   # what has its name is whole
+            parts, files = len(list(folder.glob("*.part"))), sorted(f.name for f in folder.glob("step-*.pt"))
+            for f in folder.glob("step-*.pt"): checkpoints.read_checkpoint(f)   # what has its name is whole
             assert child(100 + i if files else 0, folder, tmp/"again.pt", goes_on=True) == 0   # another seed: nothing of it may be left
             again = torch.load(tmp/"again.pt")
             ok = all(torch.equal(whole[0][k], again[0][k]) for k in whole[0]) and torch.equal(whole[1], again[1]) and torch.equal(whole[2], again[2])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.checkpoints import FORMAT, Checkpoints, checkpoints_in, plain, read_checkpoint, write_checkpoint
 from self_supervised_bt.data import digits_dls, digits_images, tensor_dls
+from self_supervised_bt.layers import PoolingType
 from self_supervised_bt.losses import BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import Recipe, bt_learner
@@ -237,7 +237,6 @@ def test_a_search_that_fails_does_not_switch_checkpoints_off(tmp_path):
     learn = small_learner(bs=64, cbs=[Checkpoints(tmp_path), power_cut])
     with learn.no_bar(), pytest.raises(RuntimeError, match="no power"): learn.lr_find(num_it=20, show_plot=False)
     learn.remove_cb(power_cut)
-    del learn.lr_finder
     learn.fit(1)
     assert len(names(tmp_path)) == 2
 
@@ -321,10 +320,14 @@ class Attack:
     def __reduce__(self): return os.system, (f"touch {self.file}",)
 
 
-def nested(depth):
-    state = []
-    for _ in range(depth): state = [state]
-    return state
+def write_archive(file, data_pickle):
+    "A zip archive as `torch.save` writes it, with any pickle in it"
+    with zipfile.ZipFile(file, "w") as f:
+        for name, contents in {"data.pkl": data_pickle, "byteorder": b"little", "version": b"3\n"}.items():
+            f.writestr(f"archive/{name}", contents)
+
+
+NESTED = b"\x80\x02" + b"]"*100_000 + b"a"*99_999 + b"."   # opcodes of a list in a list in a list...
 
 
 def flip_a_bit(contents):
@@ -341,6 +344,8 @@ def write_bad(file, how, good, hit):
     elif how == "other tensors": torch.save({"a": torch.ones(2)}, file)
     elif how == "not a dict": torch.save(torch.ones(2), file)
     elif how == "safetensors": save_file({"a": torch.ones(2)}, file)
+    elif how == "nested without end": write_archive(file, NESTED)
+    elif how == "code in an archive": write_archive(file, pickle.dumps({"format": FORMAT, "model": Attack(hit)}, 2))
     elif how == "other zip":
         with zipfile.ZipFile(file, "w") as f: f.writestr("a", "b")
     else: file.write_bytes({"cut": good[:-100], "empty": b"", "flipped bit": flip_a_bit(good),
@@ -348,7 +353,8 @@ def write_bad(file, how, good, hit):
 
 
 BAD_FILES = ("pickle", "old torch.save", "torch.save with code", "torch.save of a model", "other tensors", "not a dict",
-             "safetensors", "other zip", "cut", "empty", "flipped bit", "zeros")
+             "nested without end", "code in an archive", "safetensors", "other zip",
+             "cut", "empty", "flipped bit", "zeros")
 
 
 @pytest.mark.parametrize("how", BAD_FILES)
@@ -393,9 +399,9 @@ def test_only_tensors_and_plain_data_are_written(tmp_path):
 
 
 def test_what_is_close_to_plain_data_is_converted(tmp_path):
-    class Pool(str, Enum): avg = "avg"
     large = torch.randn(100_000)
-    state = {"l": L(1, L(2.)), "bool": np.bool_(True), "pool": Pool.avg, "part": large[:10], "bf16": torch.ones(2).bfloat16(),
+    state = {"l": L(1, L(2.)), "bool": np.bool_(True), "pool": PoolingType.Avg,
+             "part": large[:10], "bf16": torch.ones(2).bfloat16(),
              "image": TensorImage(torch.ones(1, 2, 2)), "weight": torch.nn.Parameter(torch.ones(3))}
     file = write_checkpoint(state, tmp_path/"a.pt")
     back = read_checkpoint(file)

@@ -391,7 +391,7 @@ def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
 def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
-    monkeypatch.setattr("self_supervised_bt.checkpoints.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("self_supervised_bt.weights.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 

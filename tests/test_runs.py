@@ -26,7 +26,7 @@ SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_s
 def test_the_readmes_script_runs(folder):
     "bt_pretrain on a folder, killed and taken up, evaluated, exported, loaded in plain timm"
     block = next(b for b in re.findall(r"```sh\n(.*?)```", (root/"README.md").read_text(), re.S) if "kill -9" in b)
-    script = block.replace("--epochs 10 --every 100", "--epochs 4 --bs 16 --every 1").replace("sleep 60", "while [ ! -e runs/photos/step-0000000003.safetensors ]; do sleep .1; done")
+    script = block.replace("--epochs 10 --every 100", "--epochs 4 --bs 16 --every 1").replace("sleep 60", "while [ ! -e runs/photos/step-0000000003.pt ]; do sleep .1; done")
     assert script.count("--every 1") == 1 and script.count("while") == 1
     os.symlink(folder, folder.parent/"photos")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
