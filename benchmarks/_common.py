@@ -8,22 +8,32 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 
+def processor():
+    "Name of the processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def machine(*packages):
     "One line: processor, cores, Python and the versions that matter"
-    name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor()) \
-        if os.path.exists("/proc/cpuinfo") else platform.processor()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", *packages))
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def class_folders(path, per_class, held_out):
-    "uint8 images of 32 px and labels to train on, the first of every class by file name, and to test with, the last"
+    "uint8 images of 32 px and labels: the first of every class by file name to train with, the last to test with"
     import torch
+
     from self_supervised_bt.data import load_images
-    parts = {True: ([], []), False: ([], [])}
-    for label, folder in enumerate(sorted(p for p in Path(path).iterdir() if p.is_dir())):
+    train, test = ([], []), ([], [])
+    folders = sorted(p for p in Path(path).iterdir() if p.is_dir())
+    for label, folder in enumerate(folders):
         files = sorted(folder.iterdir())
-        for train, some in ((True, files[:per_class]), (False, files[-held_out:])):
-            parts[train][0].extend(some)
-            parts[train][1].extend([label]*len(some))
-    return [t for files, y in parts.values() for t in (load_images(files, 32, progress=False), torch.tensor(y))]
+        for (paths, labels), some in ((train, files[:per_class]), (test, files[-held_out:])):
+            paths.extend(some)
+            labels.extend([label]*len(some))
+    tensors = []
+    for paths, labels in (train, test): tensors += [load_images(paths, 32, progress=False), torch.tensor(labels)]
+    return tensors

@@ -1,8 +1,8 @@
 """Images per second of whole training steps: ours through Learner.fit, lightly's recipe, and the bare network
 
-One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and one optimiser, torch's Adam; a line more
-for ours with fastai's own Adam, which is what a Learner takes by default. The floor is forward, backward and optimiser
-step on views that are there already, with the mean square of z for a loss. Contenders take turns.
+One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and one optimizer, torch's Adam; one more
+line for ours with fastai's Adam, a Learner's default. The floor is forward, backward and optimizer step on given views,
+with the mean square of z as loss. Contenders take turns.
 
     python benchmarks/step.py                  # three minutes on 2 cores
     python benchmarks/step.py --device cuda
@@ -16,19 +16,22 @@ import torch
 from _common import machine
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
+from views import PILImages
+
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.layers import create_encoder
-from views import PILImages
 
 
 def network(device):
     torch.manual_seed(0)
-    return create_barlow_twins_model(create_encoder("timm/resnet18", pretrained=False, pool_type="avg"), 2048, 2048).to(device)
+    encoder = create_encoder("timm/resnet18", pretrained=False, pool_type="avg")
+    return create_barlow_twins_model(encoder, 2048, 2048).to(device)
 
 
 class Floor:
+    "The bare network: views are given, and the loss costs nothing"
     def __init__(self, x, batch, device):
         self.model, self.batch = network(device), batch
         self.opt = torch.optim.Adam(self.model.parameters(), 1e-3)
@@ -45,10 +48,11 @@ class Floor:
 
 
 class InFastai:
-    "Learner.fit, an epoch of `steps` batches from bytes in memory"
+    "Learner.fit, an epoch of `steps` batches from images in memory"
     def __init__(self, x, batch, device, opt=partial(OptimWrapper, opt=torch.optim.Adam), **kwargs):
         dls = tensor_dls(x, bs=batch, valid_pct=0, device=device)
-        self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(32, **kwargs)))
+        cb = BarlowTwins(get_barlow_twins_aug_pipelines(32, **kwargs))
+        self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=cb)
         self.batch = batch
 
     def run(self, steps):
@@ -57,11 +61,13 @@ class InFastai:
 
 
 class InLightly(Floor):
-    "The usual loop around lightly's loss, its transform in two workers that work ahead; they stop between turns"
+    "The usual loop around lightly's loss, its transform in two workers that prefetch; they stop between turns"
     def __init__(self, x, batch, device):
         from lightly.loss import BarlowTwinsLoss
         super().__init__(x, batch, device)
-        self.loss, self.data, self.device = BarlowTwinsLoss(), PILImages(x, 32), device
+        self.loss = BarlowTwinsLoss()
+        self.data = PILImages(x, 32)
+        self.device = device
 
     def start(self):
         self.batches = iter(torch.utils.data.DataLoader(self.data, self.batch, num_workers=2))
@@ -79,7 +85,7 @@ class InLightly(Floor):
 
 
 def turn(contender, steps, device):
-    "Images a second"
+    "Images per second"
     if hasattr(contender, "start"): contender.start()
     elif isinstance(contender, Floor): contender.run(1)
     if device != "cpu": torch.cuda.synchronize()
@@ -99,18 +105,31 @@ def main():
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     x = torch.randint(0, 256, (args.batch*args.steps, 3, 32, 32), dtype=torch.uint8)
-    a = (x, args.batch, args.device)
-    contenders = {"bare network": Floor(*a), "ours": InFastai(*a), "ours, kornia backend": InFastai(*a, backend="kornia"),
-                  "ours, fastai's Adam": InFastai(*a, opt=Adam), "lightly, 2 workers": InLightly(*a)}
+    setting = (x, args.batch, args.device)
+    contenders = {
+        "bare network": Floor(*setting),
+        "ours": InFastai(*setting),
+        "ours, kornia backend": InFastai(*setting, backend="kornia"),
+        "ours, fastai's Adam": InFastai(*setting, opt=Adam),
+        "lightly, 2 workers": InLightly(*setting),
+    }
     rates = {name: [] for name in contenders}
     for _ in range(args.turns):
         for name, c in contenders.items(): rates[name].append(turn(c, args.steps, args.device))
-    print(machine("fastai", "timm", "lightly") + (f", {args.device}" if args.device != "cpu" else ""))
-    print(f"timm resnet18, 32 px, batch {args.batch}, projector 2048-2048-2048; {args.turns} turns of {args.steps} steps: median (slowest-fastest)\n")
+    report(args, rates)
+
+
+def report(args, rates):
+    "Images per second, and the share of the bare network's"
+    device = f", {args.device}" if args.device != "cpu" else ""
+    print(machine("fastai", "timm", "lightly") + device)
+    print(f"timm resnet18, 32 px, batch {args.batch}, projector 2048-2048-2048; "
+          f"{args.turns} turns of {args.steps} steps: median (slowest-fastest)\n")
     print(f"{'':22}{'images/s':>18}   of the bare network's, turn by turn")
     for name, r in rates.items():
         share = statistics.median(a/b for a, b in zip(r, rates["bare network"]))
-        print(f"{name:22}{f'{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})':>18}   {share:.3f}")
+        speed = f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})"
+        print(f"{name:22}{speed:>18}   {share:.3f}")
 
 
 if __name__ == "__main__": main()

@@ -48,11 +48,11 @@ def create_barlow_twins_model(encoder:nn.Module,       # images (B,C,H,W) to rep
 class BarlowTwins(MultiView):
     "Trains on two or more views of every batch with the Barlow Twins loss (Zbontar et al. 2021)"
     def __init__(self,
-                 aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one per view: two, or more
-                 lmb:float=5e-3,         # λ, weight of the redundancy term
-                 print_augs:bool=False,  # print the pipelines?
-                 loss:callable=None,     # embeddings (z1,z2), each (B,D), to a scalar; `BarlowTwinsLoss(lmb)` if not given
-                 terms:bool=False        # the loss's terms as columns of the Recorder?
+                 aug_pipelines:list,    # `Pipeline`s with `split_idx=0`, one per view: two, or more
+                 lmb:float=5e-3,        # λ, weight of the redundancy term
+                 print_augs:bool=False, # print the pipelines?
+                 loss:callable=None,    # z1,z2 (B,D) to a scalar; `BarlowTwinsLoss(lmb)` if not given
+                 terms:bool=False       # the loss's terms as columns of the Recorder?
                 ):
         super().__init__(aug_pipelines, check_objective(loss, lmb, terms), terms, print_augs)
         if len(self.augs) > 2: self.objective = AllPairs(self.objective)
@@ -62,7 +62,8 @@ class BarlowTwins(MultiView):
         views = torch.cat(self.views)
         if getattr(check_model(self.model), "predictor", None) is None: return (views,)
         if len(self.augs) > 2:
-            raise ValueError(f"a predictor works on one of two views, and there are {len(self.augs)}: give two pipelines")
+            raise ValueError(f"a predictor works on one of two views, and there are {len(self.augs)}: "
+                             "give two pipelines")
         return views,True
 
     def state_dict(self)->dict: # plain data and tensors
@@ -81,7 +82,8 @@ def check_objective(loss,        # argument `loss`
     "The loss to train with"
     if loss is None: return BarlowTwinsLoss(lmb)
     if not callable(loss):
-        raise TypeError(f"loss must be a function of (z1,z2), got {loss!r}: e.g. BarlowTwinsLoss() or variant_loss('hsic')")
+        raise TypeError(f"loss must be a function of (z1,z2), got {loss!r}: "
+                        "e.g. BarlowTwinsLoss() or variant_loss('hsic')")
     if lmb != 5e-3:
         raise ValueError(f"lmb={lmb} would have no effect, the loss given has its own weights: "
                          f"give one of the two, e.g. loss=BarlowTwinsLoss(lmb={lmb})")

@@ -42,8 +42,15 @@ from torch.utils.data import IterableDataset
 
 from .core import check_choice
 from .fitting import around_fit
-from .losses import (
-    AllPairs, BarlowTwinsLoss, _at_least_float32, _diagonal, _dot, _full_precision, _terms, check_loss)
+from self_supervised_bt.losses import (
+    AllPairs,
+    at_least_float32,
+    check_loss,
+    full_precision_backward,
+    inner_product,
+    product_diagonal,
+    terms_from,
+)
 from .mixed import MixedBarlowTwinsLoss
 from .multiview import MultiView, check_model
 
@@ -221,15 +228,15 @@ class _GatheredGram(torch.autograd.Function):
     "Off-diagonal squares and diagonal of the global `c`, from own rows of the Gram matrices"
     @staticmethod
     def forward(ctx, z1, z2, eps, sizes, group):
-        full,d,n = _at_least_float32(_gather(torch.cat([z1, z2], 1), sizes, group)),z1.shape[1],sum(sizes)
+        full,d,n = at_least_float32(_gather(torch.cat([z1, z2], 1), sizes, group)),z1.shape[1],sum(sizes)
         (a,_,ra),(b,_,rb) = (torch.native_batch_norm(z.contiguous(), None, None, None, None, True, 0., eps) for z in (full[:,:d], full[:,d:]))
-        own,diag = _own(sizes, group),_diagonal(a, b)
+        own,diag = _own(sizes, group),product_diagonal(a, b)
         ka,kb = a[own] @ a.T,b[own] @ b.T
-        off = _add_up(_dot(ka, kb), group)/n**2 - diag.square().sum()
+        off = _add_up(inner_product(ka, kb), group)/n**2 - diag.square().sum()
         ctx.own,ctx.group,ctx.dtypes = own,group,(z1.dtype, z2.dtype)
         ctx.save_for_backward(a, b, ra, rb, ka, kb, diag)
         return off.clamp(min=0),diag
-    @_full_precision
+    @full_precision_backward
     def backward(ctx, g_off, g_diag):
         a,b,ra,rb,ka,kb,diag = ctx.saved_tensors
         n,own,world = len(a),ctx.own,_world(ctx.group)
@@ -256,7 +263,7 @@ class _SummedCross(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z1, z2, eps, sizes, group):
         ctx.dtypes,ctx.n,ctx.world,d = (z1.dtype, z2.dtype),sum(sizes),len(sizes),z1.shape[1]
-        z = _at_least_float32(torch.cat([z1, z2], 1))
+        z = at_least_float32(torch.cat([z1, z2], 1))
         mean,var = _global_moments(z, sizes, group)
         rstd = (var + eps).rsqrt()
         z = (z - mean).mul_(rstd)
@@ -265,7 +272,7 @@ class _SummedCross(torch.autograd.Function):
         c.diagonal().zero_()
         ctx.save_for_backward(z, rstd, c, diag)
         return torch.linalg.vector_norm(c, dim=1).square().sum(),diag
-    @_full_precision
+    @full_precision_backward
     def backward(ctx, g_off, g_diag):
         z,rstd,c,diag = ctx.saved_tensors
         n,d,(need_a,need_b) = ctx.n,z.shape[1]//2,ctx.needs_input_grad[:2]
@@ -299,9 +306,8 @@ def gather_embeddings(*zs:Tensor,       # each (n,D), own rows
 
 # %% ../nbs/24_distributed.ipynb #2384dbdc
 def _divisible(o):
-    "Can the work of this loss be divided? That of `BarlowTwinsLoss` without options that change the formula"
-    plain = isinstance(o, BarlowTwinsLoss) and type(o).__call__ is BarlowTwinsLoss.__call__ and type(o).terms_of is BarlowTwinsLoss.terms_of
-    return plain and o.normalisation == "batch" and o.temperature is None and not o.off_target and not o.queue.size
+    "Can the work of this loss be divided among ranks?"
+    return getattr(o, "divisible", False)
 
 class GlobalLoss:
     "A loss over the batch of all processes: one value in all of them, and gradients that averaging makes those of a single process"
@@ -339,8 +345,8 @@ def divided(self:GlobalLoss, z1:Tensor, z2:Tensor, sizes:list)->Tensor:
     with torch.autocast(z1.device.type, enabled=False):
         f = _GatheredGram if exchange == "gather" else _SummedCross
         squares,diag = f.apply(z1, z2.detach() if o.stop_gradient else z2, o.eps, sizes, self.group)
-        loss = o.weigh(_terms(z1, z2, squares, diag))
-    if o.check_finite or (o.check_finite is None and loss.device.type == "cpu"): self.check(loss, z1=z1, z2=z2)
+        loss = o.weigh(terms_from(squares, diag))
+    if o.check_finite: self.check(loss, z1=z1, z2=z2)
     return loss
 
 @patch
@@ -372,7 +378,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, group):
         rows = x.transpose(0, 1).flatten(1).T   # a row for every pixel
         sizes = _sizes(len(rows), x.shape[1], x, group, False)
-        mean,var = _global_moments(_at_least_float32(rows), sizes, group)
+        mean,var = _global_moments(at_least_float32(rows), sizes, group)
         ctx.shape,ctx.n,ctx.group = (1, -1, *[1]*(x.ndim-2)),sum(sizes),group
         rstd = (var + eps).rsqrt()
         a = (x - mean.view(ctx.shape)).mul_(rstd.view(ctx.shape))

@@ -60,7 +60,7 @@ class MixedBarlowTwinsLoss(BarlowTwinsLoss):
                  scale:float=1.,        # factor on the whole loss
                  form:str=None,         # "gram" or "direct"; the cheaper one if not given
                  eps:float=1e-5,        # added to the variance, as in BatchNorm
-                 check_finite:bool=None # look for nan? If not given, on the CPU alone
+                 check_finite:bool=True # raise `FloatingPointError` if the loss is NaN or infinite?
                 ):
         super().__init__(lmb, scale=scale, form=form, eps=eps, check_finite=check_finite)
         check_choice("target", target, TARGETS)

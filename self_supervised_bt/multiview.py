@@ -238,8 +238,8 @@ def input_images(self:MultiView)->TensorImage:
     "The images of the Learner's batch; raises if there is no image, or more than one per item"
     xb = self.learn.xb
     if not isinstance(xb, (tuple, list)):
-        raise TypeError(f"the dls give a bare {type(xb).__name__} as batch, and fastai takes its first row for the images: "
-                        "let the dataset return tuples, (image,) or (image, label)")
+        raise TypeError(f"the dls give a bare {type(xb).__name__} as batch, and fastai takes its first row for the "
+                        "images: let the dataset return tuples, (image,) or (image, label)")
     if len(xb) != 1: raise ValueError(f"the dls give {len(xb)} inputs per item, one image is expected: set n_inp=1")
     return image_batch(xb[0])
 

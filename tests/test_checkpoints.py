@@ -30,7 +30,7 @@ from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.checkpoints import FORMAT, Checkpoints, checkpoints_in, plain, read_checkpoint, write_checkpoint
 from self_supervised_bt.data import digits_dls, digits_images, tensor_dls
 from self_supervised_bt.layers import PoolingType
-from self_supervised_bt.losses import BarlowTwinsLoss
+from self_supervised_bt.losses import variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import Recipe, bt_learner
 
@@ -126,7 +126,7 @@ def test_every_loader_resumes_in_the_middle_of_an_epoch(tmp_path, kind):
 @pytest.mark.parametrize("what", ["mixed", "queue", "accumulation", "metric"])
 def test_state_of_callbacks_resumes(tmp_path, what):
     def make(cbs):
-        bt = BarlowTwins(pipelines(), loss=BarlowTwinsLoss(queue=40) if what == "queue" else None)
+        bt = BarlowTwins(pipelines(), loss=variant_loss(queue=40) if what == "queue" else None)
         if what == "mixed": bt = MixedBarlowTwins(pipelines())
         if what == "accumulation": cbs = [*cbs, GradientAccumulation(64)]
         metrics = [AccumMetric(lambda p, t: p.std(), flatten=False)] if what == "metric" else []

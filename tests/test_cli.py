@@ -1,9 +1,10 @@
-"The demo command, as a person starts it"
+"The short run's commands, as a person starts them"
 import pandas as pd
 import pytest
 
+from self_supervised_bt.cli import bt_demo, bt_diagnose
+from self_supervised_bt.runs import run_dls, short_run
 from self_supervised_bt.weights import load_encoder
-from self_supervised_bt.cli import bt_demo, bt_diagnose, digits_job, folder_job
 
 
 def test_digits(tmp_path, monkeypatch, capsys):
@@ -14,7 +15,8 @@ def test_digits(tmp_path, monkeypatch, capsys):
     table = pd.read_csv(tmp_path/"runs/digits/table.csv", index_col=0)
     assert list(table.index) == ["raw pixels", "untrained encoder", "trained encoder"] and table.shape[1] == 4
     assert {f.name for f in (tmp_path/"runs/digits").iterdir()} == {
-        "cross_correlation.png", "encoder.safetensors", "loss.png", "neighbours.png", "report", "table.csv", "views.png"}
+        "cross_correlation.png", "encoder.safetensors", "history.csv", "loss.png", "neighbours.png", "report",
+        "results.json", "table.csv", "views.png"}
     assert "Is it well?" in (tmp_path/"runs/digits/report/report.html").read_text()
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
 
@@ -23,26 +25,37 @@ def test_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     bt_demo(data=str(folder), epochs=1)
     out = capsys.readouterr().out
-    assert "in 2 class folders" in out and "1 label a class" in out and (tmp_path/"runs/pictures/encoder.safetensors").exists()
+    assert "in 2 class folders" in out and "1 label a class" in out
+    assert (tmp_path/"runs/pictures/encoder.safetensors").exists()
     bt_demo(data=str(folder), epochs=1, no_labels=True, out="plain")
     out = capsys.readouterr().out
     assert "without labels" in out and "twins found" in out and (tmp_path/"plain/loss.png").exists()
 
 
-def test_jobs_suit_their_images(folder):
-    assert digits_job().x.shape == (1797, 1, 8, 8)
-    job = folder_job(str(folder))
-    assert (job.recipe.size, job.n_test, job.recipe.bs, tuple(job.x.shape)) == (32, 8, 16, (40, 3, 32, 32))
+def test_settings_suit_their_images(folder):
+    def images(run):
+        dls = run_dls(run.images, run.recipe, run.n_test/run.n, in_memory=True)
+        train, held_out = dls.train_ds.x, dls.valid_ds.x
+        assert len(held_out) == run.n_test
+        return (len(train) + len(held_out), *train.shape[1:])
+    assert images(short_run()) == (1797, 1, 8, 8)
+    run = short_run(folder)
+    assert (run.recipe.size, run.n_test, run.recipe.bs) == (32, 8, 16) and images(run) == (40, 3, 32, 32)
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda f: f/"nowhere", "not a folder"), (lambda f: f/"empty", "no image files"), (lambda f: f/"few", "at least 20"),
-    (lambda f: f/"broken", "can be read")])
-def test_bad_folders_end_with_one_line(folder, make, words):
-    for name in ("empty", "few", "broken"): (folder/name).mkdir()
+def test_a_short_run_does_not_overwrite_a_long_one(folder, tmp_path):
+    (tmp_path/"step-0000000001.safetensors").touch()
+    with pytest.raises(SystemExit, match="bt_demo: .*choose another folder"):
+        bt_demo(data=str(folder), out=str(tmp_path))
+
+
+@pytest.mark.parametrize("name,words", [("nowhere", "not a folder"), ("empty", "no image files"),
+                                        ("few", "at least 20"), ("broken", "can be read")])
+def test_bad_folders_end_with_one_line(folder, name, words):
+    for made in ("empty", "few", "broken"): (folder/made).mkdir()
     (folder/"few/a.png").write_bytes((folder/"dark/01.png").read_bytes())
     for i in range(30): (folder/f"broken/{i}.png").write_bytes(b"no picture")
-    with pytest.raises(SystemExit) as e: bt_demo(data=str(make(folder)))
+    with pytest.raises(SystemExit) as e: bt_demo(data=str(folder/name))
     assert str(e.value).startswith("bt_demo: ") and words in str(e.value)
 
 

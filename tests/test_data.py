@@ -18,23 +18,36 @@ import pytest
 import torch
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.core import imagenet_stats
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
+from self_supervised_bt.data import (
+    TINY_IMAGENET,
+    BadImage,
+    digits_dls,
+    digits_images,
+    folder_labels,
+    hold_out,
+    image_files,
+    known_dls,
+    known_images,
+    load_images,
+    read_image,
+    tensor_dls,
+)
+from self_supervised_bt.evaluation import encode
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
-from self_supervised_bt.data import (TINY_IMAGENET, BadImage, digits_images, digits_dls, folder_labels, image_files, known_dls, known_images, load_images,
-    read_image, tensor_dls, hold_out)
-from self_supervised_bt.evaluation import encode
 
 
 def test_digits_are_scikit_learns():
     x, y = digits_images()
     assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.uint8
-    assert np.abs(x[:, 0].numpy()/255 - load_digits().images/16).max() < 1/255 and (y.numpy() == load_digits().target).all()
+    assert np.abs(x[:, 0].numpy()/255 - load_digits().images/16).max() < 1/255
+    assert (y.numpy() == load_digits().target).all()
 
 
 @pytest.mark.parametrize("as_float", [False, True])
@@ -54,7 +67,8 @@ def test_tensor_dls_give_floats_in_the_unit_range(as_float, c):
 
 
 def test_digits_dls_hold_images_alone():
-    assert len(digits_dls(device="cpu").one_batch()) == 1 and len(digits_dls(labels=True, device="cpu").one_batch()) == 2
+    assert len(digits_dls(device="cpu").one_batch()) == 1
+    assert len(digits_dls(labels=True, device="cpu").one_batch()) == 2
 
 
 def test_split_is_whole_and_repeatable():
@@ -101,8 +115,10 @@ def test_the_resized_square_is_pillows(tmp_path, shape):
     Image.fromarray(a).save(tmp_path/"a.png")
     want = np.asarray(Image.fromarray(centre(a)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
     got = read_image(tmp_path/"a.png", size)
-    assert got.shape == (3, size, size) and got.dtype == torch.uint8 and np.abs(got.permute(1, 2, 0).numpy() - want).max() <= 1
-    grey = np.asarray(Image.fromarray(centre(a)).convert("L").resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+    assert got.shape == (3, size, size) and got.dtype == torch.uint8
+    assert np.abs(got.permute(1, 2, 0).numpy() - want).max() <= 1
+    grey = Image.fromarray(centre(a)).convert("L").resize((size, size), Image.Resampling.BILINEAR)
+    grey = np.asarray(grey).astype(int)
     assert np.abs(read_image(tmp_path/"a.png", size, 1)[0].numpy() - grey).max() <= 1
 
 
@@ -110,9 +126,11 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
     smooth = np.asarray(Image.fromarray(pixels(8, 6)).resize((400, 304), Image.Resampling.BICUBIC))
     Image.fromarray(smooth).save(tmp_path/"a.jpg", quality=95)
     decoded = []
-    from PIL import ImageOps
     upright = ImageOps.exif_transpose
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda im, **kwargs: decoded.append(im.size) or upright(im, **kwargs))
+    def watched(im, **kwargs):
+        decoded.append(im.size)
+        return upright(im, **kwargs)
+    monkeypatch.setattr(ImageOps, "exif_transpose", watched)
     for size in (20, 37, 70, 140, 200):
         want = np.asarray(Image.fromarray(centre(smooth)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
         assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - want).mean() < 2
@@ -121,14 +139,19 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
 def test_pictures_are_turned_upright(tmp_path, ending):
-    shown = np.kron(np.array([[250, 5], [120, 60]], dtype=np.uint8), np.ones((16, 16), np.uint8))[..., None].repeat(3, 2)
-    stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1], 5: shown.transpose(1, 0, 2), 6: np.rot90(shown),
-              7: shown[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(shown, -1)}   # what a viewer must undo: Exif 2.3, tag 0x0112
+    blocks = np.array([[250, 5], [120, 60]], dtype=np.uint8)
+    shown = np.kron(blocks, np.ones((16, 16), np.uint8))[..., None].repeat(3, 2)
+    # what a viewer must undo: Exif 2.3, tag 0x0112
+    stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1],
+              5: shown.transpose(1, 0, 2), 6: np.rot90(shown),
+              7: shown[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(shown, -1)}
+    file = tmp_path/f"a.{ending}"
+    quality = {"quality": 95} if ending in ("jpg", "webp") else {}
     for value, a in stored.items():
         exif = Image.Exif()
         exif[0x0112] = value
-        Image.fromarray(np.ascontiguousarray(a)).save(tmp_path/f"a.{ending}", exif=exif, **({"quality": 95} if ending in ("jpg", "webp") else {}))
-        assert np.abs(read_whole(tmp_path/f"a.{ending}") - shown.astype(int))[4:-4:8, 4:-4:8].max() < 12, value
+        Image.fromarray(np.ascontiguousarray(a)).save(file, exif=exif, **quality)
+        assert np.abs(read_whole(file) - shown.astype(int))[4:-4:8, 4:-4:8].max() < 12, value
 
 
 def test_damaged_notes_do_not_cost_the_picture(tmp_path):
@@ -167,9 +190,11 @@ def test_transparency_is_laid_on_white(tmp_path, kind):
 
 def png(w, h, bits, colour, rows):
     "A PNG file from its definition (RFC 2083)"
-    def chunk(kind, body): return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows))
-            + chunk(b"IEND", b""))
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_sixteen_bits(tmp_path):
@@ -180,7 +205,8 @@ def test_sixteen_bits(tmp_path):
     Image.fromarray(a).save(tmp_path/"grey.tif")
     Image.frombytes("I;16B", (9, 9), a.astype(">u2").tobytes()).save(tmp_path/"big.tif")
     for name in ("grey.png", "grey.tif", "big.tif"):
-        assert (read_whole(tmp_path/name, 1)[..., 0] == want).all() and (read_whole(tmp_path/name) == want[..., None]).all(), name
+        assert (read_whole(tmp_path/name, 1)[..., 0] == want).all(), name
+        assert (read_whole(tmp_path/name) == want[..., None]).all(), name
     colour = pixels(9, 9, dtype=np.uint16)
     (tmp_path/"rgb.png").write_bytes(png(9, 9, 16, 2, b"".join(b"\0" + r.astype(">u2").tobytes() for r in colour)))
     assert (read_whole(tmp_path/"rgb.png") == colour >> 8).all()
@@ -194,7 +220,8 @@ def test_other_modes(tmp_path):
     ink = pixels(9, 9, 4)
     Image.frombytes("CMYK", (9, 9), ink.tobytes()).save(file)
     assert np.abs(read_whole(file) - (255. - ink[..., :3])*(255. - ink[..., 3:])/255).max() <= 1
-    Image.frombytes("CMYK", (64, 64), np.full((64, 64, 4), (200, 100, 20, 50), np.uint8).tobytes()).save(tmp_path/"a.jpg", quality=95)
+    ink = np.full((64, 64, 4), (200, 100, 20, 50), np.uint8)
+    Image.frombytes("CMYK", (64, 64), ink.tobytes()).save(tmp_path/"a.jpg", quality=95)
     assert np.abs(read_image(tmp_path/"a.jpg", 8).permute(1, 2, 0).numpy() - np.array([44.2, 124.6, 188.9])).max() <= 3
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path/"a.gif", save_all=True, append_images=frames[1:])
@@ -211,13 +238,18 @@ def test_reasons(tmp_path):
         whole[ending] = (tmp_path/f"a.{ending}").read_bytes()
     flipped = bytearray(whole["png"])
     for i in (2000, 3000): flipped[i] ^= 255
-    files = {"empty.jpg": (b"", "empty file"), "text.jpg": (b"hello", "not an image"), "page.png": (b"<html>404</html>", "not an image"),
-             "claims.png": (png(60000, 60000, 8, 0, b""), "too many pixels"), "nothing.png": (png(0, 9, 8, 2, b""), "not an image"),
-             "flipped.png": (bytes(flipped), "damaged"), "head.jpg": (whole["jpg"][:200], "truncated"),
+    files = {"empty.jpg": (b"", "empty file"),
+             "text.jpg": (b"hello", "not an image"),
+             "page.png": (b"<html>404</html>", "not an image"),
+             "claims.png": (png(60000, 60000, 8, 0, b""), "too many pixels"),
+             "nothing.png": (png(0, 9, 8, 2, b""), "not an image"),
+             "flipped.png": (bytes(flipped), "damaged"),
+             "head.jpg": (whole["jpg"][:200], "truncated"),
              **{f"cut.{k}": (v[:len(v)//2], "truncated") for k, v in whole.items()}}
     for name, (data, reason) in files.items():
         (tmp_path/name).write_bytes(data)
-        with pytest.raises(BadImage, match=f"{name} cannot be read as an image .{reason}") as e: read_image(tmp_path/name, 8)
+        with pytest.raises(BadImage, match=f"{name} cannot be read as an image .{reason}") as e:
+            read_image(tmp_path/name, 8)
         assert e.value.reason == reason
     (tmp_path/"link.jpg").symlink_to(tmp_path/"nowhere")
     (tmp_path/"folder.jpg").mkdir()
@@ -240,16 +272,19 @@ def test_files_of_a_tree(tmp_path):
     (tmp_path/"t/linked").symlink_to(tmp_path/"elsewhere")   # new
     (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # dangling: a file that will not open
     found = [str(f.relative_to(tmp_path/"t")) for f in image_files(tmp_path/"t")]
-    assert found == sorted(["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"], key=Path)
+    want = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"]
+    assert found == sorted(want, key=Path)
 
 
-def test_loading_takes_no_random_number_and_workers_change_nothing(folder, quick_end):
+def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick_end):
     files = list(image_files(folder))*30
     state = torch.get_rng_state()
     x = load_images(files, 16, progress=False, num_workers=0)
-    assert torch.equal(x, load_images(files, 16, progress=False, num_workers=2)) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(x, load_images(files, 16, progress=False, num_workers=2))
+    assert torch.equal(state, torch.get_rng_state())
     (folder/"dark/zz.jpg").write_bytes(b"no picture")
-    with pytest.raises(BadImage, match="zz.jpg cannot be read"): load_images([*files, folder/"dark/zz.jpg"], 8, progress=False, num_workers=2)
+    with pytest.raises(BadImage, match="zz.jpg cannot be read"):
+        load_images([*files, folder/"dark/zz.jpg"], 8, progress=False, num_workers=2)
 
 
 # Data sets by name: their formats on disk, small, over loopback where they are downloaded
@@ -288,14 +323,18 @@ def test_cifar(tmp_path, served, monkeypatch, name):
     rows = {b: rng.integers(0, 256, (12, 3072), dtype=np.uint8) for b in [*batches, kind.test_list[0][0]]}
     files = {b: pickle.dumps({"data": r, label: [int(v) % 10 for v in r[:, 0]]}) for b, r in rows.items()}
     meta = pickle.dumps({kind.meta["key"]: [str(i) for i in range(10)]})
-    archive(www/kind.filename, {f"{kind.base_folder}/{b}": data for b, data in [*files.items(), (kind.meta["filename"], meta)]})
-    for a, v in dict(url=address + kind.filename, tgz_md5=md5((www/kind.filename).read_bytes()), train_list=[[b, md5(files[b])] for b in batches],
-                     test_list=[[b, md5(files[b])] for b in files if b not in batches], meta={**kind.meta, "md5": md5(meta)}).items():
-        monkeypatch.setattr(kind, a, v)
+    packed = {**files, kind.meta["filename"]: meta}
+    archive(www/kind.filename, {f"{kind.base_folder}/{b}": data for b, data in packed.items()})
+    served_here = dict(url=address + kind.filename, tgz_md5=md5((www/kind.filename).read_bytes()),
+                       train_list=[[b, md5(files[b])] for b in batches],
+                       test_list=[[b, md5(files[b])] for b in files if b not in batches],
+                       meta={**kind.meta, "md5": md5(meta)})
+    for name_of_attribute, value in served_here.items(): monkeypatch.setattr(kind, name_of_attribute, value)
     for part, names in (("train", batches), ("unlabelled", batches), ("test", [kind.test_list[0][0]])):
         x, y = known_images(name, part, tmp_path/"data")
         want = np.concatenate([rows[b] for b in names])
-        assert x.dtype == torch.uint8 and x.is_contiguous() and (x.flatten(1).numpy() == want).all()      # a row is red, green, blue
+        assert x.dtype == torch.uint8 and x.is_contiguous()
+        assert (x.flatten(1).numpy() == want).all()      # a row is red, green, blue
         assert y is None if part == "unlabelled" else (y.numpy() == want[:, 0] % 10).all()
     dls = known_dls(name, 8, tmp_path/"data", labels=True, device="cpu")
     assert dls.c == 10 and len(known_dls(name, 8, tmp_path/"data", device="cpu").one_batch()) == 1
@@ -305,10 +344,13 @@ def test_stl10(tmp_path, monkeypatch):
     from torchvision.datasets import STL10
     home, rng = tmp_path/STL10.base_folder, np.random.default_rng(0)
     home.mkdir()
-    x = {k: rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8) for k, n in (("train", 4), ("test", 3), ("unlabeled", 6))}
-    for k, a in x.items(): (home/f"{k}_X.bin").write_bytes(a.transpose(0, 1, 3, 2).tobytes())             # column by column
-    for k in ("train", "test"): (home/f"{k}_y.bin").write_bytes(bytes(range(1, len(x[k]) + 1)))          # classes count from 1
-    for part in ("train_list", "test_list"): monkeypatch.setattr(STL10, part, [[f, md5((home/f).read_bytes())] for f, _ in getattr(STL10, part)])
+    sizes = dict(train=4, test=3, unlabeled=6)
+    x = {k: rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8) for k, n in sizes.items()}
+    for k, a in x.items(): (home/f"{k}_X.bin").write_bytes(a.transpose(0, 1, 3, 2).tobytes())   # column by column
+    for k in ("train", "test"): (home/f"{k}_y.bin").write_bytes(bytes(range(1, len(x[k]) + 1)))   # classes count from 1
+    for part in ("train_list", "test_list"):
+        sums = [[f, md5((home/f).read_bytes())] for f, _ in getattr(STL10, part)]
+        monkeypatch.setattr(STL10, part, sums)
     train, y = known_images("stl10", "train", tmp_path)
     assert (train.numpy() == x["train"]).all() and y.tolist() == [0, 1, 2, 3] and train.is_contiguous()
     every, none = known_images("stl10", "unlabelled", tmp_path)
@@ -328,22 +370,24 @@ def test_tiny_imagenet(tmp_path, served, monkeypatch):
             return b.getvalue()
         add("wnids.txt", "\n".join(classes))
         for k, c in enumerate(classes):
-            for i in range(2): add(f"train/{c}/images/{c}_{i}.JPEG", picture(80*k + 10*i, "L" if i else "RGB"))   # some of its files are grey
+            for i, mode in enumerate(("RGB", "L")):   # some of its files are grey
+                add(f"train/{c}/images/{c}_{i}.JPEG", picture(80*k + 10*i, mode))
             add(f"train/{c}/{c}_boxes.txt", "")
             add(f"val/images/val_{k}.JPEG", picture(80*k + 5))
         add("val/val_annotations.txt", "".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t62\n" for k, c in enumerate(classes)))
         add("test/images/test_0.JPEG", picture(0))
     monkeypatch.setitem(TINY_IMAGENET, "url", address + "tiny-imagenet-200.zip")
-    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")                    # the sum is checked
+    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")   # the sum is checked
     monkeypatch.setitem(TINY_IMAGENET, "md5", md5((www/"tiny-imagenet-200.zip").read_bytes()))
     x, y = known_images("tinyimagenet", "train", tmp_path/"data")
-    assert x.shape == (6, 3, 64, 64) and y.tolist() == [0, 0, 1, 1, 2, 2] and x[:, 0, 0, 0].tolist() == [80, 90, 160, 170, 0, 10]
+    assert x.shape == (6, 3, 64, 64) and y.tolist() == [0, 0, 1, 1, 2, 2]
+    assert x[:, 0, 0, 0].tolist() == [80, 90, 160, 170, 0, 10]
     x, y = known_images("tinyimagenet", "test", tmp_path/"data")
     assert y.tolist() == [2, 0, 1] and x[:, 0, 0, 0].tolist() == [5, 85, 165]
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="name must be one of cifar10"): known_images("imagenet", root=tmp_path)
+    with pytest.raises(ValueError, match="name must be one of 'cifar10'"): known_images("imagenet", root=tmp_path)
     with pytest.raises(ValueError, match="part must be"): known_images("cifar10", "valid", tmp_path)
 
 
@@ -354,13 +398,17 @@ def test_bad_folders_and_tensors(tmp_path, folder):
     (tmp_path/"empty/notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"1 file\(s\), none with an image's ending"): image_files(tmp_path/"empty")
     (folder/"dark/broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="broken.jpg cannot be read"): load_images(image_files(folder), 8, progress=False)
+    with pytest.raises(ValueError, match="broken.jpg cannot be read"):
+        load_images(image_files(folder), 8, progress=False)
     whole = (folder/"light/00.png").read_bytes()
-    (folder/"dark/broken.jpg").unlink(); (folder/"dark/cut.png").write_bytes(whole[:len(whole)//2])
-    with pytest.raises(ValueError, match="cut.png cannot be read"): load_images(image_files(folder), 8, progress=False)
+    (folder/"dark/broken.jpg").unlink()
+    (folder/"dark/cut.png").write_bytes(whole[:len(whole)//2])
+    with pytest.raises(ValueError, match="cut.png cannot be read"):
+        load_images(image_files(folder), 8, progress=False)
     with pytest.raises(ValueError, match="size must"): load_images([], 0)
     with pytest.raises(ValueError, match="n_in must"): load_images([], 8, n_in=2)
-    for args, words in [((torch.rand(5, 8, 8),), "(N,C,H,W)"), ((torch.rand(5, 1, 8, 8), torch.arange(4)), "4 labels for 5 images")]:
+    no_images, too_few_labels = (torch.rand(5, 8, 8),), (torch.rand(5, 1, 8, 8), torch.arange(4))
+    for args, words in [(no_images, "(N,C,H,W)"), (too_few_labels, "4 labels for 5 images")]:
         with pytest.raises(ValueError) as e: tensor_dls(*args)
         assert words in str(e.value)
     with pytest.raises(ValueError, match="valid_pct"): tensor_dls(digits_images()[0], valid_pct=1.)
@@ -372,8 +420,9 @@ def test_bad_folders_and_tensors(tmp_path, folder):
 @pytest.fixture
 def trained():
     torch.manual_seed(0)
-    learn = bt_learner(digits_dls(bs=64, device="cpu"), "timm/test_resnet", small_stem=False, hidden_size=16, projection_size=16,
-                       aug_pipelines=get_barlow_twins_aug_pipelines(16, stats=imagenet_stats))
+    augs = get_barlow_twins_aug_pipelines(16, stats=imagenet_stats)
+    learn = bt_learner(digits_dls(bs=64, device="cpu"), "timm/test_resnet", small_stem=False, hidden_size=16,
+                       projection_size=16, aug_pipelines=augs)
     learn.logger = print
     learn.fit(1)
     return learn
@@ -385,13 +434,15 @@ def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
     assert torch.allclose(encode(again, x)[0], encode(trained, x)[0], atol=1e-5)
     assert not again.training and os.listdir(tmp_path/"deep/er") == ["e.safetensors"]
     assert load_file(tmp_path/"deep/er/e.safetensors").keys() == trained.model.encoder.state_dict().keys()
-    assert torch.allclose(encode(load_encoder(save_encoder(again, tmp_path/"twice")), x)[0], encode(trained, x)[0], atol=1e-5)
+    twice = load_encoder(save_encoder(again, tmp_path/"twice"))
+    assert torch.allclose(encode(twice, x)[0], encode(trained, x)[0], atol=1e-5)
 
 
 def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
-    monkeypatch.setattr("self_supervised_bt.weights.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    def fails(*args, **kwargs): raise OSError("disk full")
+    monkeypatch.setattr("self_supervised_bt.weights.save_file", fails)
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 

@@ -67,7 +67,7 @@ CASES = {  # name: what the library is given, what one process with all rows wor
     "gather": (lambda: GlobalLoss(BarlowTwinsLoss(), "gather"), lambda: formula, 2),
     "sum": (lambda: GlobalLoss(BarlowTwinsLoss(), "sum"), lambda: formula, 2),
     "invariance only": (lambda: GlobalLoss(BarlowTwinsLoss(0., scale=2.), "gather"), lambda: BarlowTwinsLoss(0., scale=2.), 2),
-    "redundancy only": (lambda: GlobalLoss(BarlowTwinsLoss(invariance=False), "sum"), lambda: BarlowTwinsLoss(invariance=False), 2),
+    "redundancy only": (lambda: GlobalLoss(variant_loss("redundancy only"), "sum"), lambda: variant_loss("redundancy only"), 2),
     "stop-gradient, gather": (lambda: GlobalLoss(variant_loss("stop-gradient"), "gather"), lambda: variant_loss("stop-gradient"), 2),
     "stop-gradient, sum": (lambda: GlobalLoss(variant_loss("stop-gradient"), "sum"), lambda: variant_loss("stop-gradient"), 2),
     "feature": (lambda: GlobalLoss(variant_loss("feature normalisation")), lambda: variant_loss("feature normalisation"), 2),
@@ -156,7 +156,7 @@ def test_odd_inputs():
 
 
 def a_queue(rank):
-    queued, alone, losses = GlobalLoss(BarlowTwinsLoss(queue=8)), BarlowTwinsLoss(queue=8), []
+    queued, alone, losses = GlobalLoss(variant_loss(queue=8)), variant_loss(queue=8), []
     for i in range(3):
         z = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_()
         losses.append((queued(*z[:, rank*3:rank*3+3]).item(), alone(*z).item()))
@@ -172,7 +172,7 @@ def bad_rows(rank):
     z, said = torch.randn(2, 4, 3), []
     if rank == 1: z[1, 2, 0] = torch.nan
     for loss in (BarlowTwinsLoss(), variant_loss("hsic")):
-        for exchange in EXCHANGES if loss.off_target == 0 else (None,):
+        for exchange in EXCHANGES if loss.divisible else (None,):
             with pytest.raises(FloatingPointError) as e: GlobalLoss(loss, exchange)(*z)
             said.append(str(e.value))
     with pytest.raises(ValueError, match=r"different widths, \[3, 4\]"): GlobalLoss(BarlowTwinsLoss())(*torch.randn(2, 4, 3+rank))

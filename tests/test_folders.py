@@ -27,9 +27,14 @@ def spoil(root, files):
     for f in (png, jpg): noise.save(f)
     Image.new("1", (14000, 14000)).save(root/"bomb.png")
     Image.new("F", (9, 9)).save(root/"float.tif")
-    contents = {"empty file": b"", "not an image": b"just text", "not an image, html": b"<html>not found</html>",
-                "truncated": jpg.read_bytes()[:-300], "truncated, png": png.read_bytes()[:-300],
-                "too many pixels": (root/"bomb.png").read_bytes(), "unknown range": (root/"float.tif").read_bytes(), "cannot be opened": None}
+    contents = {"empty file": b"",
+                "not an image": b"just text",
+                "not an image, html": b"<html>not found</html>",
+                "truncated": jpg.read_bytes()[:-300],
+                "truncated, png": png.read_bytes()[:-300],
+                "too many pixels": (root/"bomb.png").read_bytes(),
+                "unknown range": (root/"float.tif").read_bytes(),
+                "cannot be opened": None}
     for f, data in zip(files, contents.values(), strict=True):
         f.unlink()
         if data is None: f.symlink_to(root/"nowhere")
@@ -65,11 +70,13 @@ def test_training_on_broken_files_ends_and_lists_them(wild, workers):
     root, broken = wild
     dls = unlabelled_dls(root, 8, bs=16, num_workers=workers, device="cpu")
     sizes = Sizes()
-    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None, backend="fused")), sizes])
+    augs = get_multi_aug_pipelines(2, 8, stats=None, backend="fused")
+    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(augs), sizes])
     learn.logger = lambda *_: None
     before = [p.clone() for p in learn.model.parameters()]
     learn.fit(2)
-    assert sizes.seen == [16]*20 and not any(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+    assert sizes.seen == [16]*20
+    assert not any(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
     assert dict(bad_images(dls).bad) == broken and bad_images(dls).counts["truncated"] == 2
     assert all(np.isfinite(learn.recorder.losses))
 
@@ -87,13 +94,18 @@ def test_the_next_readable_image_takes_the_place(wild, workers):
 
 
 def test_labels_go_with_the_image_that_is_used(folder):
-    for i in (33, 35, 37, 39): (folder/f"dark/{i}.png").write_bytes(b"")   # the last of their class: the next images are light
+    last = (33, 35, 37, 39)   # of their class: the next images are light
+    for i in last: (folder/f"dark/{i}.png").write_bytes(b"")
     dls = unlabelled_dls(folder, 8, bs=10, valid_pct=.25, labels=True, num_workers=0, device="cpu")
-    assert dls.vocab == ["dark", "light"] and dls.c == 2 and type(dls.train_ds.loss_func).__name__.startswith("CrossEntropy")
+    assert dls.vocab == ["dark", "light"] and dls.c == 2
+    assert type(dls.train_ds.loss_func).__name__.startswith("CrossEntropy")
     for dl in dls.loaders:
-        for x, y in dl: assert ((x.as_subclass(torch.Tensor).mean((1, 2, 3)) > .5) == (y == 1)).all()
+        for x, y in dl:
+            light = x.as_subclass(torch.Tensor).mean((1, 2, 3)) > .5
+            assert (light == (y == 1)).all()
     for ds in (dls.train_ds, dls.valid_ds):
-        assert [dls.vocab[i] for i in ds[list(range(len(ds)))][1]] == [Path(f).parent.name for f in ds.names(range(len(ds)))]
+        every = list(range(len(ds)))
+        assert [dls.vocab[i] for i in ds[every][1]] == [Path(f).parent.name for f in ds.names(every)]
     assert len(unlabelled_dls(folder, 8, bs=10, num_workers=0, device="cpu").one_batch()) == 1
 
 
@@ -125,15 +137,17 @@ def test_the_order_follows_the_seeds_and_nothing_else(wild):
     assert epochs(0, seed=1)[0] != first and epochs(0, seed=1)[1] == valid and epochs(0, split=1)[1] != valid
 
 
-def test_reading_draws_nothing(wild):
+def test_reading_uses_no_random_numbers(wild):
     dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=0, device="cpu")
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
     assert dls.train_ds.deterministic_items
     dls.train_ds[list(range(100))]
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1]) and (np.random.get_state()[1] == states[2]).all()
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()
 
 
-def test_shares_of_several_processes(wild, monkeypatch):
+def test_shares_of_two_ranks(wild, monkeypatch):
     monkeypatch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)   # fastai's needs a GPU
     dls = unlabelled_dls(wild[0], 8, bs=16, valid_pct=0, num_workers=2, device="cpu")
     dls.train.shuffle = dls.train.drop_last = False
@@ -159,7 +173,8 @@ def test_checks(wild, tmp_path):
     assert dict(full.bad) == broken and len(full) == 8 and len(full.good) == 152 and not set(full.good) & set(broken)
     headers = check_images(root)
     assert dict(headers.bad) == {f: reason for f, reason in broken.items() if reason != "truncated"}
-    assert full.counts == {"cannot be opened": 1, "empty file": 1, "not an image": 2, "too many pixels": 1, "truncated": 2, "unknown range": 1}
+    assert full.counts == {"cannot be opened": 1, "empty file": 1, "not an image": 2, "too many pixels": 1,
+                           "truncated": 2, "unknown range": 1}
     assert all(word in repr(full) for word in ["8 of 160 files", "2 truncated", *broken])
     full.to_csv(tmp_path/"bad.csv")
     assert list(csv.reader(open(tmp_path/"bad.csv")))[1:] == [list(row) for row in full.bad]
@@ -179,13 +194,17 @@ def test_names_of_any_kind():
     assert list(pickle.loads(pickle.dumps(kept))) == names and len(FileNames([])) == 0
 
 
-def test_what_is_asked_for_wrongly(wild, folder, tmp_path):
+def test_wrong_arguments(wild, folder, tmp_path):
     root = wild[0]
-    for kwargs, words in [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
-                          (dict(size=0), "size must"), (dict(n_in=4), "n_in must"), (dict(labels=True, bs=8), "at least two folders")]:
-        with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{"size": 8, "bs": 16, "device": "cpu", **kwargs})
+    right = dict(size=8, bs=16, device="cpu")
+    wrong = [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
+             (dict(size=0), "size must"), (dict(n_in=4), "n_in must"),
+             (dict(labels=True, bs=8), "at least two folders")]
+    for kwargs, words in wrong:
+        with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{**right, **kwargs})
     with pytest.raises(FileNotFoundError, match="not a folder"): unlabelled_dls(tmp_path/"nowhere", 8)
     (tmp_path/"none").mkdir()
     with pytest.raises(ValueError, match="no image files"): unlabelled_dls(tmp_path/"none", 8)
     for f in folder.rglob("*.png"): f.write_bytes(b"")
-    with pytest.raises(BadImage, match="none of the 40 files"): unlabelled_dls(folder, 8, bs=8, valid_pct=0, num_workers=0, device="cpu").one_batch()
+    dls = unlabelled_dls(folder, 8, bs=8, valid_pct=0, num_workers=0, device="cpu")
+    with pytest.raises(BadImage, match="none of the 40 files"): dls.one_batch()

@@ -27,7 +27,7 @@ from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.guard import (
     NonFiniteGuard, batch_items, epoch_order, find_backward, find_forward, item_names, state_numbers, state_tensors)
-from self_supervised_bt.losses import BarlowTwinsLoss
+from self_supervised_bt.losses import BarlowTwinsLoss, variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
 
 nan, inf = float("nan"), float("inf")
@@ -133,7 +133,7 @@ def device_kind(request, monkeypatch):
 
 def make(make_dls, guard, cbs=(), n=64, opt="adam", loss=None, **kwargs):
     torch.manual_seed(0)
-    bt = kwargs.pop("bt", None) or BarlowTwins(pipelines(), loss=loss or BarlowTwinsLoss(check_finite=None))
+    bt = kwargs.pop("bt", None) or BarlowTwins(pipelines(), loss=loss or BarlowTwinsLoss())
     dls = kwargs.pop("dls", None) or make_dls(n, False, shuffle=False, drop_last=True, **kwargs)
     learn = Learner(dls, model_with_switch(), cbs=[bt, *([guard] if guard else []), *cbs], opt_func=OPTS[opt], lr=1e-2)
     learn.logger = lambda *_: None
@@ -182,7 +182,7 @@ def test_a_module_that_makes_it_from_finite_numbers(make_dls):
 
 def test_the_loss_says_what_it_knows(make_dls):
     learn = make(make_dls, NonFiniteGuard(), [At(1, "before_batch", lambda l: l.model.projector[-1].weight.data.mul_(1e25))],
-                 loss=BarlowTwinsLoss(normalisation="none"))
+                 loss=variant_loss("no normalisation"))
     with pytest.raises(FloatingPointError, match="too large to square"): learn.fit(1)
     assert learn.non_finite_guard.last.where == "loss"
 
@@ -205,7 +205,7 @@ def test_skipping_equals_training_without_the_batch(make_dls, device_kind, fault
         learn.model.encoder[2].on = False
         if isinstance(learn.barlow_twins.objective, Broken): learn.barlow_twins.objective = learn.barlow_twins.objective.loss
     guard = NonFiniteGuard("skip")
-    loss = lambda: BarlowTwinsLoss(check_finite=False if device_kind == "later" else None)
+    loss = lambda: BarlowTwinsLoss(check_finite=device_kind != "later")
     learn = make(make_dls, guard, [FAULTS[fault][0](1), At(2, "before_batch", undo)], opt=opt, loss=loss())
     with pytest.warns(UserWarning, match="1 bad batches made no step"): learn.fit(1)
     assert [(b.step, b.where) for b in guard.skipped] == [(1, {"gradient": "backward"}.get(fault, fault))]
@@ -232,10 +232,10 @@ def test_too_many_in_a_row(make_dls, device_kind):
 
 def test_a_queue_of_embeddings_forgets_the_batch(make_dls):
     learn = make(make_dls, NonFiniteGuard("skip"), [FAULTS["gradient"][0](1), At(2, "before_batch", well_again)],
-                 loss=BarlowTwinsLoss(queue=16))
+                 loss=variant_loss(queue=16))
     with pytest.warns(UserWarning): learn.fit(1)
     kept = [o for i, o in enumerate(image_items(64, False)) if not 16 <= i < 32]
-    plain = make(make_dls, None, loss=BarlowTwinsLoss(queue=16),
+    plain = make(make_dls, None, loss=variant_loss(queue=16),
                  dls=DataLoaders.from_dsets(kept, kept[:20], bs=16, device="cpu", num_workers=0, shuffle=False, drop_last=True))
     plain.fit(1)
     assert_same(state_of(plain), state_of(learn))

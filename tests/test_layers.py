@@ -10,16 +10,28 @@ from torch import nn
 
 from self_supervised_bt.barlow_twins import create_barlow_twins_model
 from self_supervised_bt.layers import (
-    PoolingType, create_encoder, create_mlp_module, encoder_channels, encoder_width, is_resnet, set_channels)
+    PoolingType,
+    create_encoder,
+    create_mlp_module,
+    encoder_channels,
+    encoder_width,
+    is_resnet,
+    set_channels,
+)
 from self_supervised_bt.losses import barlow_twins_loss
 
 VIT = dict(img_size=32, patch_size=8)
-ARCHS = [("xresnet18", {}), ("xresnet18_deep", {}), ("xse_resnet18", {}), ("xresnext18", {}), ("resnet18", {}), ("resnext50_32x4d", {}), ("alexnet", {}),
-         ("vgg11_bn", {}), ("densenet121", {}), ("squeezenet1_1", {}), ("mobilenet_v2", {}), ("mobilenet_v3_small", {}), ("mnasnet0_5", {}),
-         ("shufflenet_v2_x0_5", {}), ("regnet_y_400mf", {}), ("efficientnet_b0", {}), ("googlenet", {}), ("convnext_tiny", {}), ("swin_t", {}),
-         ("timm/resnet18", {}), ("resnet10t", {}), ("tf_efficientnet_b0", {}), ("convnext_atto", {}), ("convnextv2_atto", {}),
-         ("mobilenetv3_small_050", {}), ("vit_tiny_patch16_224", VIT), ("deit_tiny_patch16_224", VIT),
-         ("swin_tiny_patch4_window7_224", dict(img_size=64, window_size=4)), ("ghostnet_050", {}), ("repvgg_a0", {})]
+SWIN = dict(img_size=64, window_size=4)
+FASTAI = ["xresnet18", "xresnet18_deep", "xse_resnet18", "xresnext18"]
+TORCHVISION = [
+    "resnet18", "resnext50_32x4d", "alexnet", "vgg11_bn", "densenet121", "squeezenet1_1", "mobilenet_v2",
+    "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0", "googlenet",
+    "convnext_tiny", "swin_t"]
+TIMM = [
+    "timm/resnet18", "resnet10t", "tf_efficientnet_b0", "convnext_atto", "convnextv2_atto", "mobilenetv3_small_050",
+    "ghostnet_050", "repvgg_a0"]
+TRANSFORMERS = [("vit_tiny_patch16_224", VIT), ("deit_tiny_patch16_224", VIT), ("swin_tiny_patch4_window7_224", SWIN)]
+ARCHS = [(arch, {}) for arch in FASTAI + TORCHVISION + TIMM] + TRANSFORMERS
 
 
 @pytest.mark.parametrize("n_in", [1, 3])
@@ -30,11 +42,12 @@ def test_builds_projects_and_takes_a_step(arch, kwargs, n_in):
         encoder = create_encoder(arch, pretrained=False, n_in=n_in, **kwargs)
     assert encoder_channels(encoder) == n_in
     model = create_barlow_twins_model(encoder, hidden_size=16, projection_size=8)
-    x = torch.rand(4, n_in, *([kwargs["img_size"]]*2 if kwargs else (64, 64)))
-    h = encoder(x)
-    assert h.shape == (4, encoder_width(encoder))
+    size = kwargs.get("img_size", 64)
+    x = torch.rand(4, n_in, size, size)
+    assert encoder(x).shape == (4, encoder_width(encoder))
     assert not any(isinstance(m, nn.Linear) and m.out_features == 1000 for m in encoder.modules())
-    opt, z = torch.optim.SGD(model.parameters(), 1e-2), model(torch.cat([x, x.flip(-1)]))
+    opt = torch.optim.SGD(model.parameters(), 1e-2)
+    z = model(torch.cat([x, x.flip(-1)]))
     before = [p.detach().clone() for p in encoder.parameters()]
     barlow_twins_loss(*z.chunk(2)).backward()
     opt.step()
@@ -74,7 +87,21 @@ def test_small_stem(arch):
     first.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape[-2:]))
     encoder(torch.rand(2, 1, 32, 32))
     assert seen == [(32, 32)]
-    assert is_resnet(create_encoder(arch, pretrained=False)) and not is_resnet(create_encoder("convnext_atto", pretrained=False, pool_type="avg"))
+    assert is_resnet(create_encoder(arch, pretrained=False))
+
+
+def test_a_convnext_is_no_resnet():
+    assert not is_resnet(create_encoder("convnext_atto", pretrained=False, pool_type="avg"))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "xresnet18", "resnet10t"])
+@pytest.mark.parametrize("small_stem", [False, True, "no pool", "keep pool"])
+def test_the_call_is_kept_and_makes_the_same_architecture(arch, small_stem):
+    encoder = create_encoder(arch, pretrained=False, n_in=1, pool_type="max", small_stem=small_stem)
+    again = create_encoder(**encoder.created_by, pretrained=False)
+    again.load_state_dict(encoder.state_dict())
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.equal(again.eval()(x), encoder.eval()(x))
 
 
 def test_pretrained_weights_from_a_local_file(tmp_path):
@@ -83,8 +110,10 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
     save_file(source.state_dict(), tmp_path/"w.safetensors")
     overlay = dict(file=str(tmp_path/"w.safetensors"), num_classes=0)
     encoder = create_encoder("timm/test_resnet", pretrained=True, pool_type="avg", pretrained_cfg_overlay=overlay)
-    assert torch.equal(encoder.conv1[0].weight if isinstance(encoder.conv1, nn.Sequential) else encoder.conv1.weight,
-                       source.conv1[0].weight if isinstance(source.conv1, nn.Sequential) else source.conv1.weight)
+    name, weight = next(iter(source.named_parameters()))
+    assert torch.equal(encoder.get_parameter(name), weight)
+    grey = create_encoder("timm/test_resnet", n_in=1, pool_type="avg", pretrained_cfg_overlay=overlay)
+    assert torch.allclose(grey.get_parameter(name), weight.sum(1, keepdim=True), atol=1e-6)
 
 
 def test_pretrained_torchvision_weights_from_the_cache(tmp_path, monkeypatch):
@@ -106,10 +135,13 @@ def test_weights_that_cannot_be_had():
 def test_measuring_leaves_no_trace():
     encoder = create_encoder("resnet18", pretrained=False).train()
     encoder.layer1.eval()
-    state, modes = copy.deepcopy(encoder.state_dict()), [m.training for m in encoder.modules()]
-    torch.manual_seed(1); expected = torch.rand(3)
-    torch.manual_seed(1); create_barlow_twins_model(encoder, 8, 8)
-    torch.manual_seed(1); encoder_width(encoder)
+    state = copy.deepcopy(encoder.state_dict())
+    modes = [m.training for m in encoder.modules()]
+    create_barlow_twins_model(encoder, 8, 8)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    encoder_width(encoder)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
     assert [m.training for m in encoder.modules()] == modes
@@ -125,7 +157,8 @@ def test_measuring_follows_the_weights(dtype):
 
 
 def test_channels_are_changed_in_place_of_the_first_convolution():
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True)), nn.Conv2d(4, 4, 1))
+    first = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True)
+    net = nn.Sequential(nn.Sequential(first), nn.Conv2d(4, 4, 1))
     rgb = net[0][0].weight.clone()
     assert set_channels(net, 1, pretrained=True)[0][0].weight.shape == (4, 1, 3, 3)
     assert torch.allclose(net[0][0].weight, rgb.sum(1, keepdim=True)) and net[0][0].stride == (2, 2)

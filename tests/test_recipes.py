@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch import nn
 
-from conftest import small_model
+from conftest import image_items, small_model
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_dls, tensor_dls
@@ -19,6 +20,7 @@ from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
 from self_supervised_bt.training import LARS, WarmupCosine, split_norm_bias, warmup_cosine
+from test_multiview import collate
 
 # LARS
 
@@ -210,3 +212,24 @@ def test_bad_files_and_missing_recipes(tmp_path, make_learner):
     def loss(z1, z2): return (z1 - z2).square().sum()
     with pytest.raises(ValueError, match="leave loss out"):
         bt_learner(dls, small_model().encoder, recipe="mixed-cifar10", loss=loss)
+
+
+# bt_learner
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_bt_learner_reads_channels_and_size_off_the_images(make_dls, labels):
+    learn = bt_learner(make_dls(labels=labels, channels=3), "resnet18", hidden_size=16, projection_size=8)
+    assert learn.model.encoder.conv1.in_channels == 3 and learn.model.encoder.conv1.stride == (1, 1)
+    assert learn.barlow_twins.clean.fs[0].size == (8, 8)
+    assert learn.model.projector[-1].out_features == 8
+    learn.logger = print
+    learn.fit(1)
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert bt_learner(make_dls(labels=labels, channels=3), encoder, size=16).model.encoder is encoder
+
+
+def test_bt_learner_takes_pytorchs_loaders():
+    dl = torch.utils.data.DataLoader(image_items(32), batch_size=16, collate_fn=collate)
+    dls = DataLoaders(dl, dl)
+    learn = bt_learner(dls, small_model().encoder, loss_func=nn.MSELoss())
+    assert learn.barlow_twins.clean.fs[0].size == (8, 8)

@@ -17,7 +17,7 @@ def readme():
     hidden.enabled = True
     exporter.register_preprocessor(hidden, enabled=True)
     text, _ = exporter.from_filename(str(root/"nbs"/"index.ipynb"))
-    def from_root(m): return m[0] if "://" in m[2] else m[1] + normpath("nbs/" + m[2])
+    def from_root(m): return m[0] if "://" in m[2] or m[2].startswith("#") else m[1] + normpath("nbs/" + m[2])
     return re.sub(r"""(\]\(|src=")([^)"]+)""", from_root, text).strip() + "\n"
 
 
