@@ -5,7 +5,7 @@ READY := .venv/.ready
 CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest notebooks export readme bench clean
+.PHONY: help demo test lint notebooks pytest export bench mutants house clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,13 +20,16 @@ $(READY): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 demo: $(READY) ## train on handwritten digits and show whether it worked; DATA=folder for your own images
 	$(BIN)/bt_demo $(if $(DATA),--data "$(DATA)") $(DEMO)
 
-test: $(READY) notebooks pytest ## everything CI checks: notebooks, library in step with them, tests
+test: $(READY) lint notebooks pytest ## everything CI checks: lint, notebooks, tests (these also: library in step with clean notebooks)
 
-pytest: $(READY)
-	$(BIN)/python -m pytest
+lint: $(READY) ## ruff check: names, import order, lines of 120 columns
+	$(BIN)/ruff check
 
-notebooks: $(READY)
+notebooks: $(READY) ## run every notebook
 	cd nbs && ../$(BIN)/nbdev-test --n-workers 1 --do-print
+
+pytest: $(READY) ## run the tests in tests/; for one file: .venv/bin/python -m pytest tests/test_losses.py
+	$(BIN)/python -m pytest
 
 export: $(READY) ## notebooks -> library and README, then clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
@@ -35,6 +38,13 @@ bench: $(READY) ## the benchmarks, side by side with installed peers; DATA=folde
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[bench]"
 	for f in $(filter-out benchmarks/backends.py benchmarks/cifar.py benchmarks/paper.py, $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$f || exit 1; done
 	$(if $(DATA),$(BIN)/python benchmarks/backends.py "$(DATA)" && $(BIN)/python benchmarks/cifar.py "$(DATA)")
+
+mutants: $(READY) ## change MODULE=mixed in small ways and list what its tests miss; LIMIT=40 samples, TESTS="..." names test files
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mutants]"
+	$(BIN)/python tools/mutants.py $(MODULE) $(if $(LIMIT),--limit $(LIMIT)) $(if $(TESTS),--tests "$(TESTS)")
+
+house: $(READY) ## a table of the package's order: names, imports, long lines, what a training step crosses
+	$(BIN)/python tools/house.py
 
 clean: ## remove the environment and everything made
 	rm -rf .venv runs build dist *.egg-info

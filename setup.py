@@ -1,12 +1,14 @@
 "Builds the package from settings.ini, the one place its metadata and requirements stand"
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
+extras = [key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")]
 
 setup(
     name=cfg["lib_name"],
@@ -26,7 +28,7 @@ setup(
     packages=find_packages(include=["self_supervised_bt"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("distributed", "dev", "bench")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in extras},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

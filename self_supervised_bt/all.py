@@ -6,26 +6,16 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #12641c49
-from . import augmentations, layers, losses, multiview, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs
-from .augmentations import *
-from .layers import *
-from .losses import *
-from .multiview import *
-from .barlow_twins import *
-from .mixed import *
-from .training import *
-from .recipes import *
-from .evaluation import *
-from .classifiers import *
-from .diagnostics import *
-from .doctor import *
-from .reports import *
-from .data import *
-from .folders import *
-from .checkpoints import *
-from .guard import *
-from .distributed import *
-from .weights import *
-from .runs import *
+from importlib import import_module
 
-__all__ = [name for m in (augmentations, layers, losses, multiview, barlow_twins, mixed, training, recipes, evaluation, classifiers, diagnostics, doctor, reports, data, folders, checkpoints, guard, distributed, weights, runs) for name in m.__all__]
+# %% ../nbs/99_all.ipynb #5a1e0c02
+MODULES = ("core", "data", "folders", "fitting", "fused",
+           "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
+           "training", "recipes", "checkpoints", "guard", "distributed",
+           "evaluation", "classifiers", "diagnostics", "doctor", "reports",
+           "weights", "runs")
+
+# %% ../nbs/99_all.ipynb #5a1e0c04
+_modules = [import_module(f"self_supervised_bt.{name}") for name in MODULES]
+__all__ = [name for module in _modules for name in module.__all__]
+globals().update({name: getattr(module, name) for module in _modules for name in module.__all__})

@@ -27,7 +27,8 @@ from fastcore.foundation import L
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
-from .augmentations import CentreResize, CropTfm, image_batch
+from .augmentations import CropTfm
+from .fused import CentreResize, image_batch
 from .evaluation import sample_labels, encode, encoder_of, linear_probe
 from .layers import create_encoder, encoder_width
 from .core import check_choice

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import Tensor, nn
 
-from .augmentations import batch_images
+from .fused import batch_images
 from .core import undisturbed
 from .diagnostics import dead_dimensions, expected_losses
 from .evaluation import spectrum_rank, singular_values

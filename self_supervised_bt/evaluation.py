@@ -26,9 +26,10 @@ from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
-from .augmentations import CentreResize, CropTfm, batch_images
+from .augmentations import CropTfm
 from .core import undisturbed
 from .fitting import Column
+from .fused import CentreResize, batch_images
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118

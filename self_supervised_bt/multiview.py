@@ -21,18 +21,10 @@ from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from self_supervised_bt.augmentations import (
-    batch_images,
-    centre_resize,
-    check_pipelines,
-    clean_pipeline,
-    displayable,
-    fused_views,
-    image_batch,
-    show_pixels,
-)
+from .augmentations import check_pipelines, clean_pipeline, displayable, fused_views, show_pixels
 from .core import check_positive_int
 from .fitting import Column, add_columns, remove_columns
+from .fused import batch_images, centre_resize, image_batch
 from .losses import check_lmb, check_loss
 
 # %% ../nbs/14_multiview.ipynb #7f1812f9
@@ -342,7 +334,8 @@ def show(self:MultiView,
         for i,(ax,image) in enumerate(zip(column, images)):
             show_pixels(image, ax, None if i else title)
             if title not in fused: continue
-            ax.text(.5, -.03, fused[title].tell(i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
+            text = fused[title].describe(i)
+            ax.text(.5, -.03, text, transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
     return list(axes.flat)
 
 # %% ../nbs/14_multiview.ipynb #9f842c93
@@ -360,4 +353,4 @@ def __init__(self:Learner, *args, **kwargs):
     makes_views = any(getattr(cb, "makes_views", False) for cb in L(options.get("cbs")))
     if makes_views and not known: options["loss_func"] = no_loss
     Learner._orig___init__(*given.args, **given.kwargs)
-Learner.__init__.__signature__ = inspect.signature(Learner._orig___init__)
+Learner.__init__.__wrapped__ = Learner._orig___init__   # signature and docments stay fastai's

@@ -22,7 +22,8 @@ from fastai.torch_core import to_device
 from fastcore.xml import H1, H2, Body, Div, Figcaption, Figure, Head, Html, Img, Meta, NotStr, P, Pre, Style, Table, Td, Th, Title, Tr, to_xml
 from torch import Tensor
 
-from .augmentations import batch_images, fused_views
+from .augmentations import fused_views
+from .fused import batch_images
 from .diagnostics import (
     Diagnostics, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map, plot_neighbours, plot_spectrum, plot_std, plot_terms)
 from .doctor import diagnose

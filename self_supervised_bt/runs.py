@@ -26,7 +26,7 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor, nn
 
-from .augmentations import image_batch
+from .fused import image_batch
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
 from .core import check_choice, undisturbed

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import ResNet
 
-from .augmentations import CentreResize, CropTfm, NormalizeViews, clean_pipeline
+from .augmentations import CropTfm, clean_pipeline
 from .core import undisturbed, whole_file
 from .evaluation import encoder_of
+from .fused import CentreResize, NormalizeViews
 from .layers import create_encoder
 
 # %% ../nbs/40_weights.ipynb #9ca36ed4

@@ -21,6 +21,7 @@ if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCal
 
 @pytest.fixture(autouse=True)
 def seeded():
+    "Every test starts from one random state"
     set_seed(0)
 
 
@@ -33,19 +34,23 @@ def image_items(n=48, labels=True, size=8, channels=1):
 
 @pytest.fixture
 def make_dls():
-    def make(n=48, labels=True, bs=16, n_valid=20, **kwargs):
-        items = image_items(n, labels, **{k: kwargs.pop(k) for k in ("size", "channels") if k in kwargs})
+    "Digits as `DataLoaders`; the first `n_valid` are validated as well"
+    def make(n=48, labels=True, bs=16, n_valid=20, size=8, channels=1, **kwargs):
+        items = image_items(n, labels, size, channels)
         return DataLoaders.from_dsets(items, items[:n_valid], bs=bs, device="cpu", num_workers=0, **kwargs)
     return make
 
 
 def small_model(channels=1, width=16):
-    encoder = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    "A convolution as encoder, and a projector of embeddings of `width`"
+    convolution = [nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    encoder = nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return create_barlow_twins_model(encoder, 32, width)
 
 
 @pytest.fixture
 def make_learner(make_dls):
+    "A silent Learner with `BarlowTwins`"
     def make(dls=None, model=None, stats=None, size=8, lmb=5e-3, cbs=(), views=2, backend="fused", **kwargs):
         augs = get_multi_aug_pipelines(views, size, stats=stats, backend=backend)
         learn = Learner(dls or make_dls(), model or small_model(), cbs=[BarlowTwins(augs, lmb=lmb), *cbs], **kwargs)
@@ -68,7 +73,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def quick_end(monkeypatch):
-    "Without it PyTorch waits 5 seconds for every worker process of a loader that ended in an error"
+    "Worker processes of a loader that ended in an error are noticed at once: PyTorch waits 5 seconds for each"
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", .1)
     yield
     gc.collect()

@@ -1,9 +1,9 @@
-"""Kill -9 small runs at many moments, take each up again, and compare the final weights with those of a run that was left alone.
+"""Kill small runs at many moments with SIGKILL, resume each, and compare the weights with those of an unbroken run.
 
-    python tests/killed_run.py --times 20 --seed 0     # prints a line for each, and exits with 1 if any differs
+    python tests/killed_run.py --times 20 --seed 0     # one line per run; exits with 1 if any differs
 
-One process imports everything and forks a child for each run, as a training process takes seconds to start. A part of the
-kills strikes inside the writing of a checkpoint, at each of its steps; the others after a random time.
+One process imports everything and forks a child per run, as a training process takes seconds to start. Half of the
+kills happen inside the writing of a checkpoint, at each of its steps in turn; the others after a random time.
 """
 import argparse
 import os
@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -26,76 +27,82 @@ from torch import nn
 from self_supervised_bt import checkpoints, core
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.recipes import Recipe, bt_learner
-from self_supervised_bt.checkpoints import Checkpoints
 
 if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
 EPOCHS, EVERY = 4, 3
-IN_WRITE = ("before the file", "half of the file", "before fsync", "before the rename", "after the rename", "while old ones are removed")
+RECIPE = Recipe(opt="adamw", lr=1e-2, wd=1e-2, epochs=EPOCHS, schedule="cosine", warmup=1, hidden_size=32,
+                projection_size=32, views=dict(recipe="digits"))
+WRITE_STEPS = ("before the file", "half of the file", "before fsync", "before the rename", "after the rename",
+               "while old ones are removed")
 
 
 def learner(seed, folder=None, resume=False):
-    "Random views, dropout, momentum, moments and a validation set: much that could go astray"
+    "Random views, dropout, momentum, moments and a validation set: much state that must be restored"
     set_seed(seed)
     x, _ = digits_images()
-    encoder = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(.1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    convolution = [nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(.1)]
+    encoder = nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     dls = tensor_dls(x[:700], bs=64, valid_pct=.1, device="cpu")
-    recipe = Recipe(opt="adamw", lr=1e-2, wd=1e-2, epochs=EPOCHS, schedule="cosine", warmup=1, hidden_size=32, projection_size=32, views=dict(recipe="digits"))
-    learn = bt_learner(dls, encoder, 16, recipe=recipe, terms=True, cbs=[Checkpoints(folder, every=EVERY, monitor="valid_loss", resume=resume)] if folder else [])
+    cbs = [checkpoints.Checkpoints(folder, every=EVERY, monitor="valid_loss", resume=resume)] if folder else []
+    learn = bt_learner(dls, encoder, 16, recipe=RECIPE, terms=True, cbs=cbs)
     learn.logger = lambda *_: None
     return learn
 
 
-def train(seed, folder, out=None, goes_on=False, die=None):
-    "In a child: a run, from the beginning or taken up, that may have to die inside its fourth checkpoint"
+def train(seed, folder=None, out=None, resume=False, kill_at=None):
+    "In a child: a run, new or resumed, that may be killed inside its fourth checkpoint"
     torch.set_num_threads(1)
-    if die: be_killed_at(die)
-    learn = learner(seed, folder, goes_on)
+    if kill_at: be_killed(kill_at)
+    learn = learner(seed, folder, resume)
     learn.fit_recipe()
-    if out:
-        losses = torch.stack([l.detach() for l in learn.recorder.losses])
-        torch.save([learn.model.state_dict(), losses, torch.tensor([list(v) for v in learn.recorder.values])], out)
+    if not out: return
+    losses = torch.stack([loss.detach() for loss in learn.recorder.losses])
+    values = torch.tensor([list(row) for row in learn.recorder.values])
+    torch.save(dict(learn.model.state_dict(), losses=losses, values=values), out)
 
 
-def be_killed_at(moment):
-    calls = {"n": 0}
-    def kill(): os.kill(os.getpid(), signal.SIGKILL)
-    def fourth():
-        calls["n"] += 1
-        return calls["n"] == 4
-    if moment in ("before the file", "half of the file"):
-        save = torch.save
-        def broken_save(state, path):
-            if not fourth(): return save(state, path)
-            if moment == "half of the file":
-                save(state, path)
-                os.truncate(path, os.path.getsize(path)//2)
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_killed(moment):
+    "Make the writing of the fourth checkpoint kill this process at one of `WRITE_STEPS`"
+    writes = 0
+    save, flush, replace, unlink = torch.save, core._flush, os.replace, Path.unlink
+
+    def new_save(state, path):
+        nonlocal writes
+        writes += 1
+        if writes == 4 and moment == "before the file": kill()
+        save(state, path)
+        if writes == 4 and moment == "half of the file":
+            os.truncate(path, os.path.getsize(path)//2)
             kill()
-        torch.save = broken_save
-    elif moment == "while old ones are removed":
-        Path.unlink = lambda self, *a, **k: kill() if self.name.startswith("step-") else os.unlink(self)
-    else:
-        name = {"before fsync": "_flush", "before the rename": "replace", "after the rename": "replace"}[moment]
-        where = core if name == "_flush" else os
-        whole = getattr(where, name)
-        def broken(*args):
-            hit = (name == "replace" or str(args[0]).endswith(".part")) and fourth()
-            if hit and moment != "after the rename": kill()
-            whole(*args)
-            if hit: kill()
-        setattr(where, name, broken)
+
+    def new_flush(path):
+        if writes == 4 and moment == "before fsync": kill()
+        flush(path)
+
+    def new_replace(part, path):
+        if writes == 4 and moment == "before the rename": kill()
+        replace(part, path)
+        if writes == 4 and moment == "after the rename": kill()
+
+    def new_unlink(path, *args, **kwargs):
+        if path.name.startswith("step-") and not path.name.endswith(".part") and moment == WRITE_STEPS[-1]: kill()
+        unlink(path, *args, **kwargs)
+
+    torch.save, core._flush, os.replace, Path.unlink = new_save, new_flush, new_replace, new_unlink
 
 
 def child(*args, after=None, **kwargs):
-    "Fork a run; kill it after a time if asked to; its exit status, below 0 the signal"
+    "Fork a run, kill it after a time if asked to; its exit status, below 0 the signal"
     pid = os.fork()
     if not pid:
         code = 1
         try:
             train(*args, **kwargs)
             code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
+        except BaseException: traceback.print_exc()
         finally: os._exit(code)
     if after is not None:
         time.sleep(after)
@@ -104,30 +111,37 @@ def child(*args, after=None, **kwargs):
     return os.waitstatus_to_exitcode(status)
 
 
+def killed_and_resumed(i, folder, whole, seconds, rng):
+    "Is the run, killed once and resumed, equal to the whole one? Prints a line"
+    moment = WRITE_STEPS[i//2 % len(WRITE_STEPS)] if i % 2 == 0 else None
+    code = child(0, folder, kill_at=moment, after=None if moment else rng.uniform(.05, 1.2)*seconds)
+    parts = list(folder.glob("*.part"))
+    files = sorted(folder.glob("step-*.pt"))
+    for f in files: checkpoints.read_checkpoint(f)   # a file that has its name is complete
+    seed = 100 + i if files else 0                   # nothing of another seed may be left after resuming
+    out = folder.with_suffix(".pt")
+    assert child(seed, folder, out, resume=True) == 0
+    again = torch.load(out)
+    same = whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    last = files[-1].name if files else "before its first checkpoint"
+    print(f"{i + 1:3} {'same bits' if same else 'DIFFERENT':10} killed {moment or 'at random':28} exit {code:3}, "
+          f"{last}{', a half-written file' if parts else ''}", flush=True)
+    return same
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--times", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    rng, same = random.Random(a.seed), 0
+    rng = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         start = time.perf_counter()
-        assert child(0, None, tmp/"whole.pt") == 0
+        assert child(0, out=tmp/"whole.pt") == 0
         seconds = time.perf_counter() - start
         whole = torch.load(tmp/"whole.pt")
-        for i in range(a.times):
-            moment = IN_WRITE[i//2 % len(IN_WRITE)] if i % 2 == 0 else None
-            folder = tmp/str(i)
-            code = child(0, folder, die=moment) if moment else child(0, folder, after=rng.uniform(.05, 1.2)*seconds)
-            parts, files = len(list(folder.glob("*.part"))), sorted(f.name for f in folder.glob("step-*.pt"))
-            for f in folder.glob("step-*.pt"): checkpoints.read_checkpoint(f)   # what has its name is whole
-            assert child(100 + i if files else 0, folder, tmp/"again.pt", goes_on=True) == 0   # another seed: nothing of it may be left
-            again = torch.load(tmp/"again.pt")
-            ok = all(torch.equal(whole[0][k], again[0][k]) for k in whole[0]) and torch.equal(whole[1], again[1]) and torch.equal(whole[2], again[2])
-            same += ok
-            print(f"{i + 1:3} {'same bits' if ok else 'DIFFERENT':10} killed {moment or 'at random':28} exit {code:3}, "
-                  f"{files[-1] if files else 'before it began'}{', a half-written file' if parts else ''}", flush=True)
+        same = sum(killed_and_resumed(i, tmp/str(i), whole, seconds, rng) for i in range(a.times))
     print(f"{same} of {a.times} runs ended with the same bits: weights, losses and the Recorder's table")
     sys.exit(same != a.times)
 

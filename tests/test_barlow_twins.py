@@ -1,10 +1,11 @@
 "Losses, predictor and more than two views"
 import pytest
 import torch
+from callbacks import RecordBatches
 from conftest import small_model
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from test_multiview import AUGS, Spy
+from test_multiview import AUGS
 
 from self_supervised_bt.augmentations import (
     get_barlow_twins_aug_pipelines,
@@ -50,7 +51,7 @@ def test_a_predictor_works_on_view_1_alone(make_dls):
     model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)
     seen = []
     model.predictor.register_forward_hook(lambda m, x, z: seen.append((x[0].detach().clone(), z.detach().clone())))
-    spy = Spy()
+    spy = RecordBatches()
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=variant_loss("stop-gradient"))
     learn = Learner(make_dls(), model, cbs=[bt, spy])
     before = model.predictor[0].weight.clone()
@@ -68,7 +69,7 @@ def test_a_predictor_works_on_view_1_alone(make_dls):
 # More than two views
 
 def test_three_views_are_three_pairs(make_learner):
-    losses, spy = [], Spy()
+    losses, spy = [], RecordBatches()
     keep_loss = Callback(after_loss=lambda self: losses.append(float(self.loss.detach())))
     learn = make_learner(cbs=[spy, keep_loss], lmb=.02, views=3)
     learn.barlow_twins.terms = True
@@ -106,3 +107,12 @@ def test_the_papers_model_has_the_papers_size():
         encoder = create_encoder("timm/resnet50", pretrained=False, pool_type=PoolingType.Avg)
         model = create_barlow_twins_model(encoder, hidden_size=8192, projection_size=8192, bias=False)
     assert sum(p.numel() for p in model.parameters()) == 174_535_744
+
+
+@pytest.mark.parametrize("callback", [BarlowTwins, MixedBarlowTwins])
+def test_pipelines_are_printed_only_on_demand(callback, capsys):
+    augs = get_barlow_twins_aug_pipelines(8, "digits")
+    callback(augs)
+    assert capsys.readouterr().out == ""
+    callback(augs, print_augs=True)
+    assert capsys.readouterr().out == f"{augs[0]}\n{augs[1]}\n"

@@ -184,3 +184,24 @@ def test_bad_input(mixed_learner):
     with pytest.raises(ValueError, match="predictor"):
         mixed_learner(model=create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)).fit(1)
     check_mixing_weight(0, 3), check_mixing_weight(1., 3), check_mixing_weight(torch.tensor(.5), 3)
+
+
+def test_default_weights():
+    "λ = 0.005 and λ_reg = 4, of the loss and of the callback"
+    (z1, z2, zm), perm = three(12, 5), torch.randperm(12)
+    expected = pytest.approx(float(formula(z1, z2, zm, perm, .3, lmb=5e-3, lmb_reg=4.)), rel=1e-5)
+    assert float(MixedBarlowTwinsLoss()(z1, z2, zm, perm, .3)) == expected
+    cb = MixedBarlowTwins(get_barlow_twins_aug_pipelines(8, "digits"))
+    cb.zm, cb.perm, cb.a = zm, perm, .3
+    assert float(cb.loss(torch.cat([z1, z2]))) == expected
+
+
+def test_scale_multiplies_the_whole_loss():
+    zs, perm = three(12, 5), torch.randperm(12)
+    for scale in (.5, 2., 3.):
+        scaled = float(MixedBarlowTwinsLoss(scale=scale)(*zs, perm, .3))
+        assert scaled == pytest.approx(scale*float(MixedBarlowTwinsLoss()(*zs, perm, .3)), rel=1e-6)
+
+
+def test_the_weight_outside_is_named_beside_a_zero():
+    with pytest.raises(ValueError, match="got 2.0"): check_mixing_weight(torch.tensor([0., 2.]), 2)

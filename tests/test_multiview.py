@@ -6,10 +6,10 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
+from callbacks import RaiseAt, RecordBatches
 from conftest import image_items, small_model
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
@@ -21,14 +21,11 @@ from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline
 from torch import nn
 
-from self_supervised_bt.augmentations import (
-    BACKENDS,
-    NormalizeViews,
-    get_barlow_twins_aug_pipelines,
-)
+from self_supervised_bt.augmentations import BACKENDS, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
+from self_supervised_bt.fused import NormalizeViews
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss
 from self_supervised_bt.multiview import no_loss
 from self_supervised_bt.recipes import bt_learner
@@ -36,21 +33,11 @@ from self_supervised_bt.recipes import bt_learner
 AUGS = dict(size=8, stats=None)
 
 
-class Spy(Callback):
-    "Keeps the inputs, targets and predictions of every batch"
-    order = MixedPrecision.order + 50
-    def __init__(self): self.inputs, self.targets, self.preds = [], [], []
-    def after_pred(self): self.inputs.append(self.xb[0].detach().clone())
-    def after_loss(self):
-        self.targets.append(self.yb)
-        self.preds.append(self.pred.detach().clone())
-
-
 # 1. Order as a relation
 
 def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner):
     assert BarlowTwins.order == CastToTensor.order - 1
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(stats=imagenet_stats, cbs=[spy])
     seen = []
     def note_type(x):
@@ -68,7 +55,7 @@ def test_a_plain_tensor_is_normalised_too(make_learner, backend):
     "Plain tensors go through typed transforms as well"
     images = torch.utils.data.TensorDataset(torch.rand(32, 1, 8, 8))
     dls = DataLoaders(*(torch.utils.data.DataLoader(images, batch_size=16) for _ in range(2)))
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(dls=dls, stats=imagenet_stats, cbs=[spy], backend=backend)
     learn.fit(1)
     assert spy.inputs[0].min() < -.5
@@ -78,7 +65,7 @@ def test_a_plain_tensor_is_normalised_too(make_learner, backend):
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_weights_move_and_images_are_counted(make_learner, make_dls, labels):
-    spy = Spy()
+    spy = RecordBatches()
     learn = make_learner(make_dls(labels=labels, n_valid=20), cbs=[spy])
     before = copy.deepcopy(learn.model.state_dict())
     learn.fit(1)
@@ -189,14 +176,6 @@ def test_a_nan_is_noticed_though_the_loss_does_not_look(make_dls):
 
 # 3. Restore what you swap
 
-class Raises(Callback):
-    "Raises an error at an event"
-    def __init__(self, event, error):
-        self.error = error
-        setattr(self, event, self.fail)
-    def fail(self): raise self.error
-
-
 EVENTS = ["before_batch", "after_pred", "after_loss", "before_epoch", "after_epoch", "before_validate"]
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -204,7 +183,7 @@ EVENTS = ["before_batch", "after_pred", "after_loss", "before_epoch", "after_epo
 def test_the_loss_is_restored_after_a_failure(make_learner, event, error):
     own = nn.CrossEntropyLoss()
     learn = make_learner(loss_func=own)
-    with suppress(KeyboardInterrupt, RuntimeError): learn.fit(1, cbs=Raises(event, error))
+    with suppress(KeyboardInterrupt, RuntimeError): learn.fit(1, cbs=RaiseAt(event, error))
     assert learn.loss_func is own
     assert learn.barlow_twins.views is None
     learn.fit(1)
@@ -216,7 +195,7 @@ def test_the_loss_is_restored_from_a_callback_added_for_one_fit(make_dls):
     learn = Learner(make_dls(), small_model(), loss_func=own)
     learn.logger = print
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS))
-    with suppress(KeyboardInterrupt): learn.fit(1, cbs=[bt, Raises("after_pred", KeyboardInterrupt())])
+    with suppress(KeyboardInterrupt): learn.fit(1, cbs=[bt, RaiseAt("after_pred", KeyboardInterrupt())])
     assert learn.loss_func is own
 
 
@@ -455,7 +434,7 @@ def test_show_the_image_and_the_sampled_parameters(make_learner, make_dls):
     assert torch.allclose(torch.as_tensor(axes[4].get_images()[0].get_array()), b[0][1].permute(1, 2, 0), atol=1e-6)
     for row in (0, 1):
         shown = [ax.texts[0].get_text() for ax in axes[4*row+1:4*row+4]]
-        assert shown == [aug.fs[0].tell(row) for aug in learn.barlow_twins.augs]
+        assert shown == [aug.fs[0].describe(row) for aug in learn.barlow_twins.augs]
         assert len(set(shown)) == 3
         assert not axes[4*row].texts
     with pytest.raises(ValueError, match="only backend='fused'"):

@@ -1,6 +1,4 @@
 "One version, one source, a wheel that holds what it should"
-import ast
-import importlib.util
 import json
 import re
 import shutil
@@ -29,8 +27,10 @@ def run(*args, cwd=root):
 @pytest.fixture
 def copy(tmp_path):
     "The sources, to build or export elsewhere"
-    for name in ("nbs", "self_supervised_bt", "tools"): shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(root/name, tmp_path/name)
+    for name in ("nbs", "self_supervised_bt", "tools"):
+        shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root/name, tmp_path/name)
     return tmp_path
 
 
@@ -43,8 +43,11 @@ def test_the_wheel(copy):
         entries = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     version = re.search(r"^Version: (.*)$", meta, re.M)[1]
     assert version == cfg["version"] == self_supervised_bt.__version__
-    assert {f"self_supervised_bt/{f.name}" for f in (root/"self_supervised_bt").glob("*.py")} == {n for n in names if n.endswith(".py")}
+    sources = {f"self_supervised_bt/{f.name}" for f in (root/"self_supervised_bt").glob("*.py")}
+    assert sources == {n for n in names if n.endswith(".py")}
     for need in cfg["requirements"].split(): assert f"Requires-Dist: {re.split('[<>=]', need)[0]}" in meta
+    extras = {key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")}
+    assert set(re.findall(r"^Provides-Extra: (.*)$", meta, re.M)) == extras >= {"dev", "bench", "mutants"}
     assert "Requires-Python: >=3.11" in meta and "bt_demo" in entries and "License" in meta
     assert any("LICENSE" in n for n in names)
 
@@ -55,14 +58,16 @@ def test_the_library_is_what_the_notebooks_export(copy):
     run(str(Path(sys.executable).parent/"nbdev-export"), cwd=copy)
     after = {f.name: f.read_text() for f in sorted((copy/"self_supervised_bt").glob("*.py"))}
     assert before.keys() == after.keys()
-    for name in before: assert before[name] == after[name], f"{name} is not what its notebook exports: run make export"
+    for name in before:
+        assert before[name] == after[name], f"{name} is not what its notebook exports: run make export"
 
 
 def test_notebooks_are_clean(copy):
     pytest.importorskip("nbdev")
     before = {f.name: f.read_text() for f in (copy/"nbs").glob("*.ipynb")}
     run(str(Path(sys.executable).parent/"nbdev-clean"), cwd=copy)
-    for f in (copy/"nbs").glob("*.ipynb"): assert before[f.name] == f.read_text(), f"{f.name} is not clean: run make export"
+    for f in (copy/"nbs").glob("*.ipynb"):
+        assert before[f.name] == f.read_text(), f"{f.name} is not clean: run make export"
 
 
 def test_the_readme_is_what_the_index_says():
@@ -79,21 +84,10 @@ def test_notebooks_hold_no_errors_no_nan_and_no_paths_of_a_machine():
                 assert not re.search(r"\bnan\b|/home/|/root/|/tmp/|site-packages", text), f"{f.name}: {text[:200]}"
 
 
-def test_modules_import_lower_rooms_by_name_alone():
-    order = ["augmentations", "layers", "losses", "barlow_twins", "mixed", "training", "recipes", "evaluation", "classifiers", "diagnostics", "doctor", "reports", "data", "folders", "resume", "guard", "distributed", "checkpoints", "runs", "cli"]
-    for i, name in enumerate(order):
-        for node in ast.walk(ast.parse((root/f"self_supervised_bt/{name}.py").read_text())):
-            if not isinstance(node, ast.ImportFrom): continue
-            assert all(a.name != "*" for a in node.names), f"{name} has a star import"
-            if node.level: assert node.module in order[:i], f"{name} imports {node.module}, which comes later"
-    imported = {n.names[0].name.split(".")[0] if isinstance(n, ast.Import) else n.module.split(".")[0]
-                for n in ast.walk(ast.parse((root/"self_supervised_bt/losses.py").read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    assert imported - set(sys.stdlib_module_names) == {"torch"}
-
-
 def test_everything_public_is_documented():
     "Every exported function says what it does, and every parameter and result of it what it is"
     from fastcore.docments import docments
+
     from self_supervised_bt import all as everything
     assert len(set(everything.__all__)) == len(everything.__all__), "two modules give one name to different things"
     for name in everything.__all__:
@@ -102,12 +96,3 @@ def test_everything_public_is_documented():
         if type(o).__name__ != "function" or name.startswith("plot"): continue
         silent = [k for k, v in docments(o).items() if v is None and k not in ("return", "kwargs", "pred", "yb")]
         assert not silent, f"{name} says nothing about {silent}"
-
-
-def test_every_deliberate_break_still_finds_its_line():
-    "A break whose line was rewritten breaks nothing, and nobody would notice"
-    spec = importlib.util.spec_from_file_location("seen_red", root/"tools/seen_red.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert [name for name, where, line, *_ in tool.BREAKS if line not in (root/where).read_text()] == []
-    assert f"on purpose, {len(tool.BREAKS)} times" in (root/"README.md").read_text()
