@@ -13,6 +13,7 @@ import fastai
 import numpy as np
 import pytest
 import torch
+from conftest import image_items, small_model
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
@@ -24,7 +25,6 @@ from fastcore.foundation import L
 from fasttransform import Transform
 from safetensors.torch import save_file
 
-from conftest import image_items, small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.checkpoints import FORMAT, Checkpoints, checkpoints_in, plain, read_checkpoint, write_checkpoint

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from conftest import image_items, small_model
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from test_multiview import collate
 from torch import nn
 
-from conftest import image_items, small_model
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_dls, tensor_dls
@@ -20,7 +21,6 @@ from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
 from self_supervised_bt.training import LARS, WarmupCosine, split_norm_bias, warmup_cosine
-from test_multiview import collate
 
 # LARS
 

@@ -1,10 +1,10 @@
 "bfloat16 in the model's forward pass, and nowhere else"
 import pytest
 import torch
+from conftest import small_model
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
-from conftest import small_model
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.training import Autocast
 
