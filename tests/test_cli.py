@@ -62,7 +62,7 @@ def test_bad_folders_end_with_one_line(folder, name, words):
 def test_diagnose_says_what_is_wrong_and_ends_with_1(folder, capsys):
     bt_diagnose(data=str(folder), bs=8, width=16)
     out = capsys.readouterr().out
-    assert "40 images" in out and "Nothing wrong was seen" in out
+    assert "40 images" in out and "No problem found" in out
     with pytest.raises(SystemExit) as e: bt_diagnose(bs=16, width=2048)
     assert e.value.code == 1 and "! batch too small" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="bt_diagnose: .*not a folder"): bt_diagnose(data="nowhere")
