@@ -203,16 +203,15 @@ def run_learner(dls:DataLoaders,  # from `run_dls`
     if not rank_distrib(): cbs.append(ProgressLogger())
     return bt_learner(dls, recipe=recipe, cbs=cbs)
 
-def fit_run(learn:Learner, # from `run_learner`
-            **kwargs       # for `fit_recipe`
-           )->float:       # seconds
+def fit_run(learn:Learner # from `run_learner`
+           )->float:      # seconds
     "Fit by the recipe, on all ranks if a launcher started some"
     with ExitStack() as stack:
         stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         if num_distrib() > 1: stack.enter_context(learn.distrib_ctx())
         start = time.perf_counter()
-        learn.fit_recipe(**kwargs)
+        learn.fit_recipe()
         return time.perf_counter() - start
 
 # %% ../nbs/50_runs.ipynb #4be33061
@@ -239,7 +238,7 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     monitor = "valid_loss" if s["valid_pct"] else None
     checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor)
     learn = run_learner(dls, s["recipe"], s["half"], checkpoints)
-    seconds = fit_run(learn, resume=resume)
+    seconds = fit_run(learn)
     return {} if rank_distrib() else save_results(learn, out, s["data"], s["seed"], seconds)
 
 # %% ../nbs/50_runs.ipynb #d434dccf
