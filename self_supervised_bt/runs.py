@@ -26,7 +26,6 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor, nn
 
-from .fused import image_batch
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
 from .core import check_choice, undisturbed
@@ -62,6 +61,7 @@ from self_supervised_bt.evaluation import (
     unlabelled_table,
 )
 from .folders import bad_images, check_images, labelled_dls, unlabelled_dls
+from .fused import image_batch
 from .guard import NonFiniteGuard
 from .losses import cross_correlation
 from .recipes import Recipe, bt_learner, get_recipe
