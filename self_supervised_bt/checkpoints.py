@@ -413,6 +413,7 @@ def save(self:Checkpoints,
     improved = done == 0 and self.improved()
     self.write({**state, "best": self.best}, improved)
 
+# %% ../nbs/22_checkpoints.ipynb #89dda588
 @patch
 def write(self:Checkpoints,
           state:dict,    # from `run_state`

@@ -91,8 +91,8 @@ class MultiView(Callback):
     makes_views = True           # how `multiview_of` finds it
     views = images = None        # of the current batch
     own_loss = None              # the Learner's, while it is swapped
-    exchange,joined = None,False # for several ranks: how they exchange, and whether a callback made the loss global
-    columns = ()
+    exchange,joined = None,False # for several ranks: how they exchange, and whether the loss is global
+    columns = ()                 # of the terms
     _stateattrs = ("views", "images")
     def __init__(self,
                  aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one per view: two, or more
@@ -104,12 +104,6 @@ class MultiView(Callback):
         self.clean = clean_pipeline(self.augs[0])
         self.objective,self.terms = objective,terms
         if print_augs: print(*self.augs, sep="\n")
-
-    @property
-    def lmb(self): # weight λ of the redundancy term, `None` if the loss has none; may be set while training
-        return getattr(self.objective, "lmb", None)
-    @lmb.setter
-    def lmb(self, value): self.objective.lmb = check_lmb(value)
 
     def before_fit(self):
         self.swap_loss()
@@ -158,6 +152,15 @@ def named_views(self:MultiView, z:Tensor)->dict: # "z1", "z2", ... to (B,D)
 def pair_objective(self:MultiView):
     "The loss of two views, for `diagnose`: (z1,z2) to a scalar"
     return self.objective
+
+@patch(as_prop=True)
+def lmb(self:MultiView):
+    "Weight λ of the redundancy term, `None` if the loss has none; may be set while training"
+    return getattr(self.objective, "lmb", None)
+
+@patch(set_prop=True)
+def lmb(self:MultiView, value): # noqa: F811  the setter
+    self.objective.lmb = check_lmb(value)
 
 # %% ../nbs/14_multiview.ipynb #7be36938
 @patch
@@ -244,6 +247,7 @@ def train_on(self:MultiView, x:TensorImage):
     self.learn.xb = self.model_input()
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
+# %% ../nbs/14_multiview.ipynb #ed4db862
 @patch
 def refuse_one_image(self:MultiView):
     "Raise `ValueError` in training; skip the batch with a warning in validation"

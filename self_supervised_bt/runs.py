@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor, nn
 
+# %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
 from .core import check_choice, undisturbed
@@ -48,6 +49,8 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
+
+# %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
     effective_rank,
     encode,
