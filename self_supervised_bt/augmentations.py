@@ -82,7 +82,7 @@ class CropTfm(KorniaTfm):
 def in_kornia(step,     # a `Step` of `fused`
               same:bool # one set of parameters for the whole batch?
              )->list:   # transforms
-    "What does in kornia what `step` does"
+    "The kornia transforms that do what `step` does"
     raise TypeError(f"backend='kornia' has no {type(step).__name__}")
 
 @in_kornia.register
@@ -193,7 +193,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
                    bw_p:float=0.3,         # probability of turning grey
                    blur_p:float=0.3,       # probability of blur
                    stats:tuple|None=imagenet_stats, # channel means and standard deviations
-                   cuda:bool|None=None,    # ignored: views follow the device of their batch
+                   cuda:bool|None=None,    # ignored: views are made on the device of their batch
                    xtra_tfms:list=[],      # your own transforms, appended
                    interpolation:str="bilinear", # of the crop, or "bicubic"
                    shear_deg:float=0,      # largest shear, degrees, with the rotation
@@ -232,7 +232,7 @@ VIEW_RECIPES = {
 @delegates(get_batch_augs)
 def get_multi_aug_pipelines(n:int,          # number of views
                             size:int|tuple, # height and width of a view, pixels
-                            recipe:str="default", # one of `VIEW_RECIPES`; further arguments come on top of it
+                            recipe:str="default", # one of `VIEW_RECIPES`; further arguments override it
                             **kwargs
                            )->list:         # `n` pipelines with `split_idx=0`
     "`n` pipelines of one recipe, each with its own transforms"
@@ -245,14 +245,14 @@ def get_multi_aug_pipelines(n:int,          # number of views
 # %% ../nbs/11_augmentations.ipynb #2cc0acac
 @delegates(get_batch_augs)
 def get_barlow_twins_aug_pipelines(size:int|tuple, # height and width of a view, pixels
-                                   recipe:str="default", # one of `VIEW_RECIPES`; further arguments come on top of it
+                                   recipe:str="default", # one of `VIEW_RECIPES`; further arguments override it
                                    **kwargs
                                   )->list:         # two pipelines with `split_idx=0`
     "The two pipelines of Barlow Twins, for the callback"
     return get_multi_aug_pipelines(2, size, recipe, **kwargs)
 
 # %% ../nbs/11_augmentations.ipynb #17e377c3
-def check_pipelines(aug_pipelines # what should be two or more `Pipeline`s with `split_idx=0`
+def check_pipelines(aug_pipelines # two or more `Pipeline`s with `split_idx=0`
                    )->list:       # the same
     "The pipelines as a list; raises `ValueError` unless they are two or more training pipelines"
     several = isinstance(aug_pipelines, (list, tuple, L))
@@ -272,7 +272,7 @@ def fused_views(pipeline:Pipeline # one view
 
 # %% ../nbs/11_augmentations.ipynb #fd8faa73
 def clean_pipeline(pipeline:Pipeline # makes a view, `split_idx=0`
-                  )->Pipeline:       # its size and normalisation alone
+                  )->Pipeline:       # its size and normalisation only
     "The same transforms without their random parts: what an encoder must see wherever it is used"
     tfms = []
     for tfm in pipeline.fs: tfms += tfm.clean() if hasattr(tfm, "clean") else [tfm]
@@ -282,14 +282,14 @@ def clean_pipeline(pipeline:Pipeline # makes a view, `split_idx=0`
 def displayable(pipeline:Pipeline, # the pipeline that made the view
                 v:Tensor           # (B,C,H,W) view
                )->TensorImage:     # (B,C,H,W) on the CPU, in [0,1]
-    "A view as images to look at: denormalised, on the CPU, clamped to [0,1]"
+    "A view as images to show: denormalised, on the CPU, clamped to [0,1]"
     return pipeline.decode(image_batch(to_cpu(v.detach()).float())).clamp(0, 1)
 
 def show_pixels(im:Tensor,     # (C,H,W) in [0,1]; of more than three channels the first three, of two the first
                 ax,            # axes to plot into
-                title:str=None # above it
+                title:str=None # title of the axes
                )->None:
-    "One image as it is, not stretched to its own range"
+    "Show one image without rescaling its values"
     show_image(im[:3] if len(im) > 2 else im[:1], ax=ax, cmap="gray", vmin=0, vmax=1, title=title)
 
 # %% ../nbs/11_augmentations.ipynb #9a834efc
@@ -312,7 +312,7 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
                   width:float=1.2, # inches per view
                   **kwargs       # further arguments of `get_batch_augs`
                  )->list:        # axes, row by row: original, views
-    "What one argument does, at several strengths"
+    "Show the effect of one argument at several values"
     check_choice("name", name, _SWITCH)
     x = image_batch(x[None])
     size = _size_pair(size or tuple(x.shape[-2:]))

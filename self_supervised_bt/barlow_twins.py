@@ -19,7 +19,7 @@ class BarlowTwinsModel(nn.Module):
     def __init__(self,
                  encoder:nn.Module,        # images (B,C,H,W) to representations `h` (B,F)
                  projector:nn.Module,      # `h` (B,F) to embeddings `z` (B,D)
-                 predictor:nn.Module=None  # `z` (B,D) to (B,D), for view 1 alone; none in Barlow Twins itself
+                 predictor:nn.Module=None  # `z` (B,D) to (B,D), for view 1 only; none in Barlow Twins itself
                 ):
         super().__init__()
         self.encoder,self.projector,self.predictor = encoder,projector,predictor
@@ -58,20 +58,20 @@ class BarlowTwins(MultiView):
         if len(self.augs) > 2: self.objective = AllPairs(self.objective)
 
     def model_input(self):
-        "All views in one batch; a model with a predictor is told that they are pairs"
+        "All views in one batch; with a predictor also `paired=True`"
         views = torch.cat(self.views)
         if getattr(check_model(self.model), "predictor", None) is None: return (views,)
         if len(self.augs) > 2:
-            raise ValueError(f"a predictor works on one of two views, and there are {len(self.augs)}: "
-                             "give two pipelines")
+            raise ValueError(f"a predictor needs two views, got {len(self.augs)}: "
+                             "pass two pipelines")
         return views,True
 
     def state_dict(self)->dict: # plain data and tensors
-        "What a resumed run needs: the past embeddings of a queue"
+        "State for a resumed run: the past embeddings of a queue"
         past = getattr(getattr(self.objective, "queue", None), "past", None)
         return {"past": past and list(past)}
     def load_state_dict(self, state:dict):
-        "Past embeddings as they were"
+        "Restore the past embeddings"
         if state["past"]: self.objective.queue.past = state["past"]
 
 # %% ../nbs/15_barlow_twins.ipynb #c1a63b6e
@@ -85,9 +85,9 @@ def check_objective(loss,        # argument `loss`
         raise TypeError(f"loss must be a function of (z1,z2), got {loss!r}: "
                         "e.g. BarlowTwinsLoss() or variant_loss('hsic')")
     if lmb != 5e-3:
-        raise ValueError(f"lmb={lmb} would have no effect, the loss given has its own weights: "
-                         f"give one of the two, e.g. loss=BarlowTwinsLoss(lmb={lmb})")
+        raise ValueError(f"lmb={lmb} would have no effect, the given loss has its own weights: "
+                         f"pass one of the two, e.g. loss=BarlowTwinsLoss(lmb={lmb})")
     if terms and not hasattr(loss, "term_names"):
         raise ValueError("terms=True needs a loss with `terms` and `term_names`, as BarlowTwinsLoss has, "
-                         f"got {loss!r}: leave terms out, or give it both")
+                         f"got {loss!r}: leave terms out, or add both to the loss")
     return loss

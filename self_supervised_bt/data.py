@@ -36,7 +36,7 @@ class ImageTensors:
     deterministic_items = True   # an item uses no random number, so a resumed run may skip items
     def __init__(self,
                  x:Tensor,      # (N,C,H,W) images, uint8 or float in [0,1]
-                 y:Tensor=None, # (N,) class indices, or (N,classes) zeros and ones where an image may have several
+                 y:Tensor=None, # (N,) class indices, or (N,classes) zeros and ones if an image may have several
                  split_idx:int=0, # 0 for training images, which a loader may augment; 1 for validation
                  c:int=None     # number of classes; inferred from the labels if not given
                 ):
@@ -53,15 +53,15 @@ class ImageTensors:
         x = self.kind(self.x[i])
         return (x,) if self.y is None else (x, self.y[i])
     def new_empty(self):
-        "The same without images: what an exported Learner keeps"
+        "The same without images, for an exported Learner"
         y = None if self.y is None else self.y[:0]
         return type(self)(self.x[:0], y, self.split_idx, self.c)
 
 # %% ../nbs/01_data.ipynb #c088c8cd
-def check_images_and_labels(x, # what came as images
-                            y  # what came as labels, or `None`
+def check_images_and_labels(x, # the images to check
+                            y  # their labels, or `None`
                            )->None: # raises `ValueError`
-    "Require images (N,C,H,W) and one label per image, if there are labels"
+    "Raise unless `x` is a tensor (N,C,H,W) and, if there are labels, `y` has one per image"
     if not isinstance(x, Tensor) or x.ndim != 4:
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of images (N,C,H,W), got {came}")
@@ -82,7 +82,7 @@ def loss_for_labels(y:Tensor # (N,) class indices, (N,classes) zeros and ones, o
 
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
-    "A fastai `DataLoader` that takes a whole batch from its dataset at once"
+    "A fastai `DataLoader` that indexes its dataset once per batch"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
 
@@ -96,28 +96,28 @@ def split_indices(n:int,           # items
     cut = round(n*valid_pct)
     return idxs[cut:].sort()[0],idxs[:cut].sort()[0]
 
-def train_valid_dls(make_dl:callable, # of indices, `split_idx` and options of a data loader
-                    idxs:tuple,       # of `split_indices`
-                    device            # of the batches
+def train_valid_dls(make_dl:callable, # called with indices, `split_idx` and options of a data loader
+                    idxs:tuple,       # from `split_indices`
+                    device            # device of the batches
                    )->DataLoaders:
-    "Training (shuffled, whole batches) and validation (all images, in order)"
+    "Training (shuffled, full batches only) and validation (all images, in order)"
     train = make_dl(idxs[0], 0, shuffle=True, drop_last=True)
     return DataLoaders(train, make_dl(idxs[1], 1), device=device)
 
 def device_or_default(device # name, `torch.device`, or `None` for fastai's default device
                      )->torch.device:
-    "The device that was asked for"
+    "The given device, or fastai's default device"
     return default_device() if device is None else torch.device(device)
 
 # %% ../nbs/01_data.ipynb #3fc06e06
 def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1]
-               y:Tensor=None,         # (N,) class indices or (N,classes) zeros and ones; images alone if not given
+               y:Tensor=None,         # (N,) class indices or (N,classes) zeros and ones; no labels if not given
                bs:int=256,            # images per batch
                valid_pct:float=.1,    # share of the images kept for validation
                seed:int=0,            # of the split
-               batch_tfms:list=None,  # fastai transforms of the batch, e.g. `Flip()`: for classifiers alone
+               batch_tfms:list=None,  # fastai transforms of the batch, e.g. `Flip()`: for classifiers only
                device=None            # where the images are kept; fastai's default device if not given
-              )->DataLoaders:         # training (shuffled, whole batches) and validation
+              )->DataLoaders:         # training (shuffled, full batches only) and validation
     "`dls` over images held in one tensor on the device, without files or workers"
     data = ImageTensors(x, y)
     idxs = split_indices(len(x), valid_pct, seed)
@@ -162,12 +162,12 @@ def digits_dls(bs:int=256,        # images per batch
     return tensor_dls(x, y if labels else None, bs=bs, **kwargs)
 
 # %% ../nbs/01_data.ipynb #16993102
-NOT_EVERYWHERE = {".webp", ".avif", ".jp2"}   # fastai asks the system for endings, and some do not list these
+NOT_EVERYWHERE = {".webp", ".avif", ".jp2"}   # fastai's list comes from the system, which may lack these
 IMAGE_ENDINGS = tuple({e.lower() for e in image_extensions} | NOT_EVERYWHERE)
 
 def walk_images(path:str|Path # folder
                ):             # yields file names as text
-    "Image files below a folder, in no order; linked folders come last and only if they are new"
+    "Image files below a folder, in no particular order; linked folders come last, unless visited before"
     folders,links,seen = [str(path)],[],set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(links.index(min(links)))
@@ -188,7 +188,7 @@ def image_names(path:str|Path # folder to search
     files = sorted(walk_images(path), key=lambda f: f.replace(os.sep, "\0"))
     if files: return files
     n = sum(p.is_file() for p in Path(path).rglob("*"))
-    raise ValueError(f"no image files below {path}: it has {n} file(s), none with an image's ending")
+    raise ValueError(f"no image files below {path}: it has {n} file(s), none with the extension of an image")
 
 # %% ../nbs/01_data.ipynb #e31dd069
 def image_files(path:str|Path # folder to search, with its subfolders
@@ -215,9 +215,9 @@ class BadImage(ValueError):
 
 def bad_image(file:str|Path, # the file
               reason:str,    # one of `REASONS`
-              detail         # what was wrong in particular
+              detail         # further information, e.g. Pillow's error
              )->BadImage:
-    "The error that names a file and the reason"
+    "An error that names the file and the reason"
     e = BadImage(f"{file} cannot be read as an image ({reason}: {detail}): remove or repair it")
     e.reason = reason
     return e
@@ -225,7 +225,7 @@ def bad_image(file:str|Path, # the file
 def reason_for(e:Exception,  # raised by Pillow
                file:str|Path # while it read this file
               )->str:        # one of `REASONS`
-    "The reason behind an error of Pillow"
+    "The reason that fits an error of Pillow"
     if isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)): return "too many pixels"
     if isinstance(e, UnidentifiedImageError): return "not an image" if os.path.getsize(file) else "empty file"
     if isinstance(e, OSError) and e.errno: return "cannot be opened"
@@ -234,8 +234,8 @@ def reason_for(e:Exception,  # raised by Pillow
 # %% ../nbs/01_data.ipynb #c2871eca
 @contextmanager
 def open_image(file:str|Path # image file
-              ):             # gives Pillow's image, header read; raises `BadImage`
-    "Open an image; whatever goes wrong with it inside the context becomes a `BadImage`"
+              ):             # yields Pillow's image, its header read; raises `BadImage`
+    "Open an image; errors inside the context are raised as `BadImage`"
     try:
         with Image.open(file) as im:
             if im.mode == "F" or im.mode == "I" and im.format != "PNG":
@@ -247,7 +247,7 @@ def open_image(file:str|Path # image file
 def eight_bit(im:Image.Image, # any mode
               mode:str        # "RGB" or "L"
              )->Image.Image:  # in that mode
-    "8 bits per channel: 16 bits scaled, transparency laid on white"
+    "8 bits per channel: 16 bits scaled, transparency blended onto white"
     if im.mode.startswith("I"):
         pixels = np.asarray(im).astype(np.uint32)
         im = Image.fromarray(((pixels + 128)//257).astype(np.uint8))   # 65535/257 = 255, rounded
@@ -257,7 +257,7 @@ def eight_bit(im:Image.Image, # any mode
     return im if im.mode == mode else im.convert(mode)
 
 def centre_square(im:Image.Image # any size
-                 )->Image.Image: # as wide as high
+                 )->Image.Image: # square
     "The largest centred square"
     (w,h),m = im.size,min(im.size)
     if w == h: return im
@@ -266,7 +266,7 @@ def centre_square(im:Image.Image # any size
 
 # %% ../nbs/01_data.ipynb #3f3b9b8c
 def read_image(file:str|Path, # image file
-               size:int,      # height and width wanted, pixels
+               size:int,      # height and width of the result, pixels
                n_in:int=3     # channels: 3 for RGB, 1 for grey
               )->Tensor:      # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
     "The centred square of an image, upright, resized"
@@ -282,7 +282,7 @@ def read_image(file:str|Path, # image file
         return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/01_data.ipynb #0c7ec39a
-def in_chunks(f:callable,           # of a list of items
+def in_chunks(f:callable,           # called with a list of items
               items:list,           # e.g. files
               num_workers:int=None, # worker processes; as many as cores if there are many items, 0 for none
               progress:bool=False   # show a progress bar?
@@ -296,10 +296,10 @@ def in_chunks(f:callable,           # of a list of items
                                      generator=torch.Generator())   # so that the global generator is not used
     return progress_bar(dl, total=len(chunks)) if progress else dl
 
-def check_size(size, # what came as height and width
-               n_in  # what came as number of channels
+def check_size(size, # height and width to check
+               n_in  # number of channels to check
               )->None: # raises `ValueError`
-    "Require a size in pixels, and one or three channels"
+    "Raise unless `size` is a positive int and `n_in` is 1 or 3"
     if n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
     check_positive_int("size", size)
 
@@ -309,7 +309,7 @@ def read_images(files, size, n_in): # (len(files),n_in,size,size) uint8
 
 # %% ../nbs/01_data.ipynb #2820f0ec
 def load_images(files:list,       # image files
-                size:int,         # height and width wanted, pixels
+                size:int,         # height and width of the result, pixels
                 n_in:int=3,       # channels: 3 for RGB, 1 for grey
                 progress:bool=True, # show a progress bar?
                 num_workers:int=None # worker processes; as many as cores if there are many files, 0 for none
@@ -343,7 +343,7 @@ def tiny_imagenet(root, part):
     home = root/"tiny-imagenet-200"
     if not (home/"wnids.txt").exists(): download_and_extract_archive(download_root=root, **TINY_IMAGENET)
     index = {c: i for i,c in enumerate(sorted((home/"wnids.txt").read_text().split()))}
-    if part == "test":   # the labels of its test images were never published: the validation images stand in
+    if part == "test":   # the labels of its test images were never published: the validation images are used instead
         rows = [line.split("\t") for line in (home/"val/val_annotations.txt").read_text().splitlines()]
         files,names = [home/"val/images"/r[0] for r in rows],[r[1] for r in rows]
     else:

@@ -98,6 +98,7 @@ def _train_copy(seen, batches):
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as e: seen.error = e
         if seen.error or seen.nonfinite: return
 
+# %% ../nbs/33_doctor.ipynb #b232a6f1
 def _batches(seen):
     "Training images, batch by batch; notes how long each takes to load"
     dl,device = seen.learn.dls.train,next(seen.learn.model.parameters()).device
@@ -288,6 +289,7 @@ def check_progress(s):
                   f"after {steps} steps the views do not agree: the mean of the diagonal of c is {s.diagonal:.2f}",
                   "find a learning rate with learn.lr_find(), and look at the views: they may share too little")
 
+# %% ../nbs/33_doctor.ipynb #550d81ad
 @register_check
 def check_batch_size(s):
     "Is the batch large enough for the width of the embedding?"

@@ -23,7 +23,7 @@ from torch import Tensor
 # %% ../nbs/10_fused.ipynb #fa658067
 def image_batch(x:Tensor      # (B,C,H,W) images, float in [0,1] or uint8
                )->TensorImage: # (B,C,H,W) float
-    "The batch as a float `TensorImage`; raises `ValueError` or `TypeError` for anything but images"
+    "The batch as a float `TensorImage`; raises `ValueError` or `TypeError` if it holds no images"
     kind = type(x) if isinstance(x, TensorImage) else TensorImage
     return _floats(x).as_subclass(kind)
 
@@ -133,7 +133,7 @@ class Step:
         return v
 
     def describe(self, **sampled): # parameters of one image
-        "What was sampled, in a few words"
+        "A short text about what was sampled"
         return self.name
 
 def one_by_one(x:Tensor,     # (B,C,H,W)
@@ -154,7 +154,7 @@ def crop_boxes(n:int,                # number of boxes
               )->Tensor:             # (n,4) int64: top, left, height, width
     "Crop boxes with the distribution of `torchvision.transforms.RandomResizedCrop`, all at once"
     h,w = shape
-    u = torch.rand(n, 2*tries + 2, dtype=torch.double).numpy()   # NumPy: the time goes into the number of calls
+    u = torch.rand(n, 2*tries + 2, dtype=torch.double).numpy()   # NumPy: its calls have less overhead
     area = (u[:,:tries]*(scale[1] - scale[0]) + scale[0])*(h*w)
     aspect = np.exp(u[:,tries:-2]*math.log(ratio[1]/ratio[0]) + math.log(ratio[0]))
     cw = np.round(np.sqrt(area*aspect))
@@ -333,7 +333,7 @@ def jitter_matrices(factors:Tensor, # (n,4) brightness, contrast, saturation fac
                     order:Tensor    # (n,4) order of the four operations
                    )->tuple:        # A, B, each (n,3,3)
     "Colour jitter in its order as `y = A x + B mean(x)`, without clamping in between"
-    f = factors.numpy()   # NumPy: the time goes into the number of calls
+    f = factors.numpy()   # NumPy: its calls have less overhead
     n = len(f)
     ops = np.zeros((n, 4, 6, 6), np.float32)
     own = ops[...,:3,:3]
@@ -531,7 +531,7 @@ class FusedViews(RandTransform):
         if not self.random: return compose_tfms(image_batch(x), self.clean())
         kind = type(x) if isinstance(x, TensorImage) else TensorImage
         with torch.no_grad(), torch.autocast(plain.device.type, enabled=False):
-            return self.make_views(_floats(plain)).as_subclass(kind)   # typed here: fastai would make doubles floats
+            return self.make_views(_floats(plain)).as_subclass(kind)   # fastai would convert float64 to float32
 
     def decodes(self, x:TensorImage): return self.norm.decode(x) if self.norm else x
 
@@ -610,7 +610,7 @@ def apply_steps(self:FusedViews, v, steps, i, j):
 
 @patch
 def warn_channels(self:FusedViews, step, channels):
-    "Warn once that a colour step has no meaning for these images"
+    "Warn once that a colour step does not apply to these images"
     if self.warned: return
     warnings.warn(f"{step.name} works on 1 or 3 channels and leaves images of {channels} channels as they are",
                   stacklevel=4)

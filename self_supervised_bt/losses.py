@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 from .core import check_choice
 
 # %% ../nbs/13_losses.ipynb #1a71d63c
-def check_embedding(name:str, # what to call it in the message
+def check_embedding(name:str, # name for error messages
                     z:Tensor  # (N,D) embeddings
                    )->None:   # raises `TypeError` or `ValueError`
-    "Refuse anything but a floating-point matrix"
+    "Raise unless `z` is a floating-point matrix"
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = getattr(z, "dtype", type(z).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, got {got}: pass embeddings, e.g. {name}.float()")
@@ -30,23 +30,23 @@ def check_embedding(name:str, # what to call it in the message
 
 def check_embeddings(z1:Tensor,        # (N,D) embeddings of view 1
                      z2:Tensor,        # (N,D) embeddings of view 2
-                     other:str="z2"    # what to call the second in a message
+                     other:str="z2"    # name of the second for error messages
                     )->None:           # raises `TypeError` or `ValueError`
-    "Refuse embeddings that have no cross-correlation"
+    "Raise unless the two embeddings have a cross-correlation"
     check_embedding("z1", z1)
     check_embedding(other, z2)
     if z1.shape != z2.shape:
-        raise ValueError(f"z1 and {other} must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}: "
+        raise ValueError(f"z1 and {other} must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}: "
                          "row i of both must come from image i")
     if len(z1) < 2:
-        raise ValueError(f"z1 and {other} have {len(z1)} row(s), at least 2 are needed: a correlation over one image "
-                         "does not exist. Use a larger batch, or drop_last=True")
+        raise ValueError(f"z1 and {other} have {len(z1)} row(s), at least 2 are needed for a correlation: "
+                         "use a larger batch, or drop_last=True")
 
 # %% ../nbs/13_losses.ipynb #33a13b54
 def check_lmb(lmb:float,      # λ, weight of the redundancy term
-              name:str="lmb"  # what to call it in the message
+              name:str="lmb"  # name for error messages
              )->float:        # the same number; raises `ValueError`
-    "Refuse a weight that is negative, infinite or NaN"
+    "Raise `ValueError` if a weight is negative, infinite or NaN"
     if not 0 <= lmb < float("inf"):
         raise ValueError(f"{name} must be a finite number >= 0, got {lmb} (the paper's lmb is 5e-3)")
     return lmb
@@ -91,7 +91,7 @@ def cheaper_form(n:int,            # rows: images per batch
                  mixed:bool=False  # with the regulariser of Mixed Barlow Twins, 12 N² D against 18 N D²?
                 )->str:            # "gram" (N x N matrices) or "direct" (D x D matrices)
     "Which of the two exact forms of the loss takes less time"
-    if d <= 128: return "direct"        # fewer kernels, and their arithmetic takes no time
+    if d <= 128: return "direct"        # fewer kernels, and little arithmetic
     tenths = 7 if n < 256 else 8        # the measured limit of N/D
     if mixed: tenths *= 2
     return "gram" if 10*n < tenths*d else "direct"
@@ -101,14 +101,14 @@ def form_for(form:str|None,    # "gram", "direct", or `None` for the cheaper one
              d:int,            # columns
              mixed:bool=False  # with the regulariser of Mixed Barlow Twins?
             )->str:            # "gram" or "direct"; raises `ValueError`
-    "The form that is asked for, or else the cheaper one"
+    "The given form, or the cheaper one"
     check_choice("form", form, (None, *FORMS))
     return form or cheaper_form(n, d, mixed)
 
 # %% ../nbs/13_losses.ipynb #5a7f43e5
 def full_precision_backward(backward:callable # `backward(ctx, *grads)` of an autograd function
                            )->staticmethod:
-    "Decorator of `backward`: autocast is off, and a second derivative is refused"
+    "Decorator of `backward`: turns autocast off, and raises an error for second derivatives"
     def wrapped(ctx, *grads):
         with torch.autocast(grads[0].device.type, enabled=False): return backward(ctx, *grads)
     return staticmethod(once_differentiable(wrapped))
@@ -193,14 +193,14 @@ def _standardise(z, eps):
     return torch.native_batch_norm(z.contiguous(), None, None, None, None, True, 0., eps)
 
 def _gradient(k, a, b, w, rstd):
-    "Gradient by `z`, where `g = k a + b diag(w)` is the gradient by the standardised `a`"
+    "Gradient of `z`, where `g = k a + b diag(w)` is the gradient of the standardised `a`"
     g = torch.mm(k, a).addcmul_(b, w)
     g.sub_(g.mean(0))
     g.addcmul_(a, product_diagonal(g, a), value=-1)
     return g.mul_(rstd)
 
 def _block_gradients(z1, z2, stats, k1, k2, w, blocks, need1, need2):
-    "Gradients by `z1` and `z2`, one block of columns after the other"
+    "Gradients of `z1` and `z2`, one block of columns after the other"
     mean1,rstd1,mean2,rstd2 = stats
     grad1 = torch.empty_like(z1) if need1 else None
     grad2 = torch.empty_like(z2) if need2 else None
@@ -213,7 +213,7 @@ def _block_gradients(z1, z2, stats, k1, k2, w, blocks, need1, need2):
 
 # %% ../nbs/13_losses.ipynb #8342d58a
 class _BatchGram(torch.autograd.Function):
-    "`S` and `d` of two embeddings that are still to be standardised over the batch, from N x N matrices"
+    "`S` and `d` of two embeddings, which it standardises over the batch, from N x N matrices"
     @staticmethod
     def forward(ctx, z1, z2, eps):
         ctx.blocks = _blocks(z1)
@@ -336,7 +336,7 @@ def squared_sum(e:Tensor,      # (N,D)
 
 def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
                 b:Tensor,      # (N,D) normalised embeddings of view 2
-                e:Tensor,      # (N,D) what should be uncorrelated with both
+                e:Tensor,      # (N,D) matrix that should be uncorrelated with both
                 form:str=None  # "gram" or "direct"; the cheaper one if not given
                )->Terms:       # of `c = a'b/N`, with `|e'a/N|² + |e'b/N|²` as `regulariser`
     "`correlation_terms` and the regulariser of Mixed Barlow Twins, with shared matrix products"
@@ -348,15 +348,15 @@ def mixed_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
 # %% ../nbs/13_losses.ipynb #d306d504
 def check_loss(loss:Tensor,           # scalar
                zs:dict,               # embeddings (N,D) by name
-               check_finite:bool=True # test it?
+               check_finite:bool=True # check it?
               )->None:                # raises `FloatingPointError`
-    "Refuse a loss that is NaN or infinite, saying which embeddings are"
+    "Raise `FloatingPointError` if the loss is NaN or infinite; the message describes the embeddings"
     if not check_finite or torch.compiler.is_compiling() or loss.isfinite(): return
     raise FloatingPointError(f"the loss is {float(loss.detach())}: {_describe(zs)}. Look for bad pixels in the batch, "
                              "lower the learning rate, or train without half precision")
 
 def _describe(zs):
-    "Which embeddings are not finite, or how large they are"
+    "The embeddings that are not finite, or the size of all if they are finite"
     bad_rows = {name: int((~z.isfinite()).any(1).sum()) for name,z in zs.items()}
     if not any(bad_rows.values()):
         sizes = ", ".join(f"{float(z.abs().max()):.1e}" for z in zs.values())
@@ -396,16 +396,16 @@ class BarlowTwinsLoss:
         if form_for(self.form, *z1.shape) == "gram": return batch_gram_terms(z1, z2, self.eps)
         return correlation_terms(normalise(z1, self.eps), normalise(z2, self.eps), "direct")
     def weigh(self, terms):
-        "The loss of the terms, which are kept"
+        "The loss from its terms; stores the terms in `terms`"
         self.terms = terms.detach()
         loss = terms.invariance + self.lmb*terms.redundancy
         return loss if self.scale == 1 else loss*self.scale
     def reset(self):
-        "Forget the terms"
+        "Clear the terms"
         self.terms = None
     @property
     def divisible(self)->bool:
-        "Can ranks share the work? Of a subclass it is not known"
+        "Can the computation be divided among ranks? False for subclasses, which may compute other terms"
         return type(self) is BarlowTwinsLoss
 
 # %% ../nbs/13_losses.ipynb #4c2b862f
@@ -441,7 +441,7 @@ def cross_entropy_terms(a:Tensor,          # (N,D) normalised embeddings of view
 # %% ../nbs/13_losses.ipynb #20e3be20
 def off_target_terms(a:Tensor,      # (N,D) normalised embeddings of view 1
                      b:Tensor,      # (N,D) normalised embeddings of view 2
-                     target:float,  # what the off-diagonal entries of `c` should be
+                     target:float,  # target of the off-diagonal entries of `c`
                      form:str=None  # "gram" or "direct"; the cheaper one if not given
                     )->Terms:       # with `sum (c_ij - target)²`, i != j, as `redundancy`
     "`correlation_terms` with another target off the diagonal (Tsai et al. 2021)"
@@ -469,13 +469,13 @@ class EmbeddingQueue:
         return torch.cat([z1, past1.to(z1)]),torch.cat([z2, past2.to(z2)])
 
     def push(self, z1:Tensor, z2:Tensor)->None:
-        "Put the batch at the head of the queue, in training"
+        "Put the batch at the start of the queue, in training"
         if self.size and z1.requires_grad:
             self.past = [z.detach()[:self.size].clone() for z in self.join(z1, z2)]
 
 # %% ../nbs/13_losses.ipynb #80099989
 def _check_options(normalisation, off_target, temperature, form):
-    "Refuse options that are unknown, or that the cross-entropy variant cannot use"
+    "Raise `ValueError` for options that are unknown, or that the cross-entropy variant cannot use"
     check_choice("normalisation", normalisation, NORMALISATIONS)
     if temperature is None: return
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -490,7 +490,7 @@ class VariantLoss(BarlowTwinsLoss):
                  lmb:float=5e-3,             # λ, weight of the redundancy term
                  normalisation:str="batch",  # "batch", "feature" or "none"
                  invariance:bool=True,       # keep the invariance term?
-                 off_target:float=0.,        # what the off-diagonal entries of `c` should be
+                 off_target:float=0.,        # target of the off-diagonal entries of `c`
                  temperature:float=None,     # if given, the cross-entropy variant
                  stop_gradient:bool=False,   # no gradient through view 2?
                  queue:int=0,                # past embeddings to keep
@@ -549,7 +549,7 @@ class AllPairs:
                 ):
         queue = getattr(objective, "queue", None)
         if getattr(queue, "size", 0):
-            raise ValueError("a queue remembers the past of two views, and there are more: leave queue out")
+            raise ValueError("a queue works with two views only: leave queue out")
         self.objective = objective
         self.term_names = getattr(objective, "term_names", ())
 
@@ -564,12 +564,12 @@ class AllPairs:
         total,sums = 0,[0]*len(self.term_names)
         for i,j in pairs:
             try: total = total + self.objective(zs[i], zs[j])
-            except FloatingPointError as e: raise FloatingPointError(f"of views {i+1} and {j+1}: {e}") from e
+            except FloatingPointError as e: raise FloatingPointError(f"views {i+1} and {j+1}: {e}") from e
             sums = [s + getattr(self.objective.terms, name) for name,s in zip(self.term_names, sums)]
         self.terms = SimpleNamespace(**{name: s/len(pairs) for name,s in zip(self.term_names, sums)})
         return total/len(pairs)
 
     def reset(self):
-        "Forget the terms"
+        "Clear the terms"
         self.terms = None
         if hasattr(self.objective, "reset"): self.objective.reset()

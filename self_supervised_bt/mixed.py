@@ -36,7 +36,7 @@ def mix_views(v1:Tensor,       # (B,...) images of view 1, or their embeddings
 def check_mixing_weight(a:float|Tensor, # weight of view 1
                         n:int           # images per batch
                        )->None:         # raises `ValueError`
-    "Refuse a mixing weight outside [0,1] or of the wrong shape; values on an accelerator are not looked at"
+    "Raise `ValueError` if a weight is outside [0,1] or has another shape; values on an accelerator are not checked"
     low = high = a
     if isinstance(a, Tensor):
         if a.shape not in ((), (n,)):
@@ -111,7 +111,7 @@ class MixedBarlowTwins(MultiView):
         super().before_train()
         if getattr(check_model(self.model), "predictor", None) is None: return
         raise ValueError("MixedBarlowTwins compares three embeddings of one network, and the model has a predictor "
-                         "on one of them: leave it out")
+                         "on one of them: leave the predictor out")
     def after_pred(self):
         if not self.predicting: self.zm = self.model(self.sample_mixture(*self.views))
     def after_batch(self):

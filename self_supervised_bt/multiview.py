@@ -29,8 +29,8 @@ from .losses import check_lmb, check_loss
 
 # %% ../nbs/14_multiview.ipynb #7f1812f9
 def check_model(model:nn.Module # what the Learner trains
-               )->nn.Module:    # the model itself, unwrapped; raises `ValueError`
-    "Refuse a model without `encoder` and `projector`"
+               )->nn.Module:    # the model, unwrapped; raises `ValueError`
+    "Raise `ValueError` if the model has no `encoder` or no `projector`"
     inner = getattr(model, "module", model)   # DistributedDataParallel wraps
     missing = [n for n in ("encoder", "projector") if not isinstance(getattr(inner, n, None), nn.Module)]
     if missing:
@@ -91,8 +91,8 @@ class MultiView(Callback):
     makes_views = True           # how `multiview_of` finds it
     views = images = None        # of the current batch
     own_loss = None              # the Learner's, while it is swapped
-    exchange,joined = None,False # for several ranks: how they exchange, and whether a callback made the loss global
-    columns = ()
+    exchange,joined = None,False # for several ranks: how they exchange, and whether the loss is global
+    columns = ()                 # of the terms
     _stateattrs = ("views", "images")
     def __init__(self,
                  aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one per view: two, or more
@@ -104,12 +104,6 @@ class MultiView(Callback):
         self.clean = clean_pipeline(self.augs[0])
         self.objective,self.terms = objective,terms
         if print_augs: print(*self.augs, sep="\n")
-
-    @property
-    def lmb(self): # weight λ of the redundancy term, `None` if the loss has none; may be set while training
-        return getattr(self.objective, "lmb", None)
-    @lmb.setter
-    def lmb(self, value): self.objective.lmb = check_lmb(value)
 
     def before_fit(self):
         self.swap_loss()
@@ -156,13 +150,22 @@ def named_views(self:MultiView, z:Tensor)->dict: # "z1", "z2", ... to (B,D)
 
 @patch(as_prop=True)
 def pair_objective(self:MultiView):
-    "The loss of two views alone, for the doctor: (z1,z2) to a scalar"
+    "The loss of two views, for `diagnose`: (z1,z2) to a scalar"
     return self.objective
+
+@patch(as_prop=True)
+def lmb(self:MultiView):
+    "Weight λ of the redundancy term, `None` if the loss has none; may be set while training"
+    return getattr(self.objective, "lmb", None)
+
+@patch(set_prop=True)
+def lmb(self:MultiView, value): # noqa: F811  the setter
+    self.objective.lmb = check_lmb(value)
 
 # %% ../nbs/14_multiview.ipynb #7be36938
 @patch
 def swap_loss(self:MultiView):
-    "Put the callback's loss in the Learner's place, once"
+    "Swap the Learner's loss for the callback's, unless it is swapped already"
     held_by = getattr(self.learn.loss_func, "swapped_by", None)
     if held_by is self: return
     if held_by is not None: held_by.release()
@@ -176,7 +179,7 @@ def show_terms(self:MultiView):
 
 @patch
 def release(self:MultiView):
-    "The Learner has its own loss again, and no batch is held"
+    "Restore the Learner's loss and metrics, and release the batch"
     remove_columns(self.learn)
     self.columns,self.views,self.images = (),None,None
     if getattr(self.learn.loss_func, "swapped_by", None) is not self: return
@@ -189,15 +192,15 @@ def check_ranks(self:MultiView):
     if self.exchange == "none" or not dist.is_available() or not dist.is_initialized(): return
     world = dist.get_world_size()
     if world == 1 or any(getattr(cb, "joins_ranks", False) for cb in self.learn.cbs): return
-    raise RuntimeError(f"{world} ranks train, and the loss of each would be that of its own part of the batch: "
+    raise RuntimeError(f"with {world} ranks the loss of each rank would be that of its own part of the batch: "
                        "from self_supervised_bt.distributed import GlobalBatch; learn.add_cb(GlobalBatch()) "
                        "(a Learner made after the import has it by default), "
-                       f"or set learn.{self.name}.exchange = 'none' for runs that have nothing to do with each other")
+                       f"or set learn.{self.name}.exchange = 'none' to train on each rank independently")
 
 # %% ../nbs/14_multiview.ipynb #9bfd034a
 @patch(as_prop=True)
 def guard(self:MultiView):
-    "The callback that takes over a loss that is not finite, if the Learner has one"
+    "The callback that handles a non-finite loss, if the Learner has one"
     return first(cb for cb in self.learn.cbs if cb.run and hasattr(type(cb), "take_over_loss"))
 
 @patch
@@ -205,7 +208,7 @@ def on_nonfinite_loss(self:MultiView,
                       z:Tensor,                # embeddings
                       error:FloatingPointError # what is wrong with the loss
                      )->Tensor:                # a loss, if the guard gives one; else raises
-    "End a search, ask the guard, or raise"
+    "Stop a learning-rate search, call the guard, or raise the error"
     if self.learn._grab_cbs(LRFinder): raise CancelFitException()
     if self.guard is None: raise error
     return self.guard.take_over_loss(z, error)
@@ -244,9 +247,10 @@ def train_on(self:MultiView, x:TensorImage):
     self.learn.xb = self.model_input()
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
+# %% ../nbs/14_multiview.ipynb #ed4db862
 @patch
 def refuse_one_image(self:MultiView):
-    "An error in training; validation goes on without the batch"
+    "Raise `ValueError` in training; skip the batch with a warning in validation"
     if self.training:
         raise ValueError("a batch of one image has no correlation: use drop_last=True or another batch size")
     warnings.warn("a validation batch of one image is left out of the loss: it has no correlation")
@@ -259,7 +263,7 @@ def clean_pred(self:MultiView)->Tensor: # (B,D), what metrics see
     with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
 
 # %% ../nbs/14_multiview.ipynb #3a8b2de9
-def multiview_of(learn:Learner # any
+def multiview_of(learn:Learner # any Learner
                 )->Callback:   # `None` if it has none
     "The callback of a Learner that makes views"
     return first(cb for cb in learn.cbs if getattr(cb, "makes_views", False))
@@ -267,14 +271,14 @@ def multiview_of(learn:Learner # any
 def check_set_up(learn:Learner, # about to fit, validate or predict
                  cb:MultiView   # its callback
                 )->None:        # raises `ValueError`, warns
-    "Refuse what would go wrong later; the encoder learns what images it is trained on"
+    "Raise `ValueError` for an invalid set-up; store the pipeline of the images in `encoder.clean_pipeline`"
     check_model(learn.model).encoder.clean_pipeline = cb.clean
     several = [type(c).__name__ for c in learn.cbs if getattr(c, "makes_views", False)]
     if len(several) > 1:
         raise ValueError(f"the Learner has {len(several)} callbacks that make views, {' and '.join(several)}: "
                          f"learn.remove_cbs({several[0]}), then add one")
     if any(c.with_loss for c in learn._grab_cbs(GatherPredsCallback)):
-        raise ValueError("with_loss=True: the loss belongs to a batch, an image has none. Leave with_loss out")
+        raise ValueError("with_loss=True needs a loss per image, this one is defined per batch: leave with_loss out")
     if any(isinstance(t, Normalize) for t in getattr(getattr(learn.dls.train, "after_batch", None), "fs", [])):
         warnings.warn("the dls normalise their images before the views are made, and colour transforms expect [0,1]: "
                       "take Normalize out of the dls, and give stats=... to the pipelines")
@@ -286,19 +290,19 @@ def _n_images(dl):
 
 def check_batches(dl # training data loader, fastai's or PyTorch's
                  )->None: # raises `ValueError`
-    "Refuse a loader that gives no batch, or a batch of one image"
+    "Raise `ValueError` if a loader gives no batch, or a batch of one image"
     bs,n = getattr(dl, "bs", None) or getattr(dl, "batch_size", None),_n_images(dl)
-    if not bs or n is None: return   # nothing is known before it runs
+    if not bs or n is None: return   # its size is unknown before it runs
     if len(dl) == 0:
         raise ValueError(f"the training dl gives no batch: {n} image(s), bs={bs}, drop_last={dl.drop_last}. "
                          "Use a smaller bs or more images")
-    if hasattr(dl, "world_size"): return   # fastai's DistributedDL: a batch has parts in all ranks
+    if hasattr(dl, "world_size"): return   # fastai's DistributedDL: the batch is divided among ranks
     if bs == 1 or (n % bs == 1 and not dl.drop_last):
         raise ValueError(f"the training dl gives a batch of one image ({n} images, bs={bs}), which has no correlation: "
                          "use drop_last=True or another bs")
 
 # %% ../nbs/14_multiview.ipynb #15e29060
-def training_images(dls # fastai's `DataLoaders`, of its own loaders or of PyTorch's
+def training_images(dls # `DataLoaders` of fastai's or PyTorch's loaders
                    )->TensorImage: # (B,C,H,W) float
     "One batch of training images"
     dl = dls.train
@@ -337,12 +341,12 @@ def show(self:MultiView,
 # %% ../nbs/14_multiview.ipynb #9f842c93
 def no_loss(pred, *yb):
     "The loss of a Learner that has none of its own"
-    raise ValueError("this Learner has no loss of its own, a callback swaps one in while it is attached: "
-                     "set learn.loss_func to train without it")
+    raise ValueError("this Learner has no loss of its own, only that of a MultiView callback: "
+                     "set learn.loss_func to train without the callback")
 
 @patch
 def __init__(self:Learner, *args, **kwargs):
-    "fastai's, with `no_loss` if only a callback has a loss"
+    "fastai's `__init__`, with `no_loss` if only a callback has a loss"
     given = inspect.signature(Learner._orig___init__).bind(self, *args, **kwargs)
     options = given.arguments
     known = options.get("loss_func") is not None or getattr(options["dls"].train_ds, "loss_func", None) is not None

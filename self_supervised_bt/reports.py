@@ -24,6 +24,7 @@ from fastai.torch_core import to_device
 from fastcore import xml
 from torch import Tensor, nn
 
+# %% ../nbs/34_reports.ipynb #74d4fd3d
 from .augmentations import fused_views
 from .core import undisturbed
 from self_supervised_bt.diagnostics import (
@@ -137,6 +138,8 @@ def _spectra(run):
 def _std(run): return plot_std(run.z1.std(0))
 def _views(run):
     with undisturbed(run.learn.model): return run.bt.show(4, original=True)[0]
+
+# %% ../nbs/34_reports.ipynb #99a15103
 def _map(run): return plot_map(map_2d(run.h), run.y)
 def _neighbours(run):
     nearest = neighbours(run.h, k=min(7, len(run.h)-1))[1][:6]
@@ -171,6 +174,7 @@ def _section(title, *content): return xml.H2(title),*content
 def _rows(items): return xml.Table(*[xml.Tr(xml.Th(k), xml.Td(v)) for k,v in items.items()])
 def _frame(df): return xml.Div(xml.NotStr(df.to_html(border=0, na_rep="")), cls="wide")
 
+# %% ../nbs/34_reports.ipynb #cd2e1c36
 def _diagnosis(learn):
     "The text of `diagnose`"
     try: found = diagnose(learn)

@@ -1,4 +1,4 @@
-"Views: sampled per image, as their recipe says, and reversible for display"
+"Views: parameters per image, distributions of the recipes, denormalisation for display"
 import warnings
 
 import kornia.augmentation as K
@@ -35,7 +35,7 @@ def copies(n=256, c=3, size=32):
 
 
 def one_transform(**kwargs):
-    "A view pipeline in which one thing alone is random"
+    "A view pipeline in which only one transform is random"
     return get_barlow_twins_aug_pipelines(32, **{**OFF, **UNCUT, **kwargs})[0]
 
 
@@ -60,13 +60,13 @@ def test_two_views_are_independent():
     x = copies(2000, 1, 8)
     flipped = [(p(x)[:, 0, 0, 0] - p(x)[:, 0, 0, 0].min() > 1e-6).float() for p in pipelines]
     both = torch.stack(flipped).prod(0).mean()
-    assert abs(both - .25) < .04                # independent halves meet in a quarter
+    assert abs(both - .25) < .04                # independent: probability .5*.5
     assert all(abs(f.mean() - .5) < .05 for f in flipped)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_crop_areas_and_ratios_follow_their_ranges(backend):
-    "Crops of a coordinate ramp show their box: its area is uniform, the log of its ratio too"
+def test_distributions_of_crop_areas_and_ratios(backend):
+    "The box of a crop is read from a coordinate ramp: area and log of the ratio are uniform"
     position = torch.arange(64.).expand(64, 64)/64
     ramp = torch.stack([position.T, position, torch.zeros(64, 64)])
     p = one_transform(resize_scale=(.2, .5), resize_ratio=(3/4, 4/3), backend=backend)
@@ -77,11 +77,11 @@ def test_crop_areas_and_ratios_follow_their_ranges(backend):
     assert .18 < area.min() and area.max() < .55
     assert st.kstest(area.numpy(), "uniform", (.2, .3)).statistic < .06
     assert st.kstest(ratio.numpy(), "uniform", (-.2877, .5754)).statistic < .06
-    assert st.kstest(area.numpy(), "uniform", (.2, .8)).statistic > .06      # the same test refuses another range
+    assert st.kstest(area.numpy(), "uniform", (.2, .8)).statistic > .06      # the same test rejects another range
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_blur_sigma_is_what_it_says(backend):
+def test_blur_has_the_given_sigma(backend):
     "An impulse blurred with sigma 2 has a standard deviation of 2 pixels"
     impulse = torch.zeros(8, 3, 33, 33)
     impulse[:, :, 16, 16] = 1
@@ -93,7 +93,7 @@ def test_blur_sigma_is_what_it_says(backend):
     assert blur_sigma((6, 12), (112, 224)) == (.5, 1.)            # ints: six sigmas, in pixels of a 224-pixel image
 
 
-def test_printed_as_documented():
+def test_printed_pipelines():
     augs = get_barlow_twins_aug_pipelines(size=28, **OFF, cuda=False)
     view = "Pipeline: RandomResizedCrop -> RandomHorizontalFlip"
     assert str(augs) == f"[{view}, {view}]"
@@ -122,14 +122,14 @@ def test_channels_odd_sizes_and_short_batches(channels, b, h, w, backend):
         assert v.shape == (b, channels, *pair) and v.isfinite().all()
 
 
-def test_colour_leaves_other_channels_and_warns():
+def test_colour_transforms_skip_other_numbers_of_channels_with_a_warning():
     x = TensorImage(torch.rand(4, 5, 8, 8))
     with pytest.warns(UserWarning, match="5 channels"): v = KorniaTfm(K.ColorJitter(.5), colour=True)(x, split_idx=0)
     assert torch.equal(v, x)
 
 
-def test_grey_is_jittered_like_grey_rgb():
-    "A one-channel image gets what the same image as RGB gets"
+def test_one_channel_is_jittered_as_grey_rgb():
+    "A one-channel image and the same image as RGB give the same result"
     x = torch.rand(16, 1, 8, 8)
     jitter = KorniaTfm(K.ColorJitter(.5, .5, .5, .1), colour=True)
     torch.manual_seed(3)
@@ -158,7 +158,7 @@ def test_reproducible_under_a_seed(backend):
     with no_random(3): assert torch.equal(a, p(x))
 
 
-def test_clean_pipeline_keeps_size_and_normalisation_alone():
+def test_clean_pipeline_keeps_only_size_and_normalisation():
     norm = NormalizeViews.from_stats(*imagenet_stats, cuda=False)
     x = TensorImage(torch.rand(4, 3, 16, 16))
     for p in (get_barlow_twins_aug_pipelines(16)[0], get_barlow_twins_aug_pipelines(16, backend="kornia")[0],
@@ -170,7 +170,7 @@ def test_clean_pipeline_keeps_size_and_normalisation_alone():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms_outside_training_are_the_clean_pipeline(backend):
+def test_transforms_outside_training_equal_the_clean_pipeline(backend):
     tfms = get_batch_augs(16, backend=backend)
     clean = clean_pipeline(Pipeline(tfms, split_idx=0))
     x = TensorImage(torch.rand(4, 3, 20, 31))
@@ -178,14 +178,14 @@ def test_transforms_outside_training_are_the_clean_pipeline(backend):
     assert [type(t).__name__ for t in clean.fs if t.split_idx != 0] == ["CentreResize", "NormalizeViews"]
 
 
-def test_a_step_without_a_kornia_augmentation_is_named():
+def test_step_without_a_kornia_augmentation_raises():
     with pytest.raises(TypeError, match="kornia.*Step"): in_kornia(Step(), False)
 
 
 @pytest.mark.parametrize("make", [
     lambda p: None, lambda p: p[0], lambda p: p[:1], lambda p: [p[0], "flip"], lambda p: [*p, 3],
     lambda p: [p[0], Pipeline(p[1].fs)], lambda p: [Pipeline(q.fs, split_idx=1) for q in p]])
-def test_anything_but_training_pipelines_is_refused(make):
+def test_check_pipelines_raises_unless_two_training_pipelines(make):
     pipelines = make(get_barlow_twins_aug_pipelines(8))
     with pytest.raises(ValueError, match="get_barlow_twins_aug_pipelines"): check_pipelines(pipelines)
 
@@ -201,12 +201,12 @@ def test_anything_but_training_pipelines_is_refused(make):
     (dict(interpolation="nearest"), "interpolation"),
     (dict(rotate_deg=-1), "rotate_deg"), (dict(shear_deg=90), "shear_deg"),
     (dict(blur_s=(4, 1)), "blur_s"), (dict(blur_s=(0., 1.)), "blur_s")])
-def test_bad_recipe(kwargs, word):
+def test_invalid_arguments_raise(kwargs, word):
     with pytest.raises(ValueError, match=word): get_barlow_twins_aug_pipelines(**{"size": 8, **kwargs})
 
 
-def test_recipes_are_the_papers():
-    "Section A of Barlow Twins, after BYOL: what differs between the two views, and what does not"
+def test_recipe_of_the_paper():
+    "Section A of Barlow Twins, as in BYOL: the two views and their differences"
     a, b = (p.fs[0] for p in get_barlow_twins_aug_pipelines(224, "paper"))
     names = ["ColorJitter", "RandomGrayscale", "RandomGaussianBlur", "RandomSolarize"]
     assert [s.name for s in a.steps] == names[:3] and [s.name for s in b.steps] == names
@@ -218,7 +218,7 @@ def test_recipes_are_the_papers():
     assert get_barlow_twins_aug_pipelines(28, "digits")[0].fs[0].crop.flip_p == 0
     assert [p.fs[0].steps[2].p for p in get_multi_aug_pipelines(4, 64, "paper")] == [1., .1, 1., .1]
     view2 = get_barlow_twins_aug_pipelines(32, "paper", blur_p=.5)[1].fs[0]
-    assert view2.steps[2].p == .5      # own arguments come on top
+    assert view2.steps[2].p == .5      # own arguments override the recipe
 
 
 @pytest.mark.parametrize("name,values", [
@@ -230,5 +230,5 @@ def test_show_strength_has_a_row_per_value(name, values):
     assert all(str(v) in ax.get_title("left") for v, ax in zip(values, axes[1::4]))
 
 
-def test_show_strength_refuses_unknown_arguments():
+def test_show_strength_raises_for_unknown_arguments():
     with pytest.raises(ValueError, match="name must be one of"): show_strength(torch.rand(3, 20, 20), "brightness", [1])

@@ -30,7 +30,7 @@ def test_any_loss_of_two_embeddings(make_dls):
     assert hsic.barlow_twins.lmb == .02 and hsic.recorder.losses[0] > 1.5
 
 
-def test_bad_losses():
+def test_invalid_losses_raise():
     augs = get_barlow_twins_aug_pipelines(**AUGS)
     with pytest.raises(TypeError, match="loss must be a function"): BarlowTwins(augs, loss="hsic")
     with pytest.raises(ValueError, match="lmb=0.1 would have no effect"):
@@ -39,7 +39,7 @@ def test_bad_losses():
         BarlowTwins(augs, loss=lambda a, b: (a - b).mean(), terms=True)
 
 
-def test_lmb_may_be_set_while_training(make_learner):
+def test_lmb_can_be_set_during_training(make_learner):
     learn = make_learner(lmb=.02)
     assert learn.barlow_twins.lmb == .02
     learn.barlow_twins.lmb = .5
@@ -47,7 +47,7 @@ def test_lmb_may_be_set_while_training(make_learner):
     with pytest.raises(ValueError, match="lmb"): learn.barlow_twins.lmb = -1
 
 
-def test_a_predictor_works_on_view_1_alone(make_dls):
+def test_predictor_is_applied_to_view_1_only(make_dls):
     model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)
     seen = []
     model.predictor.register_forward_hook(lambda m, x, z: seen.append((x[0].detach().clone(), z.detach().clone())))
@@ -68,7 +68,7 @@ def test_a_predictor_works_on_view_1_alone(make_dls):
 
 # More than two views
 
-def test_three_views_are_three_pairs(make_learner):
+def test_three_views_make_three_pairs(make_learner):
     losses, spy = [], RecordBatches()
     keep_loss = Callback(after_loss=lambda self: losses.append(float(self.loss.detach())))
     learn = make_learner(cbs=[spy, keep_loss], lmb=.02, views=3)
@@ -84,7 +84,7 @@ def test_three_views_are_three_pairs(make_learner):
     assert learn.barlow_twins.lmb == .02 and len(losses) == 5
 
 
-def test_three_views_predict_one_row_per_image(make_learner):
+def test_predictions_with_three_views_have_one_row_per_image(make_learner):
     learn = make_learner(views=3, metrics=lambda pred, y: pred.new_tensor(float(len(pred) == len(y))))
     learn.fit(1)
     assert learn.recorder.values[-1][2] == 1 and learn.get_preds()[0].shape == (20, 16)
@@ -93,7 +93,7 @@ def test_three_views_predict_one_row_per_image(make_learner):
     assert learn.recorder.values[-1][1] == 1
 
 
-def test_what_needs_two_views_is_refused(make_dls):
+def test_options_for_two_views_raise_with_three(make_dls):
     three = get_multi_aug_pipelines(3, **AUGS)
     with pytest.raises(ValueError, match="queue"): BarlowTwins(three, loss=variant_loss(queue=8))
     with pytest.raises(ValueError, match="two views, got 3"): MixedBarlowTwins(three)
@@ -102,7 +102,7 @@ def test_what_needs_two_views_is_refused(make_dls):
     with pytest.raises(ValueError, match="predictor"): learn.fit(1)
 
 
-def test_the_papers_model_has_the_papers_size():
+def test_size_of_the_papers_model():
     with torch.device("meta"):
         encoder = create_encoder("timm/resnet50", pretrained=False, pool_type=PoolingType.Avg)
         model = create_barlow_twins_model(encoder, hidden_size=8192, projection_size=8192, bias=False)
@@ -110,7 +110,7 @@ def test_the_papers_model_has_the_papers_size():
 
 
 @pytest.mark.parametrize("callback", [BarlowTwins, MixedBarlowTwins])
-def test_pipelines_are_printed_only_on_demand(callback, capsys):
+def test_pipelines_are_printed_only_with_print_augs(callback, capsys):
     augs = get_barlow_twins_aug_pipelines(8, "digits")
     callback(augs)
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"The short run's commands, as a person starts them"
+"The commands of short runs"
 import pandas as pd
 import pytest
 
@@ -7,7 +7,7 @@ from self_supervised_bt.runs import run_dls, short_run
 from self_supervised_bt.weights import load_encoder
 
 
-def test_digits(tmp_path, monkeypatch, capsys):
+def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     bt_demo(epochs=2)
     out = capsys.readouterr().out
@@ -21,7 +21,7 @@ def test_digits(tmp_path, monkeypatch, capsys):
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
 
 
-def test_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys):
+def test_bt_demo_on_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     bt_demo(data=str(folder), epochs=1)
     out = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys)
     assert "without labels" in out and "positive pairs found" in out and (tmp_path/"plain/loss.png").exists()
 
 
-def test_settings_suit_their_images(folder):
+def test_settings_depend_on_the_images(folder):
     def images(run):
         dls = run_dls(run.images, run.recipe, run.n_test/run.n, in_memory=True)
         train, held_out = dls.train_ds.x, dls.valid_ds.x
@@ -43,7 +43,7 @@ def test_settings_suit_their_images(folder):
     assert (run.recipe.size, run.n_test, run.recipe.bs) == (32, 8, 16) and images(run) == (40, 3, 32, 32)
 
 
-def test_a_short_run_does_not_overwrite_a_long_one(folder, tmp_path):
+def test_short_run_does_not_overwrite_checkpoints(folder, tmp_path):
     (tmp_path/"step-0000000001.safetensors").touch()
     with pytest.raises(SystemExit, match="bt_demo: .*choose another folder"):
         bt_demo(data=str(folder), out=str(tmp_path))
@@ -51,7 +51,7 @@ def test_a_short_run_does_not_overwrite_a_long_one(folder, tmp_path):
 
 @pytest.mark.parametrize("name,words", [("nowhere", "not a folder"), ("empty", "no image files"),
                                         ("few", "at least 20"), ("broken", "can be read")])
-def test_bad_folders_end_with_one_line(folder, name, words):
+def test_invalid_folders_give_one_line_of_error(folder, name, words):
     for made in ("empty", "few", "broken"): (folder/made).mkdir()
     (folder/"few/a.png").write_bytes((folder/"dark/01.png").read_bytes())
     for i in range(30): (folder/f"broken/{i}.png").write_bytes(b"no picture")
@@ -59,7 +59,7 @@ def test_bad_folders_end_with_one_line(folder, name, words):
     assert str(e.value).startswith("bt_demo: ") and words in str(e.value)
 
 
-def test_diagnose_says_what_is_wrong_and_ends_with_1(folder, capsys):
+def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):
     bt_diagnose(data=str(folder), bs=8, width=16)
     out = capsys.readouterr().out
     assert "40 images" in out and "No problem found" in out

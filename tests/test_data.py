@@ -1,4 +1,4 @@
-"Images in, weights out"
+"Images as tensors, image files, data sets by name, and saved encoders"
 import functools
 import hashlib
 import http.server
@@ -43,7 +43,7 @@ from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
 
 
-def test_digits_are_scikit_learns():
+def test_digits_equal_scikit_learns():
     x, y = digits_images()
     assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.uint8
     assert np.abs(x[:, 0].numpy()/255 - load_digits().images/16).max() < 1/255
@@ -66,12 +66,12 @@ def test_tensor_dls_give_floats_in_the_unit_range(as_float, c):
     assert first != second and len(set(first)) == 48
 
 
-def test_digits_dls_hold_images_alone():
+def test_digits_dls_have_images_only():
     assert len(digits_dls(device="cpu").one_batch()) == 1
     assert len(digits_dls(labels=True, device="cpu").one_batch()) == 2
 
 
-def test_split_is_whole_and_repeatable():
+def test_split_is_complete_and_reproducible():
     x, y = digits_images()
     a, b = hold_out(x, y, 300, seed=1), hold_out(x, y, 300, seed=1)
     assert all(torch.equal(i, j) for i, j in zip(a, b)) and (len(a[0]), len(a[2])) == (1497, 300)
@@ -85,10 +85,10 @@ def test_folder(folder):
     assert x.shape == (40, 3, 16, 16) and x.dtype == torch.uint8
     y, classes = folder_labels(files)
     assert classes == ["dark", "light"] and y.bincount().tolist() == [20, 20]
-    assert x[y == 0].float().mean() < 80 < 170 < x[y == 1].float().mean()        # rows and files belong together
+    assert x[y == 0].float().mean() < 80 < 170 < x[y == 1].float().mean()        # rows and files match
 
 
-# Images from files, against Pillow's own resize and the definitions of the formats
+# Images from files, compared with Pillow's resize and the definitions of the formats
 
 def pixels(w=13, h=9, c=3, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (h, w, c) if c else (h, w)).astype(dtype)
@@ -100,7 +100,7 @@ def centre(a):
 
 
 def read_whole(file, n_in=3):
-    "The centred square as it is, (size,size,n_in)"
+    "The centred square, not resized, (size,size,n_in)"
     with Image.open(file) as im: m = min(im.size)
     return read_image(file, m, n_in).permute(1, 2, 0).numpy().astype(int)
 
@@ -109,7 +109,7 @@ def on_white(colour, alpha): return colour*(alpha/255.) + 255*(1 - alpha/255.)
 
 
 @pytest.mark.parametrize("shape", [(40, 30, 16), (30, 40, 30), (20, 20, 33), (91, 17, 16)])
-def test_the_resized_square_is_pillows(tmp_path, shape):
+def test_resize_equals_pillows(tmp_path, shape):
     w, h, size = shape
     a = pixels(w, h)
     Image.fromarray(a).save(tmp_path/"a.png")
@@ -138,7 +138,7 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
-def test_pictures_are_turned_upright(tmp_path, ending):
+def test_exif_orientation(tmp_path, ending):
     blocks = np.array([[250, 5], [120, 60]], dtype=np.uint8)
     shown = np.kron(blocks, np.ones((16, 16), np.uint8))[..., None].repeat(3, 2)
     # what a viewer must undo: Exif 2.3, tag 0x0112
@@ -154,14 +154,14 @@ def test_pictures_are_turned_upright(tmp_path, ending):
         assert np.abs(read_whole(file) - shown.astype(int))[4:-4:8, 4:-4:8].max() < 12, value
 
 
-def test_damaged_notes_do_not_cost_the_picture(tmp_path):
+def test_image_with_damaged_exif_data_is_read(tmp_path):
     Image.fromarray(pixels()).save(tmp_path/"a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
     Image.fromarray(pixels()).save(tmp_path/"b.jpg")
     assert torch.equal(read_image(tmp_path/"a.jpg", 8), read_image(tmp_path/"b.jpg", 8))
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P bytes", "P index", "RGB key", "L key"])
-def test_transparency_is_laid_on_white(tmp_path, kind):
+def test_transparency_is_blended_onto_white(tmp_path, kind):
     colour, alpha, file = pixels(), pixels(c=0), tmp_path/"a.png"
     grey = colour[..., 0]
     if kind == "RGBA":
@@ -257,20 +257,20 @@ def test_reasons(tmp_path):
         with pytest.raises(BadImage, match="cannot be opened"): read_image(tmp_path/name, 8)
     Image.new("1", (14000, 14000)).save(tmp_path/"bomb.png")   # 25 kB on disk, 600 MB as RGB
     with pytest.raises(BadImage, match="too many pixels"): read_image(tmp_path/"bomb.png", 8)
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES and Image.MAX_IMAGE_PIXELS   # Pillow's switches are as they were
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES and Image.MAX_IMAGE_PIXELS   # Pillow's settings are unchanged
 
 
-def test_files_of_a_tree(tmp_path):
+def test_image_files_in_a_tree_of_folders(tmp_path):
     names = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "a/.5.png", ".hidden/6.png", "a/7.txt", "b.png"]
     for n in names:
         (tmp_path/"t"/n).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/"t"/n).touch()
-    (tmp_path/"t/a/up").symlink_to(tmp_path/"t")             # leads back
-    (tmp_path/"t/0").symlink_to(tmp_path/"t/b")              # a folder that is there under its own name
+    (tmp_path/"t/a/up").symlink_to(tmp_path/"t")             # a link to a parent folder
+    (tmp_path/"t/0").symlink_to(tmp_path/"t/b")              # a folder that is listed under its own name
     (tmp_path/"elsewhere").mkdir()
     (tmp_path/"elsewhere/8.png").touch()
     (tmp_path/"t/linked").symlink_to(tmp_path/"elsewhere")   # new
-    (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # dangling: a file that will not open
+    (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # a broken link
     found = [str(f.relative_to(tmp_path/"t")) for f in image_files(tmp_path/"t")]
     want = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"]
     assert found == sorted(want, key=Path)
@@ -287,7 +287,7 @@ def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick
         load_images([*files, folder/"dark/zz.jpg"], 8, progress=False, num_workers=2)
 
 
-# Data sets by name: their formats on disk, small, over loopback where they are downloaded
+# Data sets by name: small files in their formats, downloaded over loopback
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def test_tiny_imagenet(tmp_path, served, monkeypatch):
         add("val/val_annotations.txt", "".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t62\n" for k, c in enumerate(classes)))
         add("test/images/test_0.JPEG", picture(0))
     monkeypatch.setitem(TINY_IMAGENET, "url", address + "tiny-imagenet-200.zip")
-    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")   # the sum is checked
+    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")   # the MD5 sum is checked
     monkeypatch.setitem(TINY_IMAGENET, "md5", md5((www/"tiny-imagenet-200.zip").read_bytes()))
     x, y = known_images("tinyimagenet", "train", tmp_path/"data")
     assert x.shape == (6, 3, 64, 64) and y.tolist() == [0, 0, 1, 1, 2, 2]
@@ -386,17 +386,18 @@ def test_tiny_imagenet(tmp_path, served, monkeypatch):
     assert y.tolist() == [2, 0, 1] and x[:, 0, 0, 0].tolist() == [5, 85, 165]
 
 
-def test_unknown_names(tmp_path):
+def test_unknown_names_raise(tmp_path):
     with pytest.raises(ValueError, match="name must be one of 'cifar10'"): known_images("imagenet", root=tmp_path)
     with pytest.raises(ValueError, match="part must be"): known_images("cifar10", "valid", tmp_path)
 
 
-def test_bad_folders_and_tensors(tmp_path, folder):
+def test_invalid_folders_and_tensors_raise(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="not a folder"): image_files(tmp_path/"nowhere")
     (tmp_path/"empty").mkdir()
     with pytest.raises(ValueError, match=r"0 file\(s\)"): image_files(tmp_path/"empty")
     (tmp_path/"empty/notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"1 file\(s\), none with an image's ending"): image_files(tmp_path/"empty")
+    with pytest.raises(ValueError, match=r"1 file\(s\), none with the extension of an image"):
+        image_files(tmp_path/"empty")
     (folder/"dark/broken.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="broken.jpg cannot be read"):
         load_images(image_files(folder), 8, progress=False)
@@ -428,7 +429,7 @@ def trained():
     return learn
 
 
-def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
+def test_saved_encoder_loads_with_its_normalisation(trained, tmp_path):
     x = digits_images()[0][:40]
     again = load_encoder(save_encoder(trained, tmp_path/"deep/er/e.safetensors"))
     assert torch.allclose(encode(again, x)[0], encode(trained, x)[0], atol=1e-5)
@@ -438,16 +439,16 @@ def test_a_saved_encoder_comes_back_with_its_input(trained, tmp_path):
     assert torch.allclose(encode(twice, x)[0], encode(trained, x)[0], atol=1e-5)
 
 
-def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
     def fails(*args, **kwargs): raise OSError("disk full")
-    monkeypatch.setattr("self_supervised_bt.checkpoints.save_file", fails)
+    monkeypatch.setattr("self_supervised_bt.weights.save_file", fails)
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 
 
-def test_bad_files(trained, tmp_path):
+def test_invalid_encoder_files_raise(trained, tmp_path):
     with pytest.raises(FileNotFoundError): load_encoder(tmp_path/"nothing")
     (tmp_path/"text").write_text("hello there, this is no tensor file")
     with pytest.raises(ValueError, match="not a safetensors file"): load_encoder(tmp_path/"text")

@@ -408,7 +408,7 @@ def killed_and_resumed(rank, folder, at):
 @pytest.mark.parametrize("at", [5, 15])
 def test_a_run_of_several_ranks_resumes_to_the_last_bit(tmp_path, at):
     for whole, again, names in run_ranks(partial(killed_and_resumed, folder=tmp_path, at=at)):
-        assert names[0] == f"step-{at - at % 2 if at < 12 else 14:010d}.safetensors"
+        assert names[0] == f"step-{at - at % 2 if at < 12 else 14:010d}.pt"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
 
@@ -430,7 +430,7 @@ def asked_to_stop(rank, folder):
 
 def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path):
     for code, names, whole, again in run_ranks(partial(asked_to_stop, folder=tmp_path)):
-        assert code == 75 and names[0] == "step-0000000010.safetensors"
+        assert code == 75 and names[0] == "step-0000000010.pt"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
 
 

@@ -1,4 +1,4 @@
-"Folders of images, broken files among them"
+"Folders of images with broken files"
 import csv
 import pickle
 import random
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_model
 from fastai.callback.core import Callback
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
 from PIL import Image, ImageFile
 
-from conftest import small_model
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import BadImage
@@ -21,7 +21,7 @@ from self_supervised_bt.folders import FileNames, bad_images, check_images, unla
 
 
 def spoil(root, files):
-    "Files of eight kinds that hold no image, in the place of some that do"
+    "Replace some files by eight kinds of broken files"
     png, jpg = root/"whole.png", root/"whole.jpg"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     for f in (png, jpg): noise.save(f)
@@ -45,7 +45,7 @@ def spoil(root, files):
 
 @pytest.fixture
 def wild(tmp_path):
-    "160 pictures of one grey level each, their number, in nested folders; 8 of them broken"
+    "160 images in nested folders, each with its number as grey level; 8 are broken"
     files = [tmp_path/"wild"/"ab"[i % 2]/"deep"/f"{i:03}.png" for i in range(160)]
     for i, f in enumerate(files):
         f.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class Sizes(Callback):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_on_broken_files_ends_and_lists_them(wild, workers):
+def test_training_skips_and_lists_broken_files(wild, workers):
     root, broken = wild
     dls = unlabelled_dls(root, 8, bs=16, num_workers=workers, device="cpu")
     sizes = Sizes()
@@ -82,18 +82,19 @@ def test_training_on_broken_files_ends_and_lists_them(wild, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_readable_image_takes_the_place(wild, workers):
+def test_next_readable_image_replaces_a_broken_one(wild, workers):
     root, broken = wild
     files = in_a_row(root)
     dls = unlabelled_dls(files, 8, bs=32, valid_pct=0, num_workers=workers, labels=False, device="cpu")
     dls.train.shuffle = False
     want = list(range(160))
-    for i, j in {0: 1, 17: 19, 18: 19, 60: 63, 61: 63, 62: 63, 100: 101, 159: 1}.items(): want[i] = j   # round the end
+    replaced = {0: 1, 17: 19, 18: 19, 60: 63, 61: 63, 62: 63, 100: 101, 159: 1}   # after the last comes the first
+    for i, j in replaced.items(): want[i] = j
     for _ in range(2): assert sum((levels(x) for x, in dls.train), []) == want
     assert dls.train_ds.names(range(160)) == [str(files[i]) for i in want]
 
 
-def test_labels_go_with_the_image_that_is_used(folder):
+def test_labels_are_those_of_the_images_used(folder):
     last = (33, 35, 37, 39)   # of their class: the next images are light
     for i in last: (folder/f"dark/{i}.png").write_bytes(b"")
     dls = unlabelled_dls(folder, 8, bs=10, valid_pct=.25, labels=True, num_workers=0, device="cpu")
@@ -110,7 +111,7 @@ def test_labels_go_with_the_image_that_is_used(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_or_the_first_one_stops(wild, quick_end, workers):
+def test_broken_file_raises_with_bad_raise(wild, quick_end, workers):
     dls = unlabelled_dls(wild[0], 8, bs=16, bad="raise", num_workers=workers, device="cpu")
     with pytest.raises(BadImage) as e: list(dls.train)
     assert any(f in str(e.value) and reason in str(e.value) for f, reason in wild[1].items())
@@ -127,7 +128,7 @@ def test_batches(wild):
     assert sorted([*dls.train_ds.files, *dls.valid_ds.files]) == sorted(str(f) for f in wild[0].rglob("*.png"))
 
 
-def test_the_order_follows_the_seeds_and_nothing_else(wild):
+def test_order_depends_only_on_the_seeds(wild):
     def epochs(workers, seed=0, split=0):
         random.seed(seed)
         dls = unlabelled_dls(wild[0], 8, bs=16, seed=split, num_workers=workers, device="cpu")
@@ -147,7 +148,7 @@ def test_reading_uses_no_random_numbers(wild):
     assert (np.random.get_state()[1] == states[2]).all()
 
 
-def test_shares_of_two_ranks(wild, monkeypatch):
+def test_two_ranks_divide_the_files(wild, monkeypatch):
     monkeypatch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)   # fastai's needs a GPU
     dls = unlabelled_dls(wild[0], 8, bs=16, valid_pct=0, num_workers=2, device="cpu")
     dls.train.shuffle = dls.train.drop_last = False
@@ -159,7 +160,7 @@ def test_shares_of_two_ranks(wild, monkeypatch):
     assert seen == sum((levels(x) for x, in dls.train), []) and len(seen) == 160 and len(bad_images(dls)) == 8
 
 
-def test_an_exported_learner_keeps_no_files(wild, tmp_path):
+def test_exported_learner_has_no_files(wild, tmp_path):
     dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=0, device="cpu")
     learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None))])
     learn.export(tmp_path/"learner.pkl")
@@ -167,7 +168,7 @@ def test_an_exported_learner_keeps_no_files(wild, tmp_path):
     assert len(again.dls.train_ds) == 0 and b"deep" not in (tmp_path/"learner.pkl").read_bytes()
 
 
-def test_checks(wild, tmp_path):
+def test_check_images(wild, tmp_path):
     root, broken = wild
     full = check_images(root, full=True)
     assert dict(full.bad) == broken and len(full) == 8 and len(full.good) == 152 and not set(full.good) & set(broken)
@@ -185,7 +186,7 @@ def test_checks(wild, tmp_path):
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_names_of_any_kind():
+def test_file_names_of_any_kind():
     names = ["a.png", "", "Zürich/ß.png", "x\udcff\udc80.jpg", "long"*200]
     kept = FileNames(names)
     assert list(kept) == names and len(kept) == 5 and kept[-2] == names[3]
@@ -194,7 +195,7 @@ def test_names_of_any_kind():
     assert list(pickle.loads(pickle.dumps(kept))) == names and len(FileNames([])) == 0
 
 
-def test_wrong_arguments(wild, folder, tmp_path):
+def test_invalid_arguments_raise(wild, folder, tmp_path):
     root = wild[0]
     right = dict(size=8, bs=16, device="cpu")
     wrong = [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),

@@ -1,4 +1,4 @@
-"The fused views: sampled per image, in torchvision's distributions, and torchvision's pixel by pixel"
+"The fused views: parameters per image, distributions and pixels compared with torchvision"
 import warnings
 
 import numpy as np
@@ -41,7 +41,7 @@ def test_uint8_is_divided_by_255_and_types_are_kept():
 @pytest.mark.parametrize("x,error", [
     (torch.rand(3, 8, 8), ValueError), (torch.rand(2, 3, 0, 8), ValueError), ("image", ValueError),
     (torch.ones(2, 3, 8, 8).long(), TypeError)])
-def test_bad_images(x, error):
+def test_invalid_images_raise(x, error):
     with pytest.raises(error, match="images must"): image_batch(x)
 
 
@@ -54,11 +54,11 @@ def with_nan(x):
     (lambda x: x*255, "divide by 255"),
     (lambda x: x - .5, "-0.5"),
     (with_nan, "1 NaN or infinite pixels in 1 of 4 images, the first at index 1")])
-def test_pixels_outside_their_range_are_refused_in_the_first_batch(spoil, words):
+def test_pixels_out_of_range_raise_in_the_first_batch(spoil, words):
     p = get_barlow_twins_aug_pipelines(8)[0]
     x = torch.rand(4, 3, 8, 8)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 0, 1
-    for _ in range(2):      # the first error does not switch the check off
+    for _ in range(2):      # the check stays on after an error
         with pytest.raises(ValueError, match=words): p(TensorImage(spoil(x.clone())))
     assert p(TensorImage(x)).shape == (4, 3, 8, 8)
 
@@ -73,25 +73,25 @@ def test_normalisation(c):
     assert torch.allclose(norm(x), expected, atol=1e-6)
 
 
-def test_stats_that_do_not_fit():
+def test_stats_of_another_number_of_channels_raise():
     p = get_barlow_twins_aug_pipelines(8, jitter=False, bw=False)[0]
     with pytest.raises(ValueError, match="5"): p(TensorImage(torch.rand(2, 5, 8, 8)))
 
 
-# ---- what is sampled -------------------------------------------------------------------------------------------------
+# ---- sampled parameters ----------------------------------------------------------------------------------------------
 
 def p_value(sample, lo, hi): return st.kstest(np.asarray(sample, float), "uniform", (lo, hi - lo)).pvalue
 
 
 def assert_uniform(sample, lo, hi):
     assert p_value(sample, lo, hi) > 1e-3
-    assert p_value(sample, lo, hi + .03*(hi - lo)) < 1e-3      # the same test refuses a slightly wider range
+    assert p_value(sample, lo, hi + .03*(hi - lo)) < 1e-3      # the same test rejects a slightly wider range
 
 
 @pytest.mark.parametrize("shape,scale,ratio", [
     ((32, 32), (.08, 1.), (3/4, 4/3)), ((96, 60), (.2, 1.), (3/4, 4/3)), ((40, 41), (.9, 1.), (.5, 2.))])
-def test_crop_boxes_are_torchvisions(shape, scale, ratio):
-    "The same distribution of every side and position, and of area and ratio, as torchvision's own samples"
+def test_crop_boxes_have_torchvisions_distribution(shape, scale, ratio):
+    "Side lengths, positions, area and ratio are distributed as torchvision's own samples"
     torch.manual_seed(0)
     ours = crop_boxes(6000, shape, scale, ratio).double().numpy()
     image = torch.empty(3, *shape)
@@ -102,14 +102,14 @@ def test_crop_boxes_are_torchvisions(shape, scale, ratio):
         return [st.ks_2samp(a, b).pvalue for a, b in pairs]
     assert all(p > 1e-3 for p in p_values(ours))
     wrong = crop_boxes(6000, shape, (.8*scale[0] + .2, 1.), ratio).double().numpy()
-    assert min(p_values(wrong)) < 1e-6                       # the same test refuses another range
+    assert min(p_values(wrong)) < 1e-6                       # the same test rejects another range
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= shape[0]).all() and (ours[:, 1] + ours[:, 3] <= shape[1]).all()
 
 
 @pytest.mark.parametrize("shape,scale,ratio", [
     ((10, 200), (.9, 1.), (3/4, 4/3)), ((200, 10), (.9, 1.), (3/4, 4/3)), ((50, 60), (1., 1.), (.5, .55))])
-def test_the_crop_that_never_fits_is_torchvisions(shape, scale, ratio):
+def test_fallback_crop_equals_torchvisions(shape, scale, ratio):
     image = torch.empty(3, *shape)
     theirs = {tuple(RandomResizedCrop.get_params(image, list(scale), list(ratio))) for _ in range(50)}
     assert {tuple(b) for b in crop_boxes(50, shape, scale, ratio).tolist()} == theirs and len(theirs) == 1
@@ -122,7 +122,7 @@ def test_jitter_factors_and_orders():
     for factor, (lo, hi) in zip(d["factors"].T, ranges): assert_uniform(factor, lo, hi)
     orders = np.unique(d["order"].numpy(), axis=0, return_counts=True)[1]
     assert len(orders) == 24 and st.chisquare(orders).pvalue > 1e-3
-    preferred = np.r_[orders[:12]*1.2, orders[12:]*.8]                    # the same test refuses preferred orders
+    preferred = np.r_[orders[:12]*1.2, orders[12:]*.8]                    # the same test rejects preferred orders
     assert st.chisquare(preferred*6000/preferred.sum()).pvalue < 1e-6
     assert abs(np.corrcoef(d["factors"].numpy().T) - np.eye(4)).max() < .05    # independent of each other
 
@@ -135,7 +135,7 @@ def test_angles_and_sigmas_are_uniform(step, name, lo, hi):
     assert_uniform(step.sample(6000, (32, 32))[name], lo, hi)
 
 
-def test_every_step_comes_as_often_as_it_should():
+def test_probability_of_every_step():
     torch.manual_seed(0)
     p = dict(rotate_p=.3, jitter_p=.8, bw_p=.2, blur_p=.1, solarize_p=.45)
     tfm = get_batch_augs(8, flip_p=.6, **p)[0]
@@ -148,7 +148,7 @@ def test_every_step_comes_as_often_as_it_should():
     assert (torch.corrcoef(together) - torch.eye(6)).abs().max() < .05    # independent of each other
 
 
-def test_describe_says_what_was_sampled():
+def test_describe_gives_the_sampled_parameters():
     every_p = dict(rotate_p=1, jitter_p=1, bw_p=1, blur_p=1, solarize_p=1)
     tfm, = get_batch_augs(16, flip_p=1, stats=None, **every_p)
     with pytest.raises(ValueError, match="make a view first"): tfm.describe(0)
@@ -161,7 +161,7 @@ def test_describe_says_what_was_sampled():
     assert lines[0].startswith(f"{h}x{w} at ({top},{left})")
 
 
-# ---- what is done with it --------------------------------------------------------------------------------------------
+# ---- views -----------------------------------------------------------------------------------------------------------
 
 def affine_by_torchvision(im, angle, shear):
     h, w = im.shape[-2:]
@@ -186,7 +186,7 @@ STEPS = {
 
 
 def by_torchvision(tfm, x, i):
-    "What torchvision's functions make of image `i` with the sampled parameters"
+    "View of image `i` by torchvision's functions with the sampled parameters"
     def sampled(step): return {k: t[i] for k, t in tfm.sampled[step].items()}
     d, kind = sampled(tfm.crop), TF.InterpolationMode(tfm.crop.interpolation)
     im = TF.resized_crop(x[i].double(), *d["box"].tolist(), tfm.crop.size, kind, antialias=True)
@@ -198,7 +198,7 @@ def by_torchvision(tfm, x, i):
 
 
 def errors(tfm, x):
-    "Absolute difference of every pixel of a view to torchvision's"
+    "Absolute difference of every pixel from torchvision's view"
     v = tfm(TensorImage(x), split_idx=0)
     return torch.stack([(ours - by_torchvision(tfm, x, i)).abs() for i, ours in enumerate(v)])
 
@@ -206,7 +206,7 @@ def errors(tfm, x):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("n,shape,size", [
     (50, (32, 32), 32), (40, (32, 40), 20), (50, (100, 90), (72, 80)), (8, (90, 100), 24), (6, (150, 150), 140)])
-def test_views_are_torchvisions_pixel_by_pixel(n, shape, size, interpolation):
+def test_views_equal_torchvisions(n, shape, size, interpolation):
     "Every step, parameters per image, sizes that shrink and enlarge, images handled together and one by one"
     torch.manual_seed(0)
     tfm, = get_batch_augs(size, interpolation=interpolation, exact_jitter=True, shear_deg=10,
@@ -216,7 +216,7 @@ def test_views_are_torchvisions_pixel_by_pixel(n, shape, size, interpolation):
     assert error.mean() < 1e-5 and error.max() < 5e-4
 
 
-def test_solarised_views_are_torchvisions_but_at_the_threshold():
+def test_solarised_views_equal_torchvisions_except_at_the_threshold():
     torch.manual_seed(0)
     tfm, = get_batch_augs(32, exact_jitter=True, solarize_p=.5)
     error = errors(tfm, torch.rand(64, 3, 32, 32))
@@ -230,13 +230,13 @@ def fused_and_exact(x, strengths):
     return fused.apply(x.clone(), **fused.prepare(x, **d)), exact.apply(x, **d)
 
 
-def test_the_fused_jitter_is_the_exact_one_where_nothing_is_clamped():
+def test_fused_jitter_equals_exact_jitter_without_clamping():
     torch.manual_seed(0)
     fused, exact = fused_and_exact(torch.rand(200, 3, 10, 10)*.3 + .35, (.3, .3, .3, 0))
     assert torch.allclose(fused, exact, atol=1e-5)
 
 
-def test_the_fused_jitter_stays_near_the_exact_one():
+def test_error_of_the_fused_jitter():
     "The stated bounds: mean distance over views of a smooth image, strengths of the paper"
     torch.manual_seed(0)
     x = F.interpolate(torch.rand(300, 3, 4, 4), size=16, mode="bilinear")
@@ -247,7 +247,7 @@ def test_the_fused_jitter_stays_near_the_exact_one():
 
 
 @pytest.mark.parametrize("size", [16, 80])
-def test_one_channel_gets_what_grey_rgb_gets(size):
+def test_one_channel_equals_grey_rgb(size):
     tfm, x = get_batch_augs(size, jitter_p=.8, jitter_s=.3, stats=None)[0], torch.rand(12, 1, 20, 20)*.4 + .3
     grey = seeded_view(tfm, TensorImage(x))
     rgb = seeded_view(tfm, TensorImage(x.expand(-1, 3, -1, -1)))
@@ -266,7 +266,7 @@ def test_other_dtypes(dtype, size):
 
 
 @pytest.mark.parametrize("shape,size", [((700, 3, 12, 12), 40), ((3, 3, 80, 80), 70)])
-def test_the_source_is_left_alone_and_its_layout_does_not_matter(shape, size):
+def test_input_is_not_changed_and_may_have_any_memory_layout(shape, size):
     tfm, x = get_batch_augs(size)[0], torch.rand(shape)
     before = x.clone()
     v = seeded_view(tfm, TensorImage(x))
@@ -279,7 +279,7 @@ def test_the_source_is_left_alone_and_its_layout_does_not_matter(shape, size):
 
 
 def test_views_of_plain_tensors_and_bytes():
-    "What fastai's typed transforms would skip silently"
+    "fastai's typed transforms would skip these silently"
     p, x = get_barlow_twins_aug_pipelines(8)[0], torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     def view(images):
         torch.manual_seed(1)
@@ -297,7 +297,7 @@ def test_views_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(seeded_view(tfm, x), v)
 
 
-def test_colour_steps_leave_other_channels_and_warn_once():
+def test_colour_steps_skip_other_numbers_of_channels_and_warn_once():
     p = get_barlow_twins_aug_pipelines(8, stats=None, jitter_p=1, bw_p=1)[0]
     x = TensorImage(torch.rand(4, 5, 8, 8))
     with pytest.warns(UserWarning, match="5 channels") as caught: p(x)

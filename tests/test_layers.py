@@ -1,4 +1,4 @@
-"Encoders of every kind, projectors, and measuring without a trace"
+"Encoders of all sources, projectors, and `encoder_width` without side effects"
 import copy
 import warnings
 
@@ -36,7 +36,7 @@ ARCHS = [(arch, {}) for arch in FASTAI + TORCHVISION + TIMM] + TRANSFORMERS
 
 @pytest.mark.parametrize("n_in", [1, 3])
 @pytest.mark.parametrize("arch,kwargs", ARCHS, ids=lambda a: a if isinstance(a, str) else "")
-def test_builds_projects_and_takes_a_step(arch, kwargs, n_in):
+def test_every_architecture_trains_with_a_projector(arch, kwargs, n_in):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoder = create_encoder(arch, pretrained=False, n_in=n_in, **kwargs)
@@ -56,12 +56,12 @@ def test_builds_projects_and_takes_a_step(arch, kwargs, n_in):
 
 @pytest.mark.parametrize("pool,factor", [(PoolingType.Avg, 1), (PoolingType.Max, 1), ("catavgmax", 2)])
 @pytest.mark.parametrize("arch", ["xresnet18", "resnet18", "densenet121", "timm/resnet18"])
-def test_pools(arch, pool, factor):
+def test_width_of_pooling(arch, pool, factor):
     encoder = create_encoder(arch, pretrained=False, pool_type=pool)
     assert encoder_width(encoder) == factor*(1024 if arch == "densenet121" else 512)
 
 
-def test_pools_are_what_they_say():
+def test_pooling_values():
     x = torch.rand(2, 3, 64, 64)
     encoder = create_encoder("resnet18", pretrained=False, pool_type=PoolingType.CatAvgMax).eval()
     maps = []
@@ -70,7 +70,7 @@ def test_pools_are_what_they_say():
     assert torch.allclose(h, torch.cat([maps[0].amax((2, 3)), maps[0].mean((2, 3))], dim=1), atol=1e-5)
 
 
-def test_a_pool_the_architecture_cannot_do_falls_back_and_says_so():
+def test_unsupported_pooling_warns_and_uses_the_architectures_own():
     for arch in ("vit_tiny_patch16_224", "vit_b_16"):
         with pytest.warns(UserWarning, match="its own pooling"): create_encoder(arch, pretrained=False)
     with warnings.catch_warnings():
@@ -90,13 +90,13 @@ def test_small_stem(arch):
     assert is_resnet(create_encoder(arch, pretrained=False))
 
 
-def test_a_convnext_is_no_resnet():
+def test_convnext_is_not_a_resnet():
     assert not is_resnet(create_encoder("convnext_atto", pretrained=False, pool_type="avg"))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "xresnet18", "resnet10t"])
 @pytest.mark.parametrize("small_stem", [False, True, "no pool", "keep pool"])
-def test_the_call_is_kept_and_makes_the_same_architecture(arch, small_stem):
+def test_created_by_rebuilds_the_architecture(arch, small_stem):
     encoder = create_encoder(arch, pretrained=False, n_in=1, pool_type="max", small_stem=small_stem)
     again = create_encoder(**encoder.created_by, pretrained=False)
     again.load_state_dict(encoder.state_dict())
@@ -105,7 +105,7 @@ def test_the_call_is_kept_and_makes_the_same_architecture(arch, small_stem):
 
 
 def test_pretrained_weights_from_a_local_file(tmp_path):
-    "timm loads what it is pointed to, and one channel gets the sum of the RGB filters"
+    "timm loads the given file, and one channel gets the sum of the RGB filters"
     source = timm.create_model("test_resnet", num_classes=0)
     save_file(source.state_dict(), tmp_path/"w.safetensors")
     overlay = dict(file=str(tmp_path/"w.safetensors"), num_classes=0)
@@ -128,11 +128,11 @@ def test_pretrained_torchvision_weights_from_the_cache(tmp_path, monkeypatch):
     assert torch.allclose(grey.conv1.weight, source.conv1.weight.sum(1, keepdim=True), atol=1e-6)
 
 
-def test_weights_that_cannot_be_had():
+def test_missing_pretrained_weights_warn():
     with pytest.warns(UserWarning, match="no pretrained weights for xresnet18"): create_encoder("xresnet18")
 
 
-def test_measuring_leaves_no_trace():
+def test_encoder_width_has_no_side_effects():
     encoder = create_encoder("resnet18", pretrained=False).train()
     encoder.layer1.eval()
     state = copy.deepcopy(encoder.state_dict())
@@ -149,14 +149,14 @@ def test_measuring_leaves_no_trace():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_measuring_follows_the_weights(dtype):
+def test_encoder_width_uses_device_and_dtype_of_the_weights(dtype):
     encoder = nn.Sequential(nn.Conv2d(2, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(dtype)
     assert encoder_width(encoder) == 5
-    assert encoder_width(nn.Sequential(nn.Flatten(), nn.Linear(784, 7))) == 7       # takes 28x28 grey images alone
+    assert encoder_width(nn.Sequential(nn.Flatten(), nn.Linear(784, 7))) == 7       # takes 28x28 grey images only
     assert encoder_width(encoder.to("meta")) == 5
 
 
-def test_channels_are_changed_in_place_of_the_first_convolution():
+def test_set_channels_replaces_the_first_convolution():
     first = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True)
     net = nn.Sequential(nn.Sequential(first), nn.Conv2d(4, 4, 1))
     rgb = net[0][0].weight.clone()
@@ -181,12 +181,12 @@ def test_mlp(bn, bias, nlayers):
     (dict(arch="resnet18", n_in=0), "n_in must be"), (dict(arch="resnet18", n_in=1.5), "n_in must be"),
     (dict(arch="resnet18", pool_type="median"), "PoolingType.Avg, PoolingType.Max, PoolingType.CatAvgMax"),
     (dict(arch="vgg11", small_stem=True), "ResNets")])
-def test_bad_encoders(kwargs, words):
+def test_invalid_arguments_raise(kwargs, words):
     with pytest.raises(ValueError) as e: create_encoder(**{"pretrained": False, **kwargs})
     assert words in str(e.value)
 
 
-def test_encoders_that_are_none():
+def test_modules_that_are_no_encoders_raise():
     with pytest.raises(ValueError, match="nn.Flatten"): create_barlow_twins_model(nn.Conv2d(3, 4, 3))
-    with pytest.raises(ValueError, match="no probe image"): create_barlow_twins_model(nn.Linear(7, 7))
+    with pytest.raises(ValueError, match="all probe images"): create_barlow_twins_model(nn.Linear(7, 7))
     with pytest.raises(ValueError, match="projection_size"): create_mlp_module(4, 4, 0)

@@ -1,4 +1,4 @@
-"The loss against references that share no code with it"
+"The loss compared with references that share no code with it"
 import copy
 import itertools
 import math
@@ -31,14 +31,14 @@ EPS = 1e-5
 
 
 def standardised(z, constant=False):
-    "Columns to mean 0 and variance 1; with `constant` no gradient runs through mean and variance"
+    "Columns to mean 0 and variance 1; with `constant` mean and variance have no gradient"
     z = z.double()
     s = z.detach() if constant else z
     return (z - s.mean(0))/((s - s.mean(0))**2).mean(0).add(EPS).sqrt()
 
 
 def textbook(z1, z2, lmb=5e-3, target=0., constant=False):
-    "Equations 1-2 with the whole matrix and its mask, in double precision"
+    "Equations 1-2 with the complete matrix and its mask, in double precision"
     c = standardised(z1, constant).T @ standardised(z2, constant)/len(z1)
     eye = torch.eye(len(c), dtype=torch.double)
     return (eye*(1 - c)**2).sum() + lmb*((1 - eye)*(c - target)**2).sum()
@@ -82,7 +82,7 @@ def case(seed):
 
 
 def condition(z):
-    "How much the distance of a dimension from 0 exceeds its spread: what float32 loses in taking the mean away"
+    "Largest ratio of mean to standard deviation: the precision that float32 loses in subtracting the mean"
     z = z.double()
     return float((z.mean(0).abs()/(z.var(0, correction=0) + EPS).sqrt()).max())
 
@@ -126,7 +126,7 @@ def test_value_and_gradients_equal_the_textbook(seed, form):
         assert float((g - r).norm()) <= tol*float(max(r.norm(), u.norm())) + least
 
 
-def test_the_cases_cover_what_they_say():
+def test_the_cases_cover_all_kinds_of_input():
     cases = [case(s)[:2] for s in range(240)]
     shapes = [z1.shape for z1, _ in cases]
     assert {z1.dtype for z1, _ in cases} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -164,14 +164,14 @@ def test_gradient_by_finite_differences(n, d, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_second_derivative_is_refused_not_wrong(form):
+def test_second_derivatives_raise(form):
     z1, z2 = torch.randn(2, 6, 4).requires_grad_()
     grad, = torch.autograd.grad(barlow_twins_loss(z1, z2, form=form), z1, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"): grad.square().sum().backward()
 
 
 def test_the_sum_over_a_large_matrix_is_exact():
-    "One running float32 sum over 16 million squares would be off by more than this"
+    "A single float32 sum over 16 million squares has a larger error than this"
     a = normalise(torch.randn(16, 4096))
     c = a.double().T @ a.double()/16
     c.diagonal().zero_()
@@ -191,7 +191,7 @@ def test_the_cheaper_form_is_chosen(monkeypatch):
 
 
 def test_redundancy_is_never_negative():
-    "Perfectly independent dimensions: the Gram form subtracts two equal numbers"
+    "Exactly independent dimensions: the Gram form subtracts two equal numbers"
     h = torch.tensor([[1.]])
     for _ in range(6): h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     for form in FORMS:
@@ -202,7 +202,7 @@ def test_redundancy_is_never_negative():
 
 
 @pytest.mark.parametrize("n,d", [(40, 100), (100, 40), (8, 1)])
-def test_terms_are_what_they_are_called(n, d):
+def test_terms_equal_their_definitions(n, d):
     z1 = torch.randn(n, d)
     z2 = z1 + torch.randn(n, d)
     c = standardised(z1).T @ standardised(z2)/n
@@ -221,14 +221,14 @@ def test_terms_are_what_they_are_called(n, d):
         assert float(terms.off_diagonal_rms) == pytest.approx(float(rms), rel=1e-5, abs=1e-3)
 
 
-def test_each_view_may_be_shifted_and_scaled_on_its_own():
+def test_loss_is_invariant_to_shift_and_scale_per_view():
     z1, z2 = torch.randn(2, 64, 10)
     shift, scale = torch.randn(10), torch.rand(10)*3 + .5
     assert torch.allclose(barlow_twins_loss(z1*scale + shift, z2), barlow_twins_loss(z1, z2), rtol=1e-3)
 
 
-def test_views_are_normalised_apart():
-    "Jointly normalised views of different means would not agree on the diagonal"
+def test_views_are_normalised_separately():
+    "With joint normalisation, views of different means would not give a diagonal of ones"
     z = torch.randn(64, 10)
     assert torch.allclose(cross_correlation(z, z + 10).diagonal(), torch.ones(10), atol=1e-3)
 
@@ -246,7 +246,7 @@ def test_constant_dimensions_give_finite_loss_and_gradient(offset, form):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1., 30., 1e3])
 def test_float32_under_autocast(dtype, scale, form):
-    "The backward pass, too, when it runs inside the user's autocast"
+    "Also the backward pass inside the user's autocast"
     z1 = torch.randn(64, 96)
     z2 = z1 + .5*torch.randn(64, 96)
     half = [(z*scale).to(dtype) for z in (z1, z2)]
@@ -291,7 +291,7 @@ def test_gradients_accumulate(form):
     assert torch.equal(first, second)
 
 
-def test_off_diagonal_is_everything_else():
+def test_off_diagonal_entries():
     c = torch.randn(7, 7)
     assert off_diagonal(c).numel() == 42
     assert torch.allclose(off_diagonal(c).square().sum(), c.square().sum() - c.diagonal().square().sum())
@@ -344,18 +344,18 @@ def test_off_target_in_both_forms(form, target):
     assert distance(ours, value_and_gradients(lambda a, b: textbook(a, b, .01, target), z1, z2)) < 1e-5
 
 
-def test_scale_multiplies_everything():
+def test_scale_multiplies_the_loss():
     z1, z2 = torch.randn(2, 30, 50)
     assert float(BarlowTwinsLoss(scale=.024)(z1, z2)) == pytest.approx(.024*float(barlow_twins_loss(z1, z2)), rel=1e-6)
 
 
-def test_stop_gradient_reaches_view_1_alone():
+def test_stop_gradient_gives_gradient_to_view_1_only():
     z1, z2 = (torch.randn(8, 4).requires_grad_() for _ in range(2))
     variant_loss("stop-gradient")(z1, z2).backward()
     assert z1.grad.abs().sum() > 0 and z2.grad is None
 
 
-def test_only_what_is_computed_from_the_terms_is_divisible():
+def test_only_losses_with_the_papers_terms_are_divisible():
     class Own(BarlowTwinsLoss):
         def terms_of(self, z1, z2): return super().terms_of(z1, z2)
     divisible = {name for name in VARIANTS if variant_loss(name).divisible}
@@ -363,7 +363,7 @@ def test_only_what_is_computed_from_the_terms_is_divisible():
     assert BarlowTwinsLoss(.1, scale=2.).divisible and not Own().divisible and not variant_loss(queue=4).divisible
 
 
-def test_the_queue_joins_the_batch_as_constants():
+def test_queue_is_appended_to_the_batch_as_constants():
     batches = [torch.randn(2, 8, 5) for _ in range(4)]
     loss = variant_loss(lmb=.01, queue=20)
     for z in batches: got = value_and_gradients(loss, *z)
@@ -390,7 +390,7 @@ def test_all_pairs_is_the_mean_over_pairs():
     assert ours.terms is None
 
 
-def test_all_pairs_of_a_plain_function_and_bad_input():
+def test_all_pairs_of_a_plain_function_and_invalid_input():
     zs = torch.randn(3, 4, 5)
     expected = sum(float((a - b).square().sum()) for a, b in itertools.combinations(zs, 2))/3
     assert float(AllPairs(lambda a, b: (a - b).square().sum())(*zs)) == pytest.approx(expected, rel=1e-5)
@@ -401,7 +401,7 @@ def test_all_pairs_of_a_plain_function_and_bad_input():
 
 
 def test_a_used_loss_can_be_copied_and_saved():
-    "A Learner pickles its callbacks, and what they hold, when it is exported"
+    "Exporting a Learner pickles its callbacks and their attributes"
     loss = variant_loss(queue=8)
     z = [torch.randn(8, 4).requires_grad_() for _ in range(2)]
     loss(*(v*2 for v in z))
@@ -410,12 +410,12 @@ def test_a_used_loss_can_be_copied_and_saved():
         assert torch.equal(other.queue.past[0], loss.queue.past[0])
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize("args,error,words", [
     ((torch.rand(4, 3), torch.rand(4, 2)), ValueError, "(4, 3) and (4, 2)"),
-    ((torch.rand(4, 3), torch.rand(5, 3)), ValueError, "one shape"),
+    ((torch.rand(4, 3), torch.rand(5, 3)), ValueError, "the same shape"),
     ((torch.rand(4), torch.rand(4)), ValueError, "(N,D)"),
     ((torch.rand(1, 3), torch.rand(1, 3)), ValueError, "at least 2"),
     ((torch.ones(4, 3).long(), torch.rand(4, 3)), TypeError, "z1 must be a floating-point tensor, got torch.int64"),
@@ -427,7 +427,7 @@ def test_a_used_loss_can_be_copied_and_saved():
     ((torch.rand(4, 3), torch.rand(4, 3), .1, 1e-5, "gramm"), ValueError,
      "form must be one of None, 'gram', 'direct', got 'gramm'"),
 ])
-def test_bad_input(args, error, words):
+def test_invalid_input_raises(args, error, words):
     with pytest.raises(error) as e: barlow_twins_loss(*args)
     assert words in str(e.value)
 
@@ -441,11 +441,11 @@ def test_bad_input(args, error, words):
     (dict(queue=1.5), "queue"),
     (dict(scale=-1), "scale must be"),
 ])
-def test_bad_options(options, words):
+def test_invalid_options_raise(options, words):
     with pytest.raises(ValueError, match=words): variant_loss(**options)
 
 
-def test_unknown_names():
+def test_unknown_names_raise():
     with pytest.raises(ValueError, match="variant must be one of 'baseline'.*got 'vicreg'"): variant_loss("vicreg")
     with pytest.raises(ValueError, match="along must be one of"): normalise(torch.rand(3, 2), along="rows")
     z = torch.rand(3, 2)
@@ -453,7 +453,7 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nan_names_the_view_and_counts(form):
+def test_error_names_the_view_and_counts_nan(form):
     z1, z2 = torch.randn(2, 8, 20)
     z2[1, 3], z2[1, 4], z2[5, 0] = float("nan"), float("nan"), float("inf")
     with pytest.raises(FloatingPointError) as e: barlow_twins_loss(z1, z2, form=form)
@@ -466,13 +466,13 @@ def test_nan_names_the_view_and_counts(form):
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="older PyTorch asks the driver even for fake CUDA tensors")
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("options", [*VARIANTS.values(), {"queue": 4}, {"form": "gram"}, {"form": "direct"}], ids=str)
-def test_the_loss_is_looked_at_once_and_nothing_else(options):
-    "Reading a number waits for the device. A fake tensor has shapes and no numbers: reading one raises"
+def test_only_the_loss_is_read_and_only_once(options):
+    "Reading a number waits for the device. Fake tensors have shapes but no values: reading one raises"
     with FakeTensorMode():
         on_gpu = [torch.randn(8, 20, device="cuda") for _ in range(2)]
         on_cpu = [torch.randn(8, 20, requires_grad=True) for _ in range(2)]
         assert VariantLoss(check_finite=False, **options)(*on_gpu).device.type == "cuda"
-        VariantLoss(check_finite=False, **options)(*on_cpu).backward()   # the backward engine wants a real device
+        VariantLoss(check_finite=False, **options)(*on_cpu).backward()   # backward needs a real device
         assert on_cpu[0].grad.shape == on_cpu[0].shape
         for zs in (on_gpu, on_cpu):
             with pytest.raises(DataDependentOutputException): VariantLoss(**options)(*zs)

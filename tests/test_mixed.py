@@ -1,23 +1,23 @@
-"Mixed Barlow Twins against its formula with every matrix written out, and its callback at work"
+"Mixed Barlow Twins compared with its formula with all matrices, and its callback"
 import pytest
 import torch
+from conftest import small_model
+from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
 from fastai.callback.core import Callback
-from fastai.callback.schedule import *
 from fastai.learner import Learner, load_learner
+from test_losses import distance, standardised, textbook, value_and_gradients
 from torch import nn
 from torch.autograd import gradcheck
 
-from conftest import small_model
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import create_barlow_twins_model
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.losses import FORMS, barlow_twins_loss
 from self_supervised_bt.mixed import MixedBarlowTwins, MixedBarlowTwinsLoss, check_mixing_weight, mix_views
-from test_losses import distance, standardised, textbook, value_and_gradients
 
 
 def formula(z1, z2, zm, perm, a, lmb=5e-3, lmb_reg=4., script=False):
-    "Bandara et al. 2023: loss and regulariser with their D x D matrices; `script`: as the authors' ImageNet script has it"
+    "Bandara et al. 2023: loss and regulariser with their D x D matrices; `script`: as in the authors' ImageNet script"
     bt = textbook(z1, z2, lmb)
     z1, z2, zm, n = standardised(z1), standardised(z2), standardised(zm), len(z1)
     a = a.double().view(-1, 1) if isinstance(a, torch.Tensor) else a
@@ -51,13 +51,16 @@ def test_gradient_by_finite_differences(form, target):
     zs = [z.requires_grad_() for z in three(6, 4, torch.double)]
     perm, loss = torch.randperm(6), MixedBarlowTwinsLoss(.1, 2., target, form=form)
     assert gradcheck(lambda *z: loss(*z, perm, .4), zs)
-    assert float(loss(*zs, perm, .4)) == pytest.approx(float(formula(*zs, perm, .4, .1, 2., target == "script")), rel=1e-12)
+    expected = float(formula(*zs, perm, .4, .1, 2., target == "script"))
+    assert float(loss(*zs, perm, .4)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_without_the_regulariser_it_is_barlow_twins():
+def test_without_the_regulariser_it_equals_barlow_twins():
     z1, z2, zm = three(16, 30)
-    assert float(MixedBarlowTwinsLoss(lmb_reg=0.)(z1, z2, zm, torch.randperm(16), .5)) == pytest.approx(float(barlow_twins_loss(z1, z2)), rel=1e-6)
-    assert float(MixedBarlowTwinsLoss(scale=.1)(z1, z2, z1, torch.arange(16), 1.)) == pytest.approx(.1*float(barlow_twins_loss(z1, z2)), rel=1e-5)
+    loss = MixedBarlowTwinsLoss(lmb_reg=0.)(z1, z2, zm, torch.randperm(16), .5)
+    assert float(loss) == pytest.approx(float(barlow_twins_loss(z1, z2)), rel=1e-6)
+    loss = MixedBarlowTwinsLoss(scale=.1)(z1, z2, z1, torch.arange(16), 1.)
+    assert float(loss) == pytest.approx(.1*float(barlow_twins_loss(z1, z2)), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -83,14 +86,15 @@ def test_mixing():
     v1, v2, perm = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5), torch.tensor([2, 0, 3, 1])
     assert torch.allclose(mix_views(v1, v2, perm, .3), .3*v1 + .7*v2[perm])
     a = torch.rand(4)
-    assert torch.allclose(mix_views(v1, v2, perm, a), torch.stack([a[i]*v1[i] + (1 - a[i])*v2[perm[i]] for i in range(4)]), atol=1e-6)
+    expected = torch.stack([a[i]*v1[i] + (1 - a[i])*v2[perm[i]] for i in range(4)])
+    assert torch.allclose(mix_views(v1, v2, perm, a), expected, atol=1e-6)
 
 
 # The callback
 
 
 class Watch(Callback):
-    "What went into the model, what came out, and what the loss was"
+    "Records inputs and outputs of the model, and the loss"
     order = 99
     def __init__(self): self.seen = []
     def after_loss(self):
@@ -114,7 +118,7 @@ def test_the_loss_is_that_of_the_mixture(mixed_learner, per_sample):
     learn = mixed_learner(cbs=[watch], lmb=.02, lmb_reg=2., per_sample=per_sample)
     learn.model.register_forward_hook(lambda m, x, z: forwards.append((x[0].detach().clone(), z.detach().clone())))
     learn.fit(1)
-    pairs = list(zip(forwards[::2], forwards[1::2]))                       # the views together, the mixture by itself
+    pairs = list(zip(forwards[::2], forwards[1::2]))                       # the views together, then the mixture
     assert len(pairs) == len(watch.seen) == 5
     for ((x, z), (xm, zm)), (training, (v1, v2), xb, kept, perm, a, loss) in zip(pairs, watch.seen):
         assert a.shape == ((len(v1),) if per_sample else ()) and 0 <= float(a.min()) and float(a.max()) <= 1
@@ -122,11 +126,13 @@ def test_the_loss_is_that_of_the_mixture(mixed_learner, per_sample):
         assert torch.equal(x, xb) and torch.equal(x, torch.cat([v1, v2])) and torch.equal(zm, kept)
         assert torch.allclose(xm, mix_views(v1, v2, perm, a))
         assert loss == pytest.approx(float(formula(*z.chunk(2), zm, perm, a, .02, 2.)), rel=1e-4)
-    assert len({tuple(s[4].tolist()) for s in watch.seen if len(s[4]) == 16}) > 1 and len({float(s[5].sum()) for s in watch.seen}) == 5
+    perms = {tuple(s[4].tolist()) for s in watch.seen if len(s[4]) == 16}
+    weights = {float(s[5].sum()) for s in watch.seen}
+    assert len(perms) > 1 and len(weights) == 5
 
 
-def test_the_third_forward_trains_the_network(mixed_learner):
-    "With nothing but the regulariser, weights move"
+def test_the_regulariser_trains_the_network(mixed_learner):
+    "With the regulariser only, the weights change"
     learn = mixed_learner()
     learn.barlow_twins.objective.invariance = False
     losses = []
@@ -136,15 +142,17 @@ def test_the_third_forward_trains_the_network(mixed_learner):
     assert not torch.equal(before, learn.model.encoder[0].weight) and all(l > 0 for l in losses)
 
 
-def test_everything_the_plain_callback_does(mixed_learner, tmp_path):
+def test_prediction_validation_and_show_as_in_barlow_twins(mixed_learner, tmp_path):
     own = nn.CrossEntropyLoss()
     learn = mixed_learner(terms=True)
     learn.loss_func = own
     axes = learn.barlow_twins.show(n=2)
-    assert len(axes) == 6 and [ax.get_title() for ax in axes[:2]] == ["view 1", "view 2"] and "of view 1" in axes[2].get_title()
+    titles = [ax.get_title() for ax in axes[:3]]
+    assert len(axes) == 6 and titles[:2] == ["view 1", "view 2"] and "of view 1" in titles[2]
     learn.fit(1)
     assert learn.loss_func is own and learn.barlow_twins.zm is None and not learn.metrics
-    assert list(learn.recorder.metric_names)[3:-1] == ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms", "regulariser"]
+    names = ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms", "regulariser"]
+    assert list(learn.recorder.metric_names)[3:-1] == names
     learn.path = tmp_path
     learn.lr_find(num_it=6, show_plot=False)
     assert learn.loss_func is own
@@ -157,7 +165,8 @@ def test_everything_the_plain_callback_does(mixed_learner, tmp_path):
 @pytest.mark.parametrize("precision", ["to_fp32", "to_bf16"])
 def test_fit_export_load_fit(tmp_path, precision):
     dls = tensor_dls(digits_images()[0][:48], bs=16, device="cpu")
-    learn = Learner(dls, small_model(), cbs=MixedBarlowTwins(get_barlow_twins_aug_pipelines(8, stats=None), lmb_reg=2., terms=True), path=tmp_path)
+    augs = get_barlow_twins_aug_pipelines(8, stats=None)
+    learn = Learner(dls, small_model(), cbs=MixedBarlowTwins(augs, lmb_reg=2., terms=True), path=tmp_path)
     learn.logger = lambda *_: None
     getattr(learn, precision)().fit(1)
     learn.export()
@@ -171,12 +180,16 @@ def test_fit_export_load_fit(tmp_path, precision):
 def test_bad_input(mixed_learner):
     augs, z, perm = get_barlow_twins_aug_pipelines(8, stats=None), torch.randn(6, 4), torch.randperm(6)
     loss = MixedBarlowTwinsLoss()
-    for a, words in ((-.1, "got -0.1"), (1.5, "got 1.5"), (float("nan"), "got nan"), (torch.tensor([.5]*5 + [2.]), "got 2.0"), (torch.rand(5), r"shape \(5,\)")):
+    weights = ((-.1, "got -0.1"), (1.5, "got 1.5"), (float("nan"), "got nan"),
+               (torch.tensor([.5]*5 + [2.]), "got 2.0"), (torch.rand(5), r"shape \(5,\)"))
+    for a, words in weights:
         with pytest.raises(ValueError, match=words): loss(z, z, z, perm, a)
-    with pytest.raises(ValueError, match="z1 and zm must have one shape"): loss(z, z, z[:5], perm, .5)
+    with pytest.raises(ValueError, match="z1 and zm must have the same shape"): loss(z, z, z[:5], perm, .5)
     with pytest.raises(TypeError, match="zm must be a floating-point tensor"): loss(z, z, z.long(), perm, .5)
-    with pytest.raises(FloatingPointError, match="z1 is finite; z2 is finite; zm has 24 nan"): loss(z, z, z*float("nan"), perm, .5)
-    with pytest.raises(ValueError, match="target must be one of 'paper', 'script', got 'code'"): MixedBarlowTwins(augs, target="code")
+    with pytest.raises(FloatingPointError, match="z1 is finite; z2 is finite; zm has 24 nan"):
+        loss(z, z, z*float("nan"), perm, .5)
+    with pytest.raises(ValueError, match="target must be one of 'paper', 'script', got 'code'"):
+        MixedBarlowTwins(augs, target="code")
     for bad in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lmb_reg must be"): MixedBarlowTwins(augs, lmb_reg=bad)
         with pytest.raises(ValueError, match="lmb must be"): MixedBarlowTwins(augs, lmb=bad)
@@ -203,5 +216,5 @@ def test_scale_multiplies_the_whole_loss():
         assert scaled == pytest.approx(scale*float(MixedBarlowTwinsLoss()(*zs, perm, .3)), rel=1e-6)
 
 
-def test_the_weight_outside_is_named_beside_a_zero():
+def test_error_names_the_weight_outside_the_range():
     with pytest.raises(ValueError, match="got 2.0"): check_mixing_weight(torch.tensor([0., 2.]), 2)

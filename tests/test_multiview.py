@@ -1,4 +1,4 @@
-"The contracts with fastai, through `BarlowTwins`, and the Learner that needs no loss"
+"`MultiView` with fastai, tested through `BarlowTwins`, and a Learner without a loss"
 import copy
 import warnings
 from contextlib import suppress
@@ -33,9 +33,9 @@ from self_supervised_bt.recipes import bt_learner
 AUGS = dict(size=8, stats=None)
 
 
-# 1. Order as a relation
+# 1. The callback runs just before `CastToTensor`
 
-def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner):
+def test_callback_gets_typed_batches_before_they_are_cast(make_learner):
     assert BarlowTwins.order == CastToTensor.order - 1
     spy = RecordBatches()
     learn = make_learner(stats=imagenet_stats, cbs=[spy])
@@ -51,8 +51,8 @@ def test_the_callback_sees_typed_batches_just_before_they_are_cast(make_learner)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_plain_tensor_is_normalised_too(make_learner, backend):
-    "Plain tensors go through typed transforms as well"
+def test_plain_tensors_are_normalised(make_learner, backend):
+    "Typed transforms are applied to plain tensors as well"
     images = torch.utils.data.TensorDataset(torch.rand(32, 1, 8, 8))
     dls = DataLoaders(*(torch.utils.data.DataLoader(images, batch_size=16) for _ in range(2)))
     spy = RecordBatches()
@@ -64,7 +64,7 @@ def test_a_plain_tensor_is_normalised_too(make_learner, backend):
 # 2. Unlabelled batches train
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_weights_move_and_images_are_counted(make_learner, make_dls, labels):
+def test_unlabelled_images_train_and_the_recorder_counts_images(make_learner, make_dls, labels):
     spy = RecordBatches()
     learn = make_learner(make_dls(labels=labels, n_valid=20), cbs=[spy])
     before = copy.deepcopy(learn.model.state_dict())
@@ -75,7 +75,7 @@ def test_weights_move_and_images_are_counted(make_learner, make_dls, labels):
     assert [len(y[0]) for y in spy.targets] == [16, 16, 16, 16, 4]
 
 
-def test_the_loss_is_that_of_the_two_halves(make_learner):
+def test_loss_is_that_of_the_two_halves_of_the_batch(make_learner):
     z, losses = [], []
     keep_loss = Callback(after_loss=lambda self: losses.append(float(self.loss)))
     keep_z = Callback(after_pred=lambda self: z.append(self.pred.detach().clone()))
@@ -114,7 +114,7 @@ def test_terms_are_means_over_the_training_batches(make_dls):
     assert not learn.metrics and not learn.barlow_twins.columns
 
 
-def test_terms_where_fastai_measures_training_itself(make_dls):
+def test_terms_with_train_metrics(make_dls):
     learn = Learner(make_dls(), small_model(), cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), terms=True))
     learn.recorder.train_metrics = True
     learn.logger = lambda *_: None
@@ -124,7 +124,7 @@ def test_terms_where_fastai_measures_training_itself(make_dls):
     assert row["train_invariance"] != row["valid_invariance"]
 
 
-def test_terms_of_a_validation_alone_and_of_a_fit_without_one(make_dls):
+def test_terms_of_validate_and_of_a_fit_without_validation(make_dls):
     augs = get_barlow_twins_aug_pipelines(**AUGS)
     learn = Learner(make_dls(n_valid=16), small_model(), cbs=BarlowTwins(augs, terms=True))
     loss, invariance, redundancy, *_ = learn.validate()
@@ -135,7 +135,7 @@ def test_terms_of_a_validation_alone_and_of_a_fit_without_one(make_dls):
     assert alone.recorder.values[0][-4] > 1
 
 
-def test_terms_cost_no_forward_of_clean_images(make_learner, make_dls):
+def test_terms_need_no_forward_pass_of_clean_images(make_learner, make_dls):
     calls = []
     model = small_model()
     model.register_forward_hook(lambda m, x, z: calls.append(len(z)))
@@ -146,7 +146,7 @@ def test_terms_cost_no_forward_of_clean_images(make_learner, make_dls):
 
 
 @pytest.mark.parametrize("loss", [None, lambda a, b: (a - b).square().mean()], ids=["ours", "another"])
-def test_a_nan_is_named_before_it_reaches_the_weights(make_dls, loss):
+def test_nan_raises_before_the_weights_change(make_dls, loss):
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=loss)
     learn = Learner(make_dls(), small_model(), cbs=[bt, Pixels(1, float("nan"))])
     own = learn.loss_func
@@ -155,15 +155,15 @@ def test_a_nan_is_named_before_it_reaches_the_weights(make_dls, loss):
     assert learn.loss_func is own and all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_a_search_that_goes_too_far_ends(make_learner, tmp_path):
+def test_lr_find_stops_at_a_non_finite_loss(make_learner, tmp_path):
     learn = make_learner(cbs=[Pixels(12, float("inf"))])
     learn.path = tmp_path
     learn.lr_find(num_it=20, show_plot=False)
     assert len(learn.recorder.losses) == 12 and all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_a_nan_is_noticed_though_the_loss_does_not_look(make_dls):
-    "The callback looks at every loss once per step"
+def test_nan_raises_although_the_loss_does_not_check(make_dls):
+    "The callback checks every loss once per step"
     augs = get_barlow_twins_aug_pipelines(**AUGS)
     loss = BarlowTwinsLoss(check_finite=False)
     learn = Learner(make_dls(), small_model(), cbs=[BarlowTwins(augs, loss=loss), Pixels(1, float("nan"))])
@@ -174,13 +174,13 @@ def test_a_nan_is_noticed_though_the_loss_does_not_look(make_dls):
     learn.fit(1)
 
 
-# 3. Restore what you swap
+# 3. The loss is restored
 
 EVENTS = ["before_batch", "after_pred", "after_loss", "before_epoch", "after_epoch", "before_validate"]
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=lambda e: type(e).__name__)
-def test_the_loss_is_restored_after_a_failure(make_learner, event, error):
+def test_loss_is_restored_after_an_error(make_learner, event, error):
     own = nn.CrossEntropyLoss()
     learn = make_learner(loss_func=own)
     with suppress(KeyboardInterrupt, RuntimeError): learn.fit(1, cbs=RaiseAt(event, error))
@@ -190,7 +190,7 @@ def test_the_loss_is_restored_after_a_failure(make_learner, event, error):
     assert learn.loss_func is own and len(learn.recorder.losses) == 3
 
 
-def test_the_loss_is_restored_from_a_callback_added_for_one_fit(make_dls):
+def test_loss_is_restored_after_a_callback_for_one_fit(make_dls):
     own = nn.CrossEntropyLoss()
     learn = Learner(make_dls(), small_model(), loss_func=own)
     learn.logger = print
@@ -230,7 +230,7 @@ def test_fit_lr_find_fit_export_load(make_learner, tmp_path, precision, data):
         with pytest.raises(ValueError, match="cannot be decoded"): learn.predict(3)
 
 
-# 4. No loss_func, no metric
+# 4. No loss_func and no metric are needed
 
 def test_no_loss_func_is_needed_without_labels(make_dls):
     dls = make_dls(labels=False)
@@ -243,7 +243,7 @@ def test_no_loss_func_is_needed_without_labels(make_dls):
     with pytest.raises(ValueError, match="no loss of its own"): no_loss(None)
 
 
-# 5. Prediction is not training
+# 5. Prediction
 
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -260,13 +260,13 @@ def test_predictions_are_one_row_per_image_in_order(make_learner, make_dls, labe
     assert torch.allclose(inputs.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)) and len(z) == 21
 
 
-def test_predictions_get_no_softmax_from_the_learners_own_loss(make_learner):
+def test_predictions_have_no_softmax_from_the_learners_own_loss(make_learner):
     from fastai.losses import CrossEntropyLossFlat
     z = make_learner(loss_func=CrossEntropyLossFlat()).get_preds()[0]
     assert (z < 0).any()
 
 
-def test_validate_gives_the_loss_of_views_and_metrics_see_clean_rows(make_learner):
+def test_validate_gives_the_loss_of_views_and_metrics_of_clean_images(make_learner):
     rows = []
     def metric(pred, y):
         rows.append(pred.clone())
@@ -279,7 +279,7 @@ def test_validate_gives_the_loss_of_views_and_metrics_see_clean_rows(make_learne
     assert learn.recorder.values[-1][2] == 1
 
 
-def test_training_metrics_see_one_row_per_image(make_learner):
+def test_training_metrics_get_one_row_per_image(make_learner):
     def rows(pred, y): return pred.new_tensor(float(len(pred) == len(y)))
     learn = make_learner(metrics=rows)
     learn.recorder.train_metrics = True
@@ -288,7 +288,7 @@ def test_training_metrics_see_one_row_per_image(make_learner):
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_what_cannot_be_predicted_is_refused_with_a_reason(make_learner, make_dls, labels):
+def test_unsupported_predictions_raise(make_learner, make_dls, labels):
     learn = make_learner(make_dls(labels=labels), loss_func=nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="with_loss"): learn.get_preds(with_loss=True)
     with pytest.raises(ValueError, match="cannot be decoded into labels"): learn.get_preds(with_decoded=True)
@@ -296,9 +296,9 @@ def test_what_cannot_be_predicted_is_refused_with_a_reason(make_learner, make_dl
     assert len(learn.get_preds()[0]) == 20
 
 
-# 6. What the encoder was trained on is what it is evaluated on
+# 6. The encoder is evaluated on images as in training
 
-def test_the_encoder_remembers_its_normalisation(make_learner, make_dls):
+def test_encoder_keeps_its_normalisation(make_learner, make_dls):
     learn = make_learner(stats=imagenet_stats, size=12)
     learn.fit(1)
     x = TensorImage(torch.stack([o[0] for o in learn.dls.valid_ds]))
@@ -312,8 +312,8 @@ def test_the_encoder_remembers_its_normalisation(make_learner, make_dls):
 
 # 10. Devices follow the batch
 
-def test_statistics_follow_the_batch_whatever_cuda_says():
-    "`meta` stands in for a GPU: statistics made on the CPU, with `cuda=` of any value, go where the batch is"
+def test_statistics_follow_the_batch_for_any_value_of_cuda():
+    "`meta` is used in place of a GPU: statistics on the CPU move to the device of the batch, for any `cuda=`"
     for cuda in (True, False, None):
         norm = get_barlow_twins_aug_pipelines(8, cuda=cuda)[0].fs[0].norm
         assert norm.mean.device.type == "cpu"
@@ -331,9 +331,9 @@ def test_on_a_gpu(make_dls):
     assert learn.barlow_twins.sample_views()[0].is_cuda and encode(learn, dls.valid)[0].isfinite().all()
 
 
-# 11. Batches of every length but one
+# 11. Batches of one image, empty loaders
 
-def test_a_training_batch_of_one_is_refused_before_anything_is_lost(make_learner, make_dls):
+def test_training_batch_of_one_raises_before_training(make_learner, make_dls):
     items = image_items(33)
     for bs, drop_last, ok in ((1, False, False), (16, False, False), (16, True, True)):
         dls = DataLoaders(torch.utils.data.DataLoader(items, batch_size=bs, drop_last=drop_last, collate_fn=collate),
@@ -352,18 +352,18 @@ def collate(items):
     return torch.stack([o.as_subclass(torch.Tensor) for o in x]), torch.tensor(y)
 
 
-def test_a_validation_batch_of_one_is_left_out_with_a_warning(make_learner, make_dls):
+def test_validation_batch_of_one_is_left_out_with_a_warning(make_learner, make_dls):
     learn = make_learner(make_dls(n_valid=17))
     with pytest.warns(UserWarning, match="left out of the loss"): learn.fit(1)
     assert learn.recorder.loss.count == 16
     assert len(learn.get_preds()[0]) == 17
 
 
-def test_an_empty_training_loader_is_refused(make_learner, make_dls):
+def test_empty_training_loader_raises(make_learner, make_dls):
     with pytest.raises(ValueError, match="gives no batch: 10 image"): make_learner(make_dls(n=10, n_valid=4)).fit(1)
 
 
-# With the rest of fastai
+# Other parts of fastai
 
 def test_works_with_fastais_callbacks(make_learner, tmp_path):
     learn = make_learner(path=tmp_path)
@@ -373,8 +373,8 @@ def test_works_with_fastais_callbacks(make_learner, tmp_path):
     assert (tmp_path/"models/model.pth").exists() and (tmp_path/"history.csv").exists()
 
 
-def test_gradient_accumulation_adds_up(make_dls):
-    "Two accumulated batches move plain SGD by the mean of their gradients"
+def test_gradient_accumulation(make_dls):
+    "With two accumulated batches, plain SGD takes a step along the mean of their gradients"
     from fastai.optimizer import SGD
     def learner(**kwargs):
         torch.manual_seed(0)
@@ -415,7 +415,7 @@ def test_show_before_and_after_fit(make_learner):
     with pytest.raises(ValueError, match="n must be"): learn.barlow_twins.show(n=0)
 
 
-def test_show_the_views_about_to_be_trained_on(make_learner):
+def test_show_plots_the_views_of_the_current_batch(make_learner):
     learn = make_learner()
     b = learn.dls.one_batch()
     learn._split(b)
@@ -424,7 +424,7 @@ def test_show_the_views_about_to_be_trained_on(make_learner):
     assert torch.allclose(torch.as_tensor(shown), learn.xb[0][0, 0], atol=1e-6)
 
 
-def test_show_the_image_and_the_sampled_parameters(make_learner, make_dls):
+def test_show_plots_the_image_and_the_sampled_parameters(make_learner, make_dls):
     learn = make_learner(make_dls(channels=3), stats=imagenet_stats, views=3)
     b = learn.dls.one_batch()
     learn._split(b)
@@ -464,7 +464,7 @@ def test_bad_models_pipelines_and_batches(make_learner, make_dls):
     with pytest.raises(ValueError, match="2 inputs"): make_learner(pairs, loss_func=nn.MSELoss()).fit(1)
 
 
-def test_normalisation_in_the_dls_is_noticed(make_learner, make_dls):
+def test_normalisation_in_the_dls_warns(make_learner, make_dls):
     dls = make_dls(after_batch=[Normalize.from_stats(*imagenet_stats, cuda=False)], channels=3)
     learn = make_learner(dls, small_model(3))
     with pytest.warns(UserWarning, match="take Normalize out"):

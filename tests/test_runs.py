@@ -1,4 +1,4 @@
-"Runs in a folder of their own: the README's script on small images; settings, evaluation, export"
+"Runs: the commands of the README on small images; settings, evaluation, export"
 import json
 import os
 import re
@@ -25,15 +25,15 @@ SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_s
 
 
 def environment():
-    "The commands of this Python on the path, one thread each"
+    "Environment with the commands of this Python on the path, and one thread per process"
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def test_the_readmes_script_runs(folder):
+def test_commands_of_the_readme(folder):
     "bt_pretrain on a folder, killed and resumed, evaluated, exported, loaded in plain timm"
     block = next(b for b in re.findall(r"```sh\n(.*?)```", (root/"README.md").read_text(), re.S) if "kill -9" in b)
     script = block.replace("--epochs 10 --every 100", "--epochs 4 --bs 16 --every 1")
-    script = script.replace("sleep 60", "while [ ! -e runs/photos/step-0000000003.safetensors ]; do sleep .1; done")
+    script = script.replace("sleep 60", "while [ ! -e runs/photos/step-0000000003.pt ]; do sleep .1; done")
     assert script.count("--every 1") == 1 and script.count("while") == 1
     script = f"({script.strip()})".replace("wait $!", "wait $! || true")
     os.symlink(folder, folder.parent/"photos")
@@ -50,7 +50,7 @@ def test_the_readmes_script_runs(folder):
 
 # Settings
 
-def test_a_run_resumes_by_its_folder_alone_and_says_what_differs(folder, tmp_path):
+def test_run_resumes_from_its_folder_and_other_settings_raise(folder, tmp_path):
     first = pretrain(folder, "cifar", tmp_path/"run", valid_pct=.2, **SMALL)
     again = pretrain(out=tmp_path/"run", resume=True, num_workers=0)
     assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
@@ -73,7 +73,7 @@ def test_broken_files_are_listed(folder, tmp_path):
     assert sorted(pd.read_csv(tmp_path/"run/skipped.csv").reason) == ["empty file", "not an image", "truncated"]
 
 
-def test_images_are_looked_at(folder):
+def test_size_and_channels_are_read_from_the_images(folder):
     grey = folder/"grey"
     grey.mkdir()
     for i in range(3): Image.fromarray(np.full((20 + i, 40), 99, np.uint8)).save(grey/f"{i}.png")
@@ -96,7 +96,7 @@ def test_two_ranks_train_one_run(folder, tmp_path):
 
 # Evaluation
 
-def test_evaluation_is_that_of_the_parts(folder, tmp_path):
+def test_evaluate_equals_its_parts(folder, tmp_path):
     pretrain(folder, "cifar", tmp_path/"run", **SMALL)
     table = evaluate(tmp_path/"run", folder, ("knn", "linear", "semi-supervised", "transfer"), num_workers=0)
     encoder = load_encoder(tmp_path/"run/encoder.safetensors")
@@ -110,7 +110,7 @@ def test_evaluation_is_that_of_the_parts(folder, tmp_path):
     assert {"1 % of the labels", "10 % of the labels"} <= set(table.columns)
 
 
-def test_test_images_of_their_own(folder, tmp_path):
+def test_evaluate_with_a_folder_of_test_images(folder, tmp_path):
     shutil.copytree(folder, tmp_path/"test")
     for i in range(260): shutil.copy(folder/"light/00.png", tmp_path/f"test/light/copy{i}.png")   # more than a batch
     dls = labelled_dls(folder, 32, test=tmp_path/"test", num_workers=0)
@@ -129,8 +129,8 @@ def test_test_images_of_their_own(folder, tmp_path):
 @pytest.mark.parametrize("arch", ["resnet18", "timm/resnet10t", "timm/test_resnet", "timm/test_vit"])
 @pytest.mark.parametrize("small_stem", [False, True, "no pool", "keep pool"])
 @pytest.mark.parametrize("pool_type", ["avg", "catavgmax"])
-def test_an_encoder_in_plain_timm_gives_the_same(tmp_path, arch, small_stem, pool_type):
-    "In the code that is written, without this library"
+def test_exported_encoder_in_plain_timm_is_equal(tmp_path, arch, small_stem, pool_type):
+    "With the exported code, without this library"
     if "vit" in arch and (small_stem or pool_type != "avg"): pytest.skip("a ViT has no stem, and pools its own way")
     encoder = create_encoder(arch, pretrained=False, n_in=1, pool_type=pool_type, small_stem=small_stem)
     for m in encoder.modules():
@@ -147,7 +147,7 @@ def test_an_encoder_in_plain_timm_gives_the_same(tmp_path, arch, small_stem, poo
         torch.testing.assert_close(scope["model"](x), encoder.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_timm_does_not_know_is_refused(tmp_path):
+def test_export_raises_without_a_counterpart_in_timm(tmp_path):
     file = tmp_path/"e.safetensors"
     with pytest.raises(ValueError, match="no counterpart of xresnet18"):
         export_timm(create_encoder("xresnet18", pretrained=False), file)
