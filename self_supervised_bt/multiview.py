@@ -57,7 +57,7 @@ class ViewsLoss:
 
 # %% ../nbs/14_multiview.ipynb #e40ca637
 class TermMean(Column):
-    "A term of the loss, averaged over the epoch's training batches, or over validation batches if nothing trains"
+    "A term of the loss, averaged over the epoch's training batches, or over validation batches in `validate`"
     def __init__(self,
                  objective, # loss with `terms` after each call
                  term:str   # which of them
@@ -320,7 +320,7 @@ def show(self:MultiView,
          size:float=1.8,      # inches per view
          original:bool=False, # show the image first?
          sampled:bool=False   # write the sampled parameters below each view? (fused backend)
-        )->list:              # axes, row by row: the original if wanted, the views of each image
+        )->list:              # axes, row by row: the original if `original`, the views of each image
     "`n` rows of views, denormalised"
     check_positive_int("n", n)
     x,views = (self.images, self.views) if self.views else self.sample_views()
