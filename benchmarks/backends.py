@@ -9,9 +9,9 @@ import argparse
 import statistics
 import time
 
+from _common import class_folders, machine
 from fastai.torch_core import set_seed
 
-from _common import class_folders, machine
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, k_shot_accuracy, knn_accuracy

@@ -13,10 +13,10 @@ import argparse
 import statistics
 import time
 
+from _common import class_folders, machine
 from fastai.callback.channelslast import ChannelsLast
 from fastai.torch_core import set_seed
 
-from _common import class_folders, machine
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe

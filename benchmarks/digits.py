@@ -4,8 +4,8 @@ import statistics
 from contextlib import redirect_stdout
 
 import pandas as pd
-
 from _common import machine
+
 from self_supervised_bt.runs import short_run, train_and_compare
 
 SEEDS = range(5)

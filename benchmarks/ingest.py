@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _common import machine
 from PIL import Image
 
-from _common import machine
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import image_files, read_image
 from self_supervised_bt.folders import bad_images, unlabelled_dls

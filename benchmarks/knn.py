@@ -45,6 +45,7 @@ def contender(name, a):
     "Run one contender: seconds, MB above the inputs, and a number that tells whether all label alike"
     import torch
     import torch.nn.functional as F
+
     from self_supervised_bt.evaluation import knn_predict
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(a.classes, a.width, generator=g)

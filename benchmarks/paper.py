@@ -15,8 +15,8 @@ import statistics
 import time
 
 import torch
-
 from _common import machine
+
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.recipes import bt_learner, get_recipe
 from self_supervised_bt.training import LARS, Autocast, split_norm_bias

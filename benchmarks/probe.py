@@ -8,8 +8,9 @@ import time
 
 import torch
 from _common import machine
-from self_supervised_bt.evaluation import linear_probe
 from sklearn.linear_model import LogisticRegression
+
+from self_supervised_bt.evaluation import linear_probe
 
 
 def rows(n, width, classes, g):

@@ -13,8 +13,8 @@ import statistics
 import time
 
 import torch
-
 from _common import machine
+
 from self_supervised_bt.augmentations import blur_sigma, get_barlow_twins_aug_pipelines
 from self_supervised_bt.fused import image_batch
 

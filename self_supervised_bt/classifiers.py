@@ -28,10 +28,10 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .fused import CentreResize, image_batch
-from .evaluation import sample_labels, encode, encoder_of, linear_probe
-from .layers import create_encoder, encoder_width
 from .core import check_choice
+from .evaluation import encode, encoder_of, linear_probe, sample_labels
+from .fused import CentreResize, image_batch
+from .layers import create_encoder, encoder_width
 
 # %% ../nbs/31_classifiers.ipynb #29ba48d3
 class Classifier(nn.Module):

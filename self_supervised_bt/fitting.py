@@ -47,7 +47,7 @@ def _release(learn):
     "Undo the changes that callbacks made to the Learner for this fit"
     remove_columns(learn)
     for cb in learn.cbs:
-        if hasattr(cb, "release"): cb.release()
+        if hasattr(type(cb), "release"): cb.release()   # a callback shows the Learner's attributes, too
 
 @patch
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):

@@ -91,8 +91,8 @@ class MultiView(Callback):
     makes_views = True           # how `multiview_of` finds it
     views = images = None        # of the current batch
     own_loss = None              # the Learner's, while it is swapped
-    exchange,joined = None,False # for several ranks
-    columns = ()
+    exchange,joined = None,False # for several ranks: how they exchange, and whether the loss is global
+    columns = ()                 # of the terms
     _stateattrs = ("views", "images")
     def __init__(self,
                  aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one per view: two, or more
@@ -105,15 +105,9 @@ class MultiView(Callback):
         self.objective,self.terms = objective,terms
         if print_augs: print(*self.augs, sep="\n")
 
-    @property
-    def lmb(self): # weight λ of the redundancy term, `None` if the loss has none; may be set while training
-        return getattr(self.objective, "lmb", None)
-    @lmb.setter
-    def lmb(self, value): self.objective.lmb = check_lmb(value)
-
     def before_fit(self):
         self.swap_loss()
-        self.join_ranks()
+        self.check_ranks()
         if hasattr(self.objective, "reset"): self.objective.reset()
         if self.terms and not self.predicting: self.show_terms()
     def before_train(self):
@@ -159,6 +153,15 @@ def pair_objective(self:MultiView):
     "The loss of two views, for `diagnose`: (z1,z2) to a scalar"
     return self.objective
 
+@patch(as_prop=True)
+def lmb(self:MultiView):
+    "Weight λ of the redundancy term, `None` if the loss has none; may be set while training"
+    return getattr(self.objective, "lmb", None)
+
+@patch(set_prop=True)
+def lmb(self:MultiView, value): # noqa: F811  the setter
+    self.objective.lmb = check_lmb(value)
+
 # %% ../nbs/14_multiview.ipynb #7be36938
 @patch
 def swap_loss(self:MultiView):
@@ -181,22 +184,18 @@ def release(self:MultiView):
     self.columns,self.views,self.images = (),None,None
     if getattr(self.learn.loss_func, "swapped_by", None) is not self: return
     self.learn.loss_func,self.own_loss = self.own_loss,None
-    self.leave_ranks()
 
 # %% ../nbs/14_multiview.ipynb #85c6f2e3
 @patch
-def join_ranks(self:MultiView):
-    "Raise `RuntimeError` in a distributed fit"
+def check_ranks(self:MultiView):
+    "Refuse a distributed fit if no callback joins the ranks"
     if self.exchange == "none" or not dist.is_available() or not dist.is_initialized(): return
     world = dist.get_world_size()
-    if world > 1:
-        raise RuntimeError(f"with {world} ranks the loss of each rank would be that of its own part of the batch: "
-                           "import self_supervised_bt.distributed, or set learn.barlow_twins.exchange = 'none' to "
-                           "train on each rank independently")
-
-@patch
-def leave_ranks(self:MultiView):
-    "End of a fit; nothing to do on one rank"
+    if world == 1 or any(getattr(cb, "joins_ranks", False) for cb in self.learn.cbs): return
+    raise RuntimeError(f"with {world} ranks the loss of each rank would be that of its own part of the batch: "
+                       "from self_supervised_bt.distributed import GlobalBatch; learn.add_cb(GlobalBatch()) "
+                       "(a Learner made after the import has it by default), "
+                       f"or set learn.{self.name}.exchange = 'none' to train on each rank independently")
 
 # %% ../nbs/14_multiview.ipynb #9bfd034a
 @patch(as_prop=True)
@@ -248,6 +247,7 @@ def train_on(self:MultiView, x:TensorImage):
     self.learn.xb = self.model_input()
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
+# %% ../nbs/14_multiview.ipynb #ed4db862
 @patch
 def refuse_one_image(self:MultiView):
     "Raise `ValueError` in training; skip the batch with a warning in validation"
@@ -258,7 +258,7 @@ def refuse_one_image(self:MultiView):
     raise CancelBatchException()
 
 @patch
-def clean_pred(self:MultiView)->Tensor: # (B,D), what metrics see
+def clean_pred(self:MultiView)->Tensor: # (B,D), input of the metrics
     "Embeddings of the batch's un-augmented images"
     with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
 

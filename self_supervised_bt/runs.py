@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor, nn
 
+# %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
 from .core import check_choice, undisturbed
@@ -48,6 +49,8 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
+
+# %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
     effective_rank,
     encode,
@@ -203,16 +206,15 @@ def run_learner(dls:DataLoaders,  # from `run_dls`
     if not rank_distrib(): cbs.append(ProgressLogger())
     return bt_learner(dls, recipe=recipe, cbs=cbs)
 
-def fit_run(learn:Learner, # from `run_learner`
-            **kwargs       # for `fit_recipe`
-           )->float:       # seconds
+def fit_run(learn:Learner # from `run_learner`
+           )->float:      # seconds
     "Fit as the recipe defines, on all ranks if a launcher such as torchrun started several"
     with ExitStack() as stack:
         stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         if num_distrib() > 1: stack.enter_context(learn.distrib_ctx())
         start = time.perf_counter()
-        learn.fit_recipe(**kwargs)
+        learn.fit_recipe()
         return time.perf_counter() - start
 
 # %% ../nbs/50_runs.ipynb #4be33061
@@ -239,7 +241,7 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     monitor = "valid_loss" if s["valid_pct"] else None
     checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor)
     learn = run_learner(dls, s["recipe"], s["half"], checkpoints)
-    seconds = fit_run(learn, resume=resume)
+    seconds = fit_run(learn)
     return {} if rank_distrib() else save_results(learn, out, s["data"], s["seed"], seconds)
 
 # %% ../nbs/50_runs.ipynb #d434dccf

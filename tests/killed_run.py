@@ -36,14 +36,14 @@ WRITE_STEPS = ("before the file", "half of the file", "before fsync", "before th
                "while old ones are removed")
 
 
-def learner(seed, folder=None):
+def learner(seed, folder=None, resume=False):
     "Random views, dropout, momentum, moments and a validation set: much state that must be restored"
     set_seed(seed)
     x, _ = digits_images()
     convolution = [nn.Conv2d(1, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(.1)]
     encoder = nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     dls = tensor_dls(x[:700], bs=64, valid_pct=.1, device="cpu")
-    cbs = [checkpoints.Checkpoints(folder, every=EVERY, monitor="valid_loss")] if folder else []
+    cbs = [checkpoints.Checkpoints(folder, every=EVERY, monitor="valid_loss", resume=resume)] if folder else []
     learn = bt_learner(dls, encoder, 16, recipe=RECIPE, terms=True, cbs=cbs)
     learn.logger = lambda *_: None
     return learn
@@ -53,8 +53,8 @@ def train(seed, folder=None, out=None, resume=False, kill_at=None):
     "In a child: a run, new or resumed, that may be killed inside its fourth checkpoint"
     torch.set_num_threads(1)
     if kill_at: be_killed(kill_at)
-    learn = learner(seed, folder)
-    learn.fit_recipe(resume=resume) if folder else learn.fit_recipe()
+    learn = learner(seed, folder, resume)
+    learn.fit_recipe()
     if not out: return
     losses = torch.stack([loss.detach() for loss in learn.recorder.losses])
     values = torch.tensor([list(row) for row in learn.recorder.values])
@@ -67,13 +67,13 @@ def kill(): os.kill(os.getpid(), signal.SIGKILL)
 def be_killed(moment):
     "Make the writing of the fourth checkpoint kill this process at one of `WRITE_STEPS`"
     writes = 0
-    save_file, flush, replace, unlink = checkpoints.save_file, core._flush, os.replace, Path.unlink
+    save, flush, replace, unlink = torch.save, core._flush, os.replace, Path.unlink
 
-    def new_save_file(tensors, path, **kwargs):
+    def new_save(state, path):
         nonlocal writes
         writes += 1
         if writes == 4 and moment == "before the file": kill()
-        save_file(tensors, path, **kwargs)
+        save(state, path)
         if writes == 4 and moment == "half of the file":
             os.truncate(path, os.path.getsize(path)//2)
             kill()
@@ -91,7 +91,7 @@ def be_killed(moment):
         if path.name.startswith("step-") and not path.name.endswith(".part") and moment == WRITE_STEPS[-1]: kill()
         unlink(path, *args, **kwargs)
 
-    checkpoints.save_file, core._flush, os.replace, Path.unlink = new_save_file, new_flush, new_replace, new_unlink
+    torch.save, core._flush, os.replace, Path.unlink = new_save, new_flush, new_replace, new_unlink
 
 
 def child(*args, after=None, **kwargs):
@@ -116,7 +116,7 @@ def killed_and_resumed(i, folder, whole, seconds, rng):
     moment = WRITE_STEPS[i//2 % len(WRITE_STEPS)] if i % 2 == 0 else None
     code = child(0, folder, kill_at=moment, after=None if moment else rng.uniform(.05, 1.2)*seconds)
     parts = list(folder.glob("*.part"))
-    files = sorted(folder.glob("step-*.safetensors"))
+    files = sorted(folder.glob("step-*.pt"))
     for f in files: checkpoints.read_checkpoint(f)   # a file that has its name is complete
     seed = 100 + i if files else 0                   # nothing of another seed may be left after resuming
     out = folder.with_suffix(".pt")

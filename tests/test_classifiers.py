@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import image_items, small_model
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
@@ -12,9 +13,18 @@ from fastai.vision.augment import Flip
 from fastai.vision.data import ImageDataLoaders
 from torch import nn
 
-from conftest import image_items, small_model
 from self_supervised_bt.classifiers import (
-    PROTOCOLS, Classifier, classifier_learner, cosine_by_epoch, semi_supervised, fit_protocol, reinitialised, parameter_groups, subset_dl, linear_transfer)
+    PROTOCOLS,
+    Classifier,
+    classifier_learner,
+    cosine_by_epoch,
+    fit_protocol,
+    linear_transfer,
+    parameter_groups,
+    reinitialised,
+    semi_supervised,
+    subset_dl,
+)
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode, linear_probe
 from self_supervised_bt.layers import create_encoder

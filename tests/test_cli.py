@@ -62,7 +62,7 @@ def test_invalid_folders_give_one_line_of_error(folder, name, words):
 def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):
     bt_diagnose(data=str(folder), bs=8, width=16)
     out = capsys.readouterr().out
-    assert "40 images" in out and "Nothing wrong was seen" in out
+    assert "40 images" in out and "No problem found" in out
     with pytest.raises(SystemExit) as e: bt_diagnose(bs=16, width=2048)
     assert e.value.code == 1 and "! batch too small" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="bt_diagnose: .*not a folder"): bt_diagnose(data="nowhere")

@@ -444,7 +444,7 @@ def test_failed_save_keeps_the_old_file(trained, tmp_path, monkeypatch):
     file = save_encoder(trained, tmp_path/"e.safetensors")
     before = file.read_bytes()
     def fails(*args, **kwargs): raise OSError("disk full")
-    monkeypatch.setattr("self_supervised_bt.checkpoints.save_file", fails)
+    monkeypatch.setattr("self_supervised_bt.weights.save_file", fails)
     with pytest.raises(OSError): save_encoder(trained, file)
     assert file.read_bytes() == before
 

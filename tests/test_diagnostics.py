@@ -1,43 +1,63 @@
-"Diagnostics: numbers against their definitions, plots from tensors, columns and pictures where they belong"
+"Diagnostics: numbers against their definitions, plots from tensors, columns and figures in their loggers"
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import small_model
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
 
-from conftest import small_model
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
+from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.diagnostics import (
-    Diagnostics, ImageLogger, dead_dimensions, expected_losses, map_2d, plot_cross_correlation, plot_losses, plot_map,
-    plot_neighbours, plot_spectrum, plot_std)
+    Diagnostics,
+    ImageLogger,
+    dead_dimensions,
+    expected_losses,
+    map_2d,
+    plot_cross_correlation,
+    plot_losses,
+    plot_map,
+    plot_neighbours,
+    plot_spectrum,
+    plot_std,
+)
 from self_supervised_bt.evaluation import effective_rank, singular_values
 from self_supervised_bt.losses import barlow_twins_loss
+from self_supervised_bt.mixed import MixedBarlowTwins
 
 
 def test_expected_losses_are_those_of_random_batches():
     n, d, lmb = 32, 16, .1
-    independent, perfect = expected_losses(n, d, lmb)
+    independent, identical = expected_losses(n, d, lmb)
     pairs = [(torch.randn(n, d), torch.randn(n, d)) for _ in range(400)]
     assert np.mean([float(barlow_twins_loss(a, b, lmb)) for a, b in pairs]) == pytest.approx(independent, rel=.02)
-    assert np.mean([float(barlow_twins_loss(a, a, lmb)) for a, _ in pairs]) == pytest.approx(perfect, rel=.02)
+    assert np.mean([float(barlow_twins_loss(a, a, lmb)) for a, _ in pairs]) == pytest.approx(identical, rel=.02)
 
 
 def test_plots_take_tensors_and_return_axes():
     ax = plot_cross_correlation(torch.eye(300))
-    assert ax.get_title() == "diagonal 1.00, rest 0.00 (RMS)" and ax.get_images()[0].get_array().shape == (128, 128)
+    assert ax.get_title() == "diagonal 1.00, rest 0.00 (RMS)"
+    assert ax.get_images()[0].get_array().shape == (128, 128)
     assert plot_losses([3., 2., 1.], (4., .5)).get_yscale() == "log"
     assert len(plot_neighbours(torch.rand(2, 3, 8, 8), torch.rand(2, 4, 3, 8, 8))) == 10
     ax = plot_spectrum({"h": singular_values(torch.randn(40, 6)), "z": singular_values(torch.randn(40, 9))})
     assert len(ax.lines) == 2 and "of 9" in ax.get_legend().get_texts()[1].get_text()
     assert plot_std(torch.tensor([1., .5, 0., 1e-9])).get_title() == "2 of 4 dimensions dead"
-    assert len(plot_map(torch.randn(30, 2), torch.arange(30) % 3).collections) == 3 and len(plot_map(torch.randn(30, 2)).collections) == 1
+    assert len(plot_map(torch.randn(30, 2), torch.arange(30) % 3).collections) == 3
+    assert len(plot_map(torch.randn(30, 2)).collections) == 1
 
 
 def test_a_wide_matrix_keeps_its_diagonal():
     shown = plot_cross_correlation(torch.eye(1000), size=50).get_images()[0].get_array()
     assert shown.shape == (50, 50) and np.allclose(shown, np.eye(50))
-    block = torch.zeros(1000, 1000); block[900:, :100] = 1.                # and what lies far from the first dimensions is seen, too
+    block = torch.zeros(1000, 1000)
+    block[900:, :100] = 1.   # what is far from the first dimensions is shown, too
     assert plot_cross_correlation(block, size=50).get_images()[0].get_array().sum() > 0
 
 
@@ -53,7 +73,8 @@ def test_maps():
 
 
 def test_umap_is_used_or_asked_for(monkeypatch):
-    import sys, types
+    import sys
+    import types
     h = torch.randn(20, 4)
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ImportError, match="umap-learn"): map_2d(h, "umap")
@@ -72,21 +93,27 @@ def test_columns_are_the_means_of_what_their_names_say(make_learner, make_dls):
             z1, z2 = (z.double().numpy() for z in self.zs)
             a, b = ((z - z.mean(0))/np.sqrt(z.var(0) + 1e-5) for z in (z1, z2))
             c = a.T @ b/len(a)
-            off = c[~np.eye(len(c), dtype=bool)]
-            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.model.parameters() if p.grad is not None))
-            seen.append([((1 - c.diagonal())**2).sum(), (off**2).sum(), c.diagonal().mean(), np.sqrt((off**2).mean()),
-                         np.sort(z1.std(0))[(len(c)-1)//2], 0., norm, effective_rank(self.zs[0])])
+            diagonal, off = c.diagonal(), c[~np.eye(len(c), dtype=bool)]
+            grads = [p.grad.double() for p in self.model.parameters() if p.grad is not None]
+            seen.append({"invariance": ((1 - diagonal)**2).sum(), "redundancy": (off**2).sum(),
+                         "diagonal_mean": diagonal.mean(), "off_diagonal_rms": np.sqrt((off**2).mean()),
+                         "embedding_std": np.sort(z1.std(0))[(len(c)-1)//2], "dead_dimensions": 0.,
+                         "gradient_norm": math.sqrt(sum(float(g.square().sum()) for g in grads)),
+                         "effective_rank": effective_rank(self.zs[0])})
     cb = Look(every=2)
     learn = make_learner(make_dls(n=80), cbs=[cb])
     learn.fit(2, 1e-2)
-    names = ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms", "embedding_std", "dead_dimensions", "gradient_norm", "effective_rank"]
-    table = cb.table()
-    assert len(seen) == 6 and table.index.tolist() == [0, 2, 4, 5, 7, 9] and set(names) == set(table.columns)   # five batches an epoch
-    assert np.allclose(table[names[:-1]], np.array(seen)[:, :-1], rtol=1e-4)
+    table, expected = cb.table(), pd.DataFrame(seen)
+    assert table.index.tolist() == [0, 2, 4, 5, 7, 9]   # five batches per epoch
+    assert set(table.columns) == set(expected.columns)
+    names = [name for name in expected if name != "effective_rank"]   # which is that of an epoch
+    assert np.allclose(table[names], expected[names], rtol=1e-4)
     last = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
-    for i, name in enumerate(names[:-1]): assert last[name] == pytest.approx(np.mean([row[i] for row in seen[3:]]), rel=1e-4)
-    assert last["effective_rank"] == pytest.approx(seen[-1][-1], rel=1e-4) and not learn.metrics
-    learn.lr_find(num_it=20, show_plot=False); learn.get_preds(ds_idx=1)
+    for name in names: assert last[name] == pytest.approx(expected[name][3:].mean(), rel=1e-4)
+    assert last["effective_rank"] == pytest.approx(seen[-1]["effective_rank"], rel=1e-4)
+    assert not learn.metrics
+    learn.lr_find(num_it=20, show_plot=False)
+    learn.get_preds(ds_idx=1)
 
 
 def test_no_column_comes_twice(make_learner):
@@ -96,19 +123,21 @@ def test_no_column_comes_twice(make_learner):
     assert len(set(learn.recorder.metric_names)) == len(learn.recorder.metric_names)
 
 
-def test_columns_may_stay_out_of_sight(make_learner):
+def test_columns_may_be_hidden(make_learner):
     learn = make_learner(cbs=[Diagnostics(show=False)])
     learn.fit(1, 1e-3)
-    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "time"] and "effective_rank" in learn.diagnostics.table()
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "time"]
+    assert "effective_rank" in learn.diagnostics.table()
 
 
 def test_the_gradient_norm_is_taken_before_clipping(make_learner):
     learn = make_learner(cbs=[GradientClip(1e-4), Diagnostics()])
     learn.fit(1, 1e-3)
-    assert learn.diagnostics.rows[0]["gradient_norm"] > 1 and MixedPrecision.order < Diagnostics.order < GradientClip.order
+    assert learn.diagnostics.rows[0]["gradient_norm"] > 1
+    assert MixedPrecision.order < Diagnostics.order < GradientClip.order
 
 
-def test_no_step_waits_for_a_number(make_learner, monkeypatch):
+def test_no_step_waits_for_the_device(make_learner, monkeypatch):
     "What the callback does in a step must not read a value off the device"
     class Watched(Diagnostics):
         def look(self):
@@ -126,33 +155,61 @@ def test_dead_dimensions_are_counted():
     assert int(dead_dimensions(z.std(0))) == 3 and int(dead_dimensions(torch.zeros(5))) == 5
 
 
-def test_columns_and_pictures_reach_tensorboard(make_learner, tmp_path):
+def test_columns_and_figures_reach_tensorboard(make_learner, tmp_path):
     pytest.importorskip("tensorboard")
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = make_learner(cbs=[Diagnostics(), ImageLogger(every=2), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    tensorboard = TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)
+    learn = make_learner(cbs=[Diagnostics(), ImageLogger(every=2), tensorboard])
     learn.fit(4, 1e-3)
-    events = EventAccumulator(str(tmp_path)); events.Reload()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
     assert {"train_loss", "invariance", "effective_rank", "gradient_norm"} <= set(events.Tags()["scalars"])
-    assert [e.value for e in events.Scalars("invariance")] == pytest.approx([v[2] for v in learn.recorder.values], rel=1e-5)
+    logged = [e.value for e in events.Scalars("invariance")]
+    assert logged == pytest.approx([v[2] for v in learn.recorder.values], rel=1e-5)
     for name in ("views", "cross_correlation"):
         images = events.Images(name)
-        assert len(images) == 3 and images[0].encoded_image_string.startswith(b"\x89PNG") and images[0].width > 100   # epochs 0, 2 and the last
+        assert len(images) == 3   # epochs 0, 2 and the last
+        assert images[0].encoded_image_string.startswith(b"\x89PNG") and images[0].width > 100
 
 
-def test_pictures_reach_weights_and_biases(make_learner, monkeypatch):
-    import sys, types
-    from fastai.callback.core import Callback
+def test_figures_reach_weights_and_biases(make_learner, monkeypatch):
+    import sys
+    import types
     sent = []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step))))
+    wandb = types.SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     class LikeWandb(Callback):
         _wandb_step = 7
     make_learner(cbs=[ImageLogger(), LikeWandb()]).fit(1, 1e-3)
     assert [list(d) for d, _ in sent] == [["views"], ["cross_correlation"]] and sent[0][1] == 7
 
 
+@pytest.mark.parametrize("callback", [BarlowTwins, MixedBarlowTwins])
+def test_logged_figures_change_nothing(make_dls, callback):
+    "Not even where a figure samples a mixture: neither in this step nor in the next"
+    weights = []
+    for logger in ([], [ImageLogger()]):
+        set_seed(0)
+        cb = callback(get_multi_aug_pipelines(2, 8, stats=None))
+        learn = Learner(make_dls(), small_model(), cbs=[cb, *logger])
+        learn.logger = lambda *_: None
+        learn.fit(2, 1e-2)
+        weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("make", [Diagnostics, ImageLogger])
+def test_a_search_that_is_interrupted_does_not_switch_it_off(make_learner, make):
+    class Stops(Callback):
+        def after_step(self): raise KeyboardInterrupt
+    cb = make()
+    learn = make_learner(cbs=[cb])
+    with learn.added_cbs(Stops()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
+    assert cb.run
+
+
 def test_bad_input(make_learner, make_dls):
-    from fastai.learner import Learner
     with pytest.raises(ValueError, match="square"): plot_cross_correlation(torch.rand(2, 3))
     with pytest.raises(ValueError, match="every"): Diagnostics(every=0)
     with pytest.raises(ValueError, match="every"): ImageLogger(every=.5)

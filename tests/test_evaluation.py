@@ -5,16 +5,32 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+from conftest import image_items, small_model
 from fastai.data.core import Datasets
 from fastai.vision.augment import Flip
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
-from conftest import image_items, small_model
-from self_supervised_bt.data import digits_images, tensor_dls, hold_out
+from self_supervised_bt.data import digits_images, hold_out, tensor_dls
 from self_supervised_bt.evaluation import (
-    OnlineEvaluation, sample_labels, effective_rank, encode, encode_views, k_shot_accuracy, fit_logistic, knn_accuracy, knn_predict,
-    knn_votes, label_table, linear_probe, mean_average_precision, neighbours, topk_accuracy, positive_pair_accuracy, unlabelled_table)
+    OnlineEvaluation,
+    effective_rank,
+    encode,
+    encode_views,
+    fit_logistic,
+    k_shot_accuracy,
+    knn_accuracy,
+    knn_predict,
+    knn_votes,
+    label_table,
+    linear_probe,
+    mean_average_precision,
+    neighbours,
+    positive_pair_accuracy,
+    sample_labels,
+    topk_accuracy,
+    unlabelled_table,
+)
 
 
 @pytest.fixture

@@ -6,21 +6,21 @@ import math
 
 import pytest
 import torch
+from conftest import image_items, small_model
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from test_multiview import collate
 from torch import nn
 
-from conftest import image_items, small_model
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_dls, tensor_dls
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
-from self_supervised_bt.training import LARS, WarmupCosine, warmup_cosine, split_norm_bias
-from test_multiview import collate
-
+from self_supervised_bt.training import LARS, WarmupCosine, split_norm_bias, warmup_cosine
 
 # LARS
 
@@ -47,9 +47,13 @@ def test_lars_is_the_published_algorithm_over_100_steps(dtype, tol, wd):
     shapes = [(5, 3), (7, 2, 3, 3), (5,), (7,), (4, 4), ()]
     params = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
     params[4].zero_()                                       # weights of size 0 have no ratio
-    grads = [[torch.randn(s, generator=g, dtype=torch.float64).to(dtype)*10.**((step % 7) - 3) for s in shapes] for step in range(100)]
+    def gradients(step):
+        size = 10.**(step % 7 - 3)
+        return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype)*size for s in shapes]
+    grads = [gradients(step) for step in range(100)]
     for step in range(10, 20): grads[step][0].zero_()       # nor has a gradient of size 0
-    lrs = [(.2*8*warmup_cosine(step/100, .1), .0048*8*warmup_cosine(step/100, .1)) for step in range(100)]
+    rates = [warmup_cosine(step/100, .1) for step in range(100)]
+    lrs = [(.2*8*rate, .0048*8*rate) for rate in rates]
     ps = [nn.Parameter(p.clone()) for p in params]
     opt = LARS([[p for p in ps if p.ndim > 1], [p for p in ps if p.ndim <= 1]], lr=0., wd=wd)
     for step in range(100):
@@ -76,19 +80,28 @@ def test_lars_leaves_what_has_no_gradient_alone_and_its_state_can_be_saved():
 
 # Schedule
 
-def test_schedule_values_are_the_formulas(make_learner):
+def digits_learner(recipe, **kwargs):
+    learn = bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=recipe, **kwargs)
+    learn.logger = lambda *_: None
+    return learn
+
+
+def test_schedule_values_are_the_formulas():
     def by_the_book(step, steps, warmup_steps, peak):
         if step < warmup_steps: return peak*step/warmup_steps
         q = .5*(1 + math.cos(math.pi*(step - warmup_steps)/(steps - warmup_steps)))
         return peak*q + peak*.001*(1 - q)
-    learn = bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=get_recipe("paper", epochs=20, warmup=3, projection_size=16, hidden_size=16))
     seen = []
-    learn.add_cb(type("Look", (type(learn.cbs[0]),), dict(order=70, after_step=lambda self: seen.append([h["lr"] for h in self.opt.hypers])))())
-    learn.logger = lambda *_: None
+    class LearningRates(Callback):
+        order = 70
+        def after_step(self): seen.append([h["lr"] for h in self.opt.hypers])
+    recipe = get_recipe("paper", epochs=20, warmup=3, projection_size=16, hidden_size=16)
+    learn = digits_learner(recipe, cbs=LearningRates())
     learn.fit_recipe()
     n = len(learn.dls.train)
     expected = [[by_the_book(s, 20*n, 3*n, lr*128/256) for lr in (.2, .0048)] for s in range(20*n)]
-    torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    seen, expected = torch.tensor(seen, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-15)
     assert [h["wd"] for h in learn.opt.hypers] == [1e-6, 0]
 
 
@@ -102,23 +115,29 @@ def test_a_warm_up_longer_than_the_fit_is_refused(make_learner):
 def test_the_papers_numbers():
     "Zbontar et al. 2021, section 3 and the authors' code"
     r = RECIPES["paper"]
-    assert (r.opt, r.lr, r.lr_bias, r.wd, r.wd_bias, r.schedule, r.warmup, r.epochs, r.bs, r.lmb) == ("lars", .2, .0048, 1e-6, 0, "cosine", 10, 1000, 2048, .0051)
-    assert (r.hidden_size, r.projection_size, r.nlayers, r.bias, r.size, r.views["recipe"]) == (8192, 8192, 3, False, 224, "paper")
+    assert (r.opt, r.lr, r.lr_bias, r.wd, r.wd_bias) == ("lars", .2, .0048, 1e-6, 0)
+    assert (r.schedule, r.warmup, r.epochs, r.bs, r.lmb) == ("cosine", 10, 1000, 2048, .0051)
+    assert (r.hidden_size, r.projection_size, r.nlayers, r.bias) == (8192, 8192, 3, False)
+    assert (r.size, r.views["recipe"]) == (224, "paper")
     assert r.peak_lrs() == pytest.approx([1.6, .0384])
     with torch.device("meta"):
-        encoder = create_encoder(r.arch, pretrained=False, pool_type=r.pool_type, small_stem=r.small_stem, **r.arch_args)
+        encoder = create_encoder(r.arch, pretrained=False, pool_type=r.pool_type, small_stem=r.small_stem,
+                                 **r.arch_args)
         model = create_barlow_twins_model(encoder, r.hidden_size, r.projection_size, True, r.nlayers, r.bias)
     assert sum(p.numel() for p in model.parameters()) == 174_535_744
     assert [len(g) for g in split_norm_bias(model)] == [53 + 3, 2*53 + 4]
 
 
-@pytest.mark.parametrize("name, lmb, lmb_reg, size", [("mixed-cifar10", 1/128, 4, 32), ("mixed-cifar100", 1/128, 4, 32), ("mixed-stl10", 1/128, 2, 64),
-                                                      ("mixed-tinyimagenet", 1/1024, 4, 64)])
+@pytest.mark.parametrize("name, lmb, lmb_reg, size", [
+    ("mixed-cifar10", 1/128, 4, 32), ("mixed-cifar100", 1/128, 4, 32), ("mixed-stl10", 1/128, 2, 64),
+    ("mixed-tinyimagenet", 1/1024, 4, 64)])
 def test_the_published_small_data_settings(name, lmb, lmb_reg, size):
     "Bandara et al. 2023, table of checkpoints and scripts"
     r = RECIPES[name]
-    assert (r.lmb, r.lmb_reg, r.size, r.projection_size, r.bs, r.schedule) == (lmb, lmb_reg, size, 1024, 256, "cosine")
-    learn = bt_learner(tensor_dls(torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8), bs=32, device="cpu"), recipe=r)
+    assert (r.lmb, r.lmb_reg, r.size) == (lmb, lmb_reg, size)
+    assert (r.projection_size, r.bs, r.schedule) == (1024, 256, "cosine")
+    x = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8)
+    learn = bt_learner(tensor_dls(x, bs=32, device="cpu"), recipe=r)
     assert type(learn.barlow_twins) is MixedBarlowTwins and learn.barlow_twins.objective.lmb_reg == lmb_reg
     assert learn.model.encoder(torch.rand(2, 3, size, size)).shape == (2, 512)
     learn.create_opt()
@@ -126,37 +145,44 @@ def test_the_published_small_data_settings(name, lmb, lmb_reg, size):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_plain_data_and_comes_back(name, tmp_path):
+def test_every_recipe_is_plain_data_and_can_be_saved(name, tmp_path):
     r = RECIPES[name]
-    assert load_recipe(r.save(tmp_path/"recipe.json")) == r and json.loads(json.dumps(dataclasses.asdict(r))) == dataclasses.asdict(r)
+    settings = dataclasses.asdict(r)
+    assert load_recipe(r.save(tmp_path/"recipe.json")) == r and json.loads(json.dumps(settings)) == settings
     assert r.views.get("recipe", "default") in VIEW_RECIPES and str(r).startswith("name ")
     get_barlow_twins_aug_pipelines(r.size or 32, **r.views)
 
 
-@pytest.mark.parametrize("opt, kind", [("lars", LARS), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize("opt, kind", [
+    ("lars", LARS), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 @pytest.mark.parametrize("schedule", ["cosine", "one cycle"])
 def test_every_optimizer_and_schedule_trains(opt, kind, schedule):
-    recipe = Recipe(opt=opt, lr=1e-2, lr_bias=1e-3, wd=1e-4, epochs=2, schedule=schedule, hidden_size=16, projection_size=16)
-    learn = bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=recipe)
+    recipe = Recipe(opt=opt, lr=1e-2, lr_bias=1e-3, wd=1e-4, epochs=2, schedule=schedule, hidden_size=16,
+                    projection_size=16)
+    learn = digits_learner(recipe)
     before = [p.detach().clone() for p in learn.model.parameters()]
-    learn.logger = lambda *_: None
     learn.fit_recipe()
-    assert isinstance(getattr(learn.opt, "opt", learn.opt), kind) and all(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters()) if a.ndim > 1)
+    assert isinstance(getattr(learn.opt, "opt", learn.opt), kind)
+    assert all(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters()) if a.ndim > 1)
     assert [h["wd"] for h in learn.opt.hypers] == [1e-4, 0]
 
 
 def test_what_is_given_wins_over_the_recipe():
     learn = bt_learner(digits_dls(bs=64, device="cpu"), recipe="digits", projection_size=32, lmb=.01, opt_func=LARS)
     assert learn.model.projector[-1].out_features == 32 and learn.barlow_twins.lmb == .01 and learn.opt_func is LARS
-    assert (learn.recipe.projection_size, learn.recipe.lmb, learn.recipe.bs, learn.recipe.name) == (32, .01, 64, "digits, changed")
+    r = learn.recipe
+    assert (r.projection_size, r.lmb, r.bs, r.name) == (32, .01, 64, "digits, changed")
 
 
 def test_the_default_recipe_is_the_plain_learner():
     "fastai's own optimizer, one group, as without recipes"
     dls = digits_dls(bs=64, device="cpu")
     weights = []
-    for make in (lambda enc: bt_learner(dls, enc, 8, hidden_size=16, projection_size=16),
-                 lambda enc: Learner(dls, create_barlow_twins_model(enc, 16, 16, nlayers=3), cbs=BarlowTwins(get_barlow_twins_aug_pipelines(8)))):
+    def by_recipe(encoder): return bt_learner(dls, encoder, 8, hidden_size=16, projection_size=16)
+    def by_hand(encoder):
+        model = create_barlow_twins_model(encoder, 16, 16, nlayers=3)
+        return Learner(dls, model, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(8)))
+    for make in (by_recipe, by_hand):
         learn = make(small_model().encoder)
         set_seed(0)
         for m in learn.model.modules():
@@ -169,8 +195,9 @@ def test_the_default_recipe_is_the_plain_learner():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(opt="rms"), "opt must be one of"), (dict(schedule="step"), "schedule must be one of"), (dict(bs=0), "bs must be a positive int"),
-    (dict(lr=-1.), "lr must be a finite number"), (dict(lmb=float("nan")), "lmb must be"), (dict(epochs=5, warmup=5), "do not fit"),
+    (dict(opt="rms"), "opt must be one of"), (dict(schedule="step"), "schedule must be one of"),
+    (dict(bs=0), "bs must be a positive int"), (dict(lr=-1.), "lr must be a finite number"),
+    (dict(lmb=float("nan")), "lmb must be"), (dict(epochs=5, warmup=5), "do not fit"),
     (dict(pool_type="median"), "pool_type must be"), (dict(lambd=1), "no lambd"), (dict(wd=1e-4), "set opt")])
 def test_bad_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=message): get_recipe("default", **bad)
@@ -179,10 +206,12 @@ def test_bad_settings_are_named(bad, message):
 def test_bad_files_and_missing_recipes(tmp_path, make_learner):
     (tmp_path/"r.json").write_text("{")
     with pytest.raises(ValueError, match="is not a recipe"): load_recipe(tmp_path/"r.json")
-    with pytest.raises(ValueError, match="recipe must be one of"): bt_learner(digits_dls(bs=64, device="cpu"), recipe="papers")
+    dls = digits_dls(bs=64, device="cpu")
+    with pytest.raises(ValueError, match="recipe must be one of"): bt_learner(dls, recipe="papers")
     with pytest.raises(ValueError, match="no recipe"): make_learner().fit_recipe()
-    with pytest.raises(ValueError, match="leave loss out"): bt_learner(digits_dls(bs=64, device="cpu"), small_model().encoder, recipe="mixed-cifar10",
-                                                                       loss=lambda a, b: (a - b).square().sum())
+    def loss(z1, z2): return (z1 - z2).square().sum()
+    with pytest.raises(ValueError, match="leave loss out"):
+        bt_learner(dls, small_model().encoder, recipe="mixed-cifar10", loss=loss)
 
 
 # bt_learner

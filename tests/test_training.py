@@ -1,16 +1,17 @@
-"Half precision where the model lives, and nowhere else"
+"bfloat16 in the model's forward pass, and nowhere else"
 import pytest
 import torch
-from fastai.callback.core import Callback
-
 from conftest import small_model
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.training import Autocast
 
 
 @pytest.fixture
 def watched():
-    "A model that notes what its projector computes in"
+    "A model, and the list of dtypes that its projector computes in"
     model, seen = small_model(), []
     model.projector[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     return model, seen
@@ -25,31 +26,52 @@ def test_forward_in_bfloat16_loss_and_weights_in_float32(make_learner, watched):
     before = [p.clone() for p in model.parameters()]
     learn.fit(1, 1e-2)
     assert set(seen) == {torch.bfloat16} and set(losses) == {(torch.float32, False)}
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
-def test_nothing_of_it_stays(make_learner, watched):
+def has_hooks(model): return bool(model._forward_pre_hooks or model._forward_hooks)
+
+
+def test_float32_after_the_fit(make_learner, watched):
     model, seen = watched
     learn = make_learner(model=model, cbs=[Autocast()])
-    learn.fit(1, 1e-2); learn.lr_find(num_it=20, show_plot=False)
+    learn.fit(1, 1e-2)
+    learn.lr_find(num_it=20, show_plot=False)
     seen.clear()
-    model(torch.rand(4, 1, 8, 8)); encode(learn, learn.dls.valid)
-    assert set(seen) == {torch.float32} and not model._forward_pre_hooks and not model._forward_hooks
+    model(torch.rand(4, 1, 8, 8))
+    encode(learn, learn.dls.valid)
+    assert set(seen) == {torch.float32} and not has_hooks(model)
+
+
+def test_hooks_are_removed_before_other_callbacks_end_the_fit(make_learner, watched):
+    model, seen = watched
+    class Predict(Callback):
+        order = Autocast.order + 1
+        def after_fit(self):
+            seen.clear()
+            self.learn.model(torch.rand(4, 1, 8, 8))
+    learn = make_learner(model=model)
+    learn.fit(1, 1e-2, cbs=[Autocast(), Predict()])
+    assert set(seen) == {torch.float32} and not has_hooks(model)
+    learn.validate()
+    learn.get_preds()
+    assert not has_hooks(model)
 
 
 @pytest.mark.parametrize("where", ["in the model", "in a callback"])
-def test_not_even_after_an_exception(make_learner, watched, where):
+def test_float32_after_an_exception(make_learner, watched, where):
     model, seen = watched
     class Fails(Callback):
         def after_backward(self): raise RuntimeError("boom")
-    if where == "in the model": model.encoder.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
-    learn = make_learner(model=model, cbs=[Autocast()] + [Fails()]*(where == "in a callback"))
+    def fail(*_): raise RuntimeError("boom")
+    if where == "in the model": model.encoder.register_forward_hook(fail)
+    learn = make_learner(model=model, cbs=[Autocast(), Fails()] if where == "in a callback" else [Autocast()])
     with pytest.raises(RuntimeError, match="boom"): learn.fit(1, 1e-2)
-    assert not torch.is_autocast_enabled("cpu") and not model._forward_pre_hooks and not model._forward_hooks
+    assert not torch.is_autocast_enabled("cpu") and not has_hooks(model)
 
 
 def test_close_to_float32(make_learner):
-    from fastai.torch_core import set_seed
     losses = []
     for cbs in ([], [Autocast()]):
         set_seed(0)
