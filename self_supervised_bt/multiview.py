@@ -188,7 +188,7 @@ def release(self:MultiView):
 # %% ../nbs/14_multiview.ipynb #85c6f2e3
 @patch
 def check_ranks(self:MultiView):
-    "Refuse a distributed fit if no callback joins the ranks"
+    "Raise `RuntimeError` in a distributed fit if no callback joins the ranks"
     if self.exchange == "none" or not dist.is_available() or not dist.is_initialized(): return
     world = dist.get_world_size()
     if world == 1 or any(getattr(cb, "joins_ranks", False) for cb in self.learn.cbs): return
