@@ -141,7 +141,7 @@ def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
 @call_parse
 @one_line_errors
 def bt_export(run:str,     # folder of a run, or a file from save_encoder
-              out:str=None # .safetensors file to write; encoder_timm.safetensors beside the encoder if not given
+              out:str=None # .safetensors file to write; encoder_timm.safetensors in its folder if not given
              ):
     "Weights for plain timm, and the code that loads them. Example: bt_export runs/photos"
     file,code = export_run(run, out)

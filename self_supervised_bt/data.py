@@ -157,7 +157,7 @@ def digits_dls(bs:int=256,        # images per batch
                labels:bool=False, # with their labels?
                **kwargs           # for `tensor_dls`
               )->DataLoaders:
-    "The handwritten digits as `dls`, without labels unless asked for"
+    "The handwritten digits as `dls`, without labels unless `labels=True`"
     x,y = digits_images()
     return tensor_dls(x, y if labels else None, bs=bs, **kwargs)
 

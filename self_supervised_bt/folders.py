@@ -190,7 +190,7 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
                    batch_tfms:list=None,# fastai transforms of the batch: for classifiers only
                    device=None          # where batches go; fastai's default device if not given
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
-    "`dls` over image files, read as they are needed; labels only if asked for"
+    "`dls` over image files, read as they are needed; with labels if `labels=True`"
     check_size(size, n_in)
     check_choice("bad", bad, ("skip", "raise"))
     files = listed_files(items)

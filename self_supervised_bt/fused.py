@@ -505,7 +505,7 @@ class BlurStep(Step):
 # %% ../nbs/10_fused.ipynb #19a4a784
 class FusedViews(RandTransform):
     "One view in one pass: a crop, further steps, and normalisation last"
-    split_idx = None   # also called outside training, to resize and normalise alone
+    split_idx = None   # also called outside training, only to resize and normalise
     sampled = None     # parameters of the last batch: step -> name -> tensor with one row per image
     checked = False    # have the pixels of the first batch been checked?
     warned = False     # has the warning about channels been given?

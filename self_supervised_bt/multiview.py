@@ -57,7 +57,7 @@ class ViewsLoss:
 
 # %% ../nbs/14_multiview.ipynb #e40ca637
 class TermMean(Column):
-    "A term of the loss, averaged over the epoch's training batches, or over validation batches if nothing trains"
+    "A term of the loss, averaged over the epoch's training batches, or over validation batches in `validate`"
     def __init__(self,
                  objective, # loss with `terms` after each call
                  term:str   # which of them
@@ -188,7 +188,7 @@ def release(self:MultiView):
 # %% ../nbs/14_multiview.ipynb #85c6f2e3
 @patch
 def check_ranks(self:MultiView):
-    "Refuse a distributed fit if no callback joins the ranks"
+    "Raise `RuntimeError` in a distributed fit if no callback joins the ranks"
     if self.exchange == "none" or not dist.is_available() or not dist.is_initialized(): return
     world = dist.get_world_size()
     if world == 1 or any(getattr(cb, "joins_ranks", False) for cb in self.learn.cbs): return
@@ -258,7 +258,7 @@ def refuse_one_image(self:MultiView):
     raise CancelBatchException()
 
 @patch
-def clean_pred(self:MultiView)->Tensor: # (B,D), what metrics see
+def clean_pred(self:MultiView)->Tensor: # (B,D), input of the metrics
     "Embeddings of the batch's un-augmented images"
     with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
 
@@ -320,7 +320,7 @@ def show(self:MultiView,
          size:float=1.8,      # inches per view
          original:bool=False, # show the image first?
          sampled:bool=False   # write the sampled parameters below each view? (fused backend)
-        )->list:              # axes, row by row: the original if wanted, the views of each image
+        )->list:              # axes, row by row: the original if `original`, the views of each image
     "`n` rows of views, denormalised"
     check_positive_int("n", n)
     x,views = (self.images, self.views) if self.views else self.sample_views()

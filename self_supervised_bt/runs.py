@@ -338,14 +338,14 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
                     protocols:tuple,    # as for `evaluate`
                     test:str|Path=None  # as for `evaluate`
                    )->None:
-    "Write evaluation.json into the folder of a run; nothing for a file of weights"
+    "Write evaluation.json into the folder of a run; for a file of weights, do nothing"
     if not Path(run).is_dir(): return
     rows = json.loads(table.to_json(orient="index"))
     results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
 
 def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
-               out:str|Path=None   # file to write; encoder_timm.safetensors beside the encoder if not given
+               out:str|Path=None   # file to write; encoder_timm.safetensors in the folder of the encoder if not given
               )->tuple:            # the file, and the code that loads it
     "Weights of a run's encoder for plain timm"
     file = encoder_file(run)

@@ -113,10 +113,10 @@ def test_resize_equals_pillows(tmp_path, shape):
     w, h, size = shape
     a = pixels(w, h)
     Image.fromarray(a).save(tmp_path/"a.png")
-    want = np.asarray(Image.fromarray(centre(a)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+    expected = np.asarray(Image.fromarray(centre(a)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
     got = read_image(tmp_path/"a.png", size)
     assert got.shape == (3, size, size) and got.dtype == torch.uint8
-    assert np.abs(got.permute(1, 2, 0).numpy() - want).max() <= 1
+    assert np.abs(got.permute(1, 2, 0).numpy() - expected).max() <= 1
     grey = Image.fromarray(centre(a)).convert("L").resize((size, size), Image.Resampling.BILINEAR)
     grey = np.asarray(grey).astype(int)
     assert np.abs(read_image(tmp_path/"a.png", size, 1)[0].numpy() - grey).max() <= 1
@@ -132,8 +132,9 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
         return upright(im, **kwargs)
     monkeypatch.setattr(ImageOps, "exif_transpose", watched)
     for size in (20, 37, 70, 140, 200):
-        want = np.asarray(Image.fromarray(centre(smooth)).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
-        assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - want).mean() < 2
+        resized = Image.fromarray(centre(smooth)).resize((size, size), Image.Resampling.BILINEAR)
+        expected = np.asarray(resized).astype(int)
+        assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - expected).mean() < 2
     assert decoded == [(50, 38), (50, 38), (100, 76), (200, 152), (400, 304)]
 
 
@@ -166,10 +167,10 @@ def test_transparency_is_blended_onto_white(tmp_path, kind):
     grey = colour[..., 0]
     if kind == "RGBA":
         Image.fromarray(np.dstack([colour, alpha])).save(file)
-        want = on_white(colour, alpha[..., None])
+        expected = on_white(colour, alpha[..., None])
     elif kind == "LA":
         Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]).save(file)
-        want = on_white(grey, alpha)[..., None].repeat(3, 2)
+        expected = on_white(grey, alpha)[..., None].repeat(3, 2)
     elif kind.startswith("P"):
         palette, index = pixels(16, 16).reshape(256, 3), grey
         im = Image.frombytes("P", index.shape[::-1], index.tobytes())
@@ -178,14 +179,14 @@ def test_transparency_is_blended_onto_white(tmp_path, kind):
         if kind == "P bytes": opacity[:] = np.arange(256)[::-1]
         else: opacity[index[0, 5]] = 0
         im.save(file, transparency=bytes(opacity.astype(np.uint8)) if kind == "P bytes" else int(index[0, 5]))
-        want = on_white(palette[index], opacity[index][..., None])
+        expected = on_white(palette[index], opacity[index][..., None])
     elif kind == "RGB key":
         Image.fromarray(colour).save(file, transparency=tuple(int(v) for v in colour[2, 6]))
-        want = on_white(colour, np.where((colour == colour[2, 6]).all(-1), 0, 255)[..., None])
+        expected = on_white(colour, np.where((colour == colour[2, 6]).all(-1), 0, 255)[..., None])
     else:
         Image.fromarray(grey).save(file, transparency=int(grey[2, 6]))
-        want = on_white(grey, np.where(grey == grey[2, 6], 0, 255))[..., None].repeat(3, 2)
-    assert np.abs(read_whole(file) - centre(want)).max() <= 1
+        expected = on_white(grey, np.where(grey == grey[2, 6], 0, 255))[..., None].repeat(3, 2)
+    assert np.abs(read_whole(file) - centre(expected)).max() <= 1
 
 
 def png(w, h, bits, colour, rows):
@@ -200,13 +201,13 @@ def png(w, h, bits, colour, rows):
 def test_sixteen_bits(tmp_path):
     a = pixels(9, 9, c=0, dtype=np.uint16)
     a.flat[:4] = 0, 65535, 255, 256
-    want = np.round(a/257.)
+    expected = np.round(a/257.)
     (tmp_path/"grey.png").write_bytes(png(9, 9, 16, 0, b"".join(b"\0" + r.astype(">u2").tobytes() for r in a)))
     Image.fromarray(a).save(tmp_path/"grey.tif")
     Image.frombytes("I;16B", (9, 9), a.astype(">u2").tobytes()).save(tmp_path/"big.tif")
     for name in ("grey.png", "grey.tif", "big.tif"):
-        assert (read_whole(tmp_path/name, 1)[..., 0] == want).all(), name
-        assert (read_whole(tmp_path/name) == want[..., None]).all(), name
+        assert (read_whole(tmp_path/name, 1)[..., 0] == expected).all(), name
+        assert (read_whole(tmp_path/name) == expected[..., None]).all(), name
     colour = pixels(9, 9, dtype=np.uint16)
     (tmp_path/"rgb.png").write_bytes(png(9, 9, 16, 2, b"".join(b"\0" + r.astype(">u2").tobytes() for r in colour)))
     assert (read_whole(tmp_path/"rgb.png") == colour >> 8).all()
@@ -272,8 +273,8 @@ def test_image_files_in_a_tree_of_folders(tmp_path):
     (tmp_path/"t/linked").symlink_to(tmp_path/"elsewhere")   # new
     (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # a broken link
     found = [str(f.relative_to(tmp_path/"t")) for f in image_files(tmp_path/"t")]
-    want = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"]
-    assert found == sorted(want, key=Path)
+    expected = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"]
+    assert found == sorted(expected, key=Path)
 
 
 def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick_end):
@@ -332,10 +333,10 @@ def test_cifar(tmp_path, served, monkeypatch, name):
     for name_of_attribute, value in served_here.items(): monkeypatch.setattr(kind, name_of_attribute, value)
     for part, names in (("train", batches), ("unlabelled", batches), ("test", [kind.test_list[0][0]])):
         x, y = known_images(name, part, tmp_path/"data")
-        want = np.concatenate([rows[b] for b in names])
+        expected = np.concatenate([rows[b] for b in names])
         assert x.dtype == torch.uint8 and x.is_contiguous()
-        assert (x.flatten(1).numpy() == want).all()      # a row is red, green, blue
-        assert y is None if part == "unlabelled" else (y.numpy() == want[:, 0] % 10).all()
+        assert (x.flatten(1).numpy() == expected).all()      # a row is red, green, blue
+        assert y is None if part == "unlabelled" else (y.numpy() == expected[:, 0] % 10).all()
     dls = known_dls(name, 8, tmp_path/"data", labels=True, device="cpu")
     assert dls.c == 10 and len(known_dls(name, 8, tmp_path/"data", device="cpu").one_batch()) == 1
 

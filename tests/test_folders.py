@@ -87,11 +87,11 @@ def test_next_readable_image_replaces_a_broken_one(wild, workers):
     files = in_a_row(root)
     dls = unlabelled_dls(files, 8, bs=32, valid_pct=0, num_workers=workers, labels=False, device="cpu")
     dls.train.shuffle = False
-    want = list(range(160))
+    expected = list(range(160))
     replaced = {0: 1, 17: 19, 18: 19, 60: 63, 61: 63, 62: 63, 100: 101, 159: 1}   # after the last comes the first
-    for i, j in replaced.items(): want[i] = j
-    for _ in range(2): assert sum((levels(x) for x, in dls.train), []) == want
-    assert dls.train_ds.names(range(160)) == [str(files[i]) for i in want]
+    for i, j in replaced.items(): expected[i] = j
+    for _ in range(2): assert sum((levels(x) for x, in dls.train), []) == expected
+    assert dls.train_ds.names(range(160)) == [str(files[i]) for i in expected]
 
 
 def test_labels_are_those_of_the_images_used(folder):
