@@ -1,6 +1,8 @@
-"Callbacks that tests share: they do something at a moment of a fit, raise there, or record what passes"
+"Callbacks that tests share: they act or raise at one event of a fit, or record what passes"
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+
+from self_supervised_bt.barlow_twins import BarlowTwins
 
 
 class DoAt(Callback):
@@ -14,6 +16,16 @@ class DoAt(Callback):
         if self.steps is None or (self.training and self.train_iter in self.steps): self.do(self.learn)
 
 
+class DoToImages(DoAt):
+    "Call `do(learn)` when a batch holds images, just before the views are made"
+    def __init__(self, do, step=None): super().__init__("before_batch", do, step, BarlowTwins.order - .5)
+
+
+class DoToViews(DoAt):
+    "Call `do(learn)` when a batch holds views, just after they are made"
+    def __init__(self, do, step=None): super().__init__("before_batch", do, step, BarlowTwins.order + .5)
+
+
 class RaiseAt(DoAt):
     "Raise an error at an event: every time, or only at the training steps `step`"
     def __init__(self, event, error, step=None, order=0):
@@ -21,6 +33,14 @@ class RaiseAt(DoAt):
         self.error = error
 
     def fail(self, learn): raise self.error
+
+
+class Killed(Exception): "Raised by `KillAfter`"
+
+
+class KillAfter(RaiseAt):
+    "End the fit with `Killed` after `step` training steps, when all other callbacks have seen the last one"
+    def __init__(self, step): super().__init__("after_batch", Killed(f"after {step} steps"), step, order=2000)
 
 
 class RecordBatches(Callback):
@@ -31,3 +51,11 @@ class RecordBatches(Callback):
     def after_loss(self):
         self.targets.append(self.yb)
         self.preds.append(self.pred.detach().clone())
+
+
+def record_calls(module):
+    "A list to which every later call of `module` adds its first input and its output"
+    calls = []
+    def record(module, inputs, output): calls.append((inputs[0].detach().clone(), output.detach().clone()))
+    module.register_forward_hook(record)
+    return calls

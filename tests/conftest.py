@@ -4,6 +4,7 @@ import gc
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, defaults
@@ -41,11 +42,37 @@ def make_dls():
     return make
 
 
-def small_model(channels=1, width=16):
-    "A convolution as encoder, and a projector of embeddings of `width`"
+def collate(items):
+    "Labelled items as a batch of plain tensors, for PyTorch's `DataLoader`"
+    x, y = zip(*items)
+    return torch.stack([o.as_subclass(torch.Tensor) for o in x]), torch.tensor(y)
+
+
+def small_encoder(channels=1):
+    "One convolution, whose 8 channels are averaged over the image"
     convolution = [nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    encoder = nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return create_barlow_twins_model(encoder, 32, width)
+    return nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def small_model(channels=1, width=16, hidden=32):
+    "`small_encoder`, and a projector of embeddings of `width`"
+    return create_barlow_twins_model(small_encoder(channels), hidden, width)
+
+
+def quiet(learn):
+    "The Learner, which prints nothing from now on"
+    learn.logger = lambda *_: None
+    return learn
+
+
+def weights(learn):
+    "A copy of the weights and buffers of a Learner, by name"
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def same(a, b):
+    "Do two dicts hold the same tensors?"
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture
@@ -53,9 +80,8 @@ def make_learner(make_dls):
     "A silent Learner with `BarlowTwins`"
     def make(dls=None, model=None, stats=None, size=8, lmb=5e-3, cbs=(), views=2, backend="fused", **kwargs):
         augs = get_multi_aug_pipelines(views, size, stats=stats, backend=backend)
-        learn = Learner(dls or make_dls(), model or small_model(), cbs=[BarlowTwins(augs, lmb=lmb), *cbs], **kwargs)
-        learn.logger = lambda *_: None
-        return learn
+        cbs = [BarlowTwins(augs, lmb=lmb), *cbs]
+        return quiet(Learner(dls or make_dls(), model or small_model(), cbs=cbs, **kwargs))
     return make
 
 

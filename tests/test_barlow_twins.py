@@ -1,9 +1,8 @@
 "Losses, predictor and more than two views"
 import pytest
 import torch
-from callbacks import RecordBatches
+from callbacks import DoAt, RecordBatches, record_calls
 from conftest import small_model
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from test_multiview import AUGS
 
@@ -49,8 +48,7 @@ def test_lmb_can_be_set_during_training(make_learner):
 
 def test_predictor_is_applied_to_view_1_only(make_dls):
     model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)
-    seen = []
-    model.predictor.register_forward_hook(lambda m, x, z: seen.append((x[0].detach().clone(), z.detach().clone())))
+    seen = record_calls(model.predictor)
     spy = RecordBatches()
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=variant_loss("stop-gradient"))
     learn = Learner(make_dls(), model, cbs=[bt, spy])
@@ -70,7 +68,7 @@ def test_predictor_is_applied_to_view_1_only(make_dls):
 
 def test_three_views_make_three_pairs(make_learner):
     losses, spy = [], RecordBatches()
-    keep_loss = Callback(after_loss=lambda self: losses.append(float(self.loss.detach())))
+    keep_loss = DoAt("after_loss", lambda learn: losses.append(float(learn.loss.detach())))
     learn = make_learner(cbs=[spy, keep_loss], lmb=.02, views=3)
     learn.barlow_twins.terms = True
     learn.fit(1)

@@ -1,4 +1,4 @@
-"Runs that are killed, stopped, out of disk or given damaged files, and what becomes of them"
+"Checkpoints: runs that are killed or stopped, full disks, damaged files"
 import os
 import pickle
 import signal
@@ -13,9 +13,9 @@ import fastai
 import numpy as np
 import pytest
 import torch
-from conftest import image_items, small_model
+from callbacks import DoAt, KillAfter, Killed
+from conftest import image_items, quiet, same, small_model, weights
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
@@ -37,35 +37,17 @@ from self_supervised_bt.recipes import Recipe, bt_learner
 root = Path(__file__).parents[1]
 
 
-class PowerCut(Callback):
-    order = 2000
-    def __init__(self, at): self.at = at
-    def after_batch(self):
-        if self.training and self.learn.train_iter == self.at: raise RuntimeError("no power")
-
-
 def pipelines(): return get_barlow_twins_aug_pipelines(size=8, recipe="digits")
 
 
-def quiet(learn):
-    learn.logger = lambda *_: None
-    return learn
-
-
-def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def whole_and_resumed(make, fit, folder, at, **kwargs):
-    "A Learner after a whole run, and one with another seed that resumed a run which died after batch `at`"
+    "A Learner after a whole run, and one with another seed that resumed a run that was killed after step `at`"
     set_seed(0)
     whole = make([])
     fit(whole)
     set_seed(0)
-    dying = make([Checkpoints(folder, **kwargs), PowerCut(at)])
-    with pytest.raises(RuntimeError, match="no power"): fit(dying)
+    killed = make([Checkpoints(folder, **kwargs), KillAfter(at)])
+    with pytest.raises(Killed): fit(killed)
     set_seed(1)
     torch.rand(7)
     resumed = make([Checkpoints(folder, resume=True, **kwargs)])
@@ -80,7 +62,7 @@ def test_killed_20_times_resumed_20_times():
     assert done.returncode == 0 and "20 of 20 runs" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-# What decides the bits
+# A resumed run equals a whole one bit for bit
 
 @pytest.mark.parametrize("at", [7, 8, 9])
 @pytest.mark.parametrize("opt", ["fastai", "lars", "adam", "adamw", "sgd"])
@@ -187,10 +169,10 @@ def test_resume_starts_a_run_where_there_is_none(tmp_path):
 
 def test_a_later_fit_of_the_same_learner_resumes(tmp_path):
     set_seed(0)
-    power_cut = PowerCut(7)
-    learn = small_learner(cbs=[Checkpoints(tmp_path), power_cut])
-    with pytest.raises(RuntimeError, match="no power"): learn.fit(2, 1e-2)
-    learn.remove_cb(power_cut)
+    kill = KillAfter(7)
+    learn = small_learner(cbs=[Checkpoints(tmp_path), kill])
+    with pytest.raises(Killed): learn.fit(2, 1e-2)
+    learn.remove_cb(kill)
     learn.checkpoints.resume = True
     learn.fit(2, 1e-2)
     assert same(weights(learn), weights(run()))
@@ -199,7 +181,7 @@ def test_a_later_fit_of_the_same_learner_resumes(tmp_path):
 def test_callbacks_of_one_fit_resume(tmp_path):
     set_seed(0)
     learn = small_learner()
-    with pytest.raises(RuntimeError, match="no power"): learn.fit(2, 1e-2, cbs=[Checkpoints(tmp_path), PowerCut(7)])
+    with pytest.raises(Killed): learn.fit(2, 1e-2, cbs=[Checkpoints(tmp_path), KillAfter(7)])
     before = signal.getsignal(signal.SIGTERM)
     checkpoints = Checkpoints(tmp_path, resume=True)
     learn = small_learner()
@@ -233,10 +215,10 @@ def test_searching_and_predicting_write_nothing(tmp_path):
 
 
 def test_a_search_that_fails_does_not_switch_checkpoints_off(tmp_path):
-    power_cut = PowerCut(3)
-    learn = small_learner(bs=64, cbs=[Checkpoints(tmp_path), power_cut])
-    with learn.no_bar(), pytest.raises(RuntimeError, match="no power"): learn.lr_find(num_it=20, show_plot=False)
-    learn.remove_cb(power_cut)
+    kill = KillAfter(3)
+    learn = small_learner(bs=64, cbs=[Checkpoints(tmp_path), kill])
+    with learn.no_bar(), pytest.raises(Killed): learn.lr_find(num_it=20, show_plot=False)
+    learn.remove_cb(kill)
     learn.fit(1)
     assert len(names(tmp_path)) == 2
 
@@ -247,19 +229,16 @@ FULL_DISK = """
 import resource, signal, sys, warnings
 sys.path[:0] = ["tests"]
 import torch
-from fastai.callback.core import Callback
+from callbacks import DoAt
 from test_checkpoints import run, weights, same, names, checkpoints_in, read_checkpoint
 torch.set_num_threads(1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-class Full(Callback):
-    def before_epoch(self):
-        if self.epoch == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+def fill_disk(learn):
+    if learn.epoch == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 whole, learners = weights(run(epochs=3)), []
-class Keep(Callback):
-    def before_fit(self): learners.append(self.learn)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    try: run(sys.argv[1], epochs=3, cbs=[Full(), Keep()])
+    try: run(sys.argv[1], epochs=3, cbs=[DoAt("before_epoch", fill_disk), DoAt("before_fit", learners.append)])
     except OSError as e: print("OSError", e)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 n = len([w for w in seen if "could not be written" in str(w.message)])
@@ -271,7 +250,7 @@ print("saved later:", last["epoch"], same(whole, last["model"]))
 """
 
 
-def test_no_room_on_the_disk(tmp_path):
+def test_a_full_disk(tmp_path):
     "A real limit on the size of files, in a child: training continues, older checkpoints stay, the end is an error"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path/"run"], cwd=root, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(root)})
@@ -293,11 +272,10 @@ def test_a_folder_that_cannot_be_written_is_noticed_at_once(tmp_path):
 def test_a_signal_saves_and_ends_the_run(tmp_path, name, where):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    class Scheduler(Callback):
-        def after_pred(self):
-            now = self.epoch == 1 and self.iter == int(self.training)
-            if now and self.training == (where == "in training"): os.kill(os.getpid(), number)
-    with pytest.raises(SystemExit) as e: run(tmp_path, 3, cbs=[Scheduler()])
+    def ask_to_stop(learn):
+        now = learn.epoch == 1 and learn.iter == int(learn.training)
+        if now and learn.training == (where == "in training"): os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as e: run(tmp_path, 3, cbs=[DoAt("after_pred", ask_to_stop)])
     assert e.value.code == 75 and signal.getsignal(number) is before
     done = read_checkpoint(checkpoints_in(tmp_path)[0])["done"]
     assert done == (2 if where == "in training" else 6)
@@ -305,11 +283,10 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, name, where):
 
 
 def test_nonfinite_weights_are_not_saved(tmp_path):
-    class Spoil(Callback):
-        order = 900
-        def after_epoch(self):
-            if self.epoch == 1: self.model.projector[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="projector.0.weight"): run(tmp_path, 3, cbs=[Spoil()])
+    def spoil(learn):
+        if learn.epoch == 1: learn.model.projector[0].weight.data[0, 0] = float("nan")
+    cb = DoAt("after_epoch", spoil, order=900)
+    with pytest.raises(FloatingPointError, match="projector.0.weight"): run(tmp_path, 3, cbs=[cb])
     assert names(tmp_path) == ["step-0000000006.pt", "step-0000000000.pt"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import image_items, small_model
+from conftest import image_items, quiet, same, small_model, weights
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
@@ -46,11 +46,6 @@ def learner(make_learner):
     return learn
 
 
-def quiet(learn):
-    learn.logger = lambda *_: None
-    return learn
-
-
 def test_images_are_normalised_once_and_inside(learner, labelled):
     learn = classifier_learner(learner, labelled)
     x = labelled.train_ds.x[:5]
@@ -64,9 +59,9 @@ def test_images_are_normalised_once_and_inside(learner, labelled):
 
 
 def test_the_pretrained_encoder_is_copied(learner, labelled):
-    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    before = weights(learner)
     quiet(classifier_learner(learner, labelled)).fine_tune(1, 1e-2)
-    assert all(torch.equal(v, before[k]) for k, v in learner.model.state_dict().items())
+    assert same(before, weights(learner))
 
 
 @pytest.mark.parametrize("arch", ["xresnet18", "resnet18", "timm/resnet10t", "timm/test_vit"])
@@ -83,13 +78,12 @@ def test_groups_hold_every_weight_once(arch):
 
 def test_freezing_trains_the_head_alone_until_unfrozen(learner, labelled):
     learn = quiet(classifier_learner(learner, labelled, train_bn=False))
-    def state(): return {k: v.clone() for k, v in learn.model.state_dict().items()}
     def moved(old): return {k.split(".")[0] for k, v in learn.model.state_dict().items() if not torch.equal(v, old[k])}
-    before = state()
+    before = weights(learn)
     learn.fit(1, 1e-2)
     assert moved(before) == {"head"} and not learn.model.encoder.training
     learn.unfreeze()
-    before = state()
+    before = weights(learn)
     learn.fit(1, slice(1e-4, 1e-2))
     assert moved(before) == {"head", "encoder"}
     hypers = learn.opt.hypers
@@ -216,12 +210,11 @@ def test_several_labels_per_image_get_their_loss_and_metric(learner):
 
 
 def test_a_failing_fit_loses_no_encoder(learner, labelled):
-    weights = learner.model.encoder.state_dict()
-    before = {k: v.clone() for k, v in weights.items()}
-    def explode(*_): raise RuntimeError("boom")
-    learn = quiet(classifier_learner(learner, labelled, loss_func=explode))
+    before = weights(learner)
+    def fail(*_): raise RuntimeError("failed")
+    learn = quiet(classifier_learner(learner, labelled, loss_func=fail))
     with pytest.raises(RuntimeError): learn.fit(1)
-    assert all(torch.equal(v, before[k]) for k, v in learner.model.encoder.state_dict().items())
+    assert same(before, weights(learner))
 
 
 def test_bad_input(learner, labelled):

@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
+from callbacks import RaiseAt
+from conftest import quiet, small_model
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
@@ -192,8 +193,7 @@ def test_logged_figures_change_nothing(make_dls, callback):
     for logger in ([], [ImageLogger()]):
         set_seed(0)
         cb = callback(get_multi_aug_pipelines(2, 8, stats=None))
-        learn = Learner(make_dls(), small_model(), cbs=[cb, *logger])
-        learn.logger = lambda *_: None
+        learn = quiet(Learner(make_dls(), small_model(), cbs=[cb, *logger]))
         learn.fit(2, 1e-2)
         weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*weights)
@@ -201,11 +201,10 @@ def test_logged_figures_change_nothing(make_dls, callback):
 
 @pytest.mark.parametrize("make", [Diagnostics, ImageLogger])
 def test_a_search_that_is_interrupted_does_not_switch_it_off(make_learner, make):
-    class Stops(Callback):
-        def after_step(self): raise KeyboardInterrupt
     cb = make()
+    stop = RaiseAt("after_step", KeyboardInterrupt())
     learn = make_learner(cbs=[cb])
-    with learn.added_cbs(Stops()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
+    with learn.added_cbs(stop), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=5, show_plot=False)
     assert cb.run
 
 

@@ -1,4 +1,4 @@
-"Several ranks are one: losses, gradients, weights, bytes, and what happens when a rank dies"
+"Several ranks train as one: losses, gradients, weights, bytes, and what happens when a rank is killed"
 import importlib
 import itertools
 import os
@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from callbacks import DoAt, DoToImages, DoToViews, KillAfter, Killed, RaiseAt
+from conftest import quiet, small_model
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, defaults
@@ -256,21 +258,12 @@ def digits_items(n, n_valid):
     return items[:n], items[n:]
 
 
-def small_encoder():
-    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers)
-
-
 def fit_learner(cb=None, n=48, bs=8, n_valid=22, opt_func=SGD, **kwargs):
     options = dict(bs=bs, val_bs=bs, shuffle=False, device="cpu", num_workers=0)
     dls = DataLoaders.from_dsets(*digits_items(n, n_valid), **options)
     torch.manual_seed(0)
-    model = create_barlow_twins_model(small_encoder(), 16, 16)
     cb = cb or BarlowTwins(still_views(), terms=True)
-    learn = Learner(dls, model, cbs=[cb], opt_func=opt_func, **kwargs)
-    learn.logger = lambda *_: None
-    learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == "ProgressCallback"])
-    return learn
+    return quiet(Learner(dls, small_model(hidden=16), cbs=[cb], opt_func=opt_func, **kwargs))
 
 
 def assert_restored(learn, objective=None):
@@ -380,13 +373,6 @@ def test_processes_can_be_forked_after_work_on_several_threads():
     finally: torch.set_num_threads(threads)
 
 
-class PowerCut(Callback):
-    order = 2000
-    def __init__(self, at): self.at = at
-    def after_batch(self):
-        if self.training and self.learn.train_iter == self.at: raise KeyError("no power")
-
-
 def fit_digits(seed, cbs):
     "Weights after two distributed epochs"
     set_seed(seed)
@@ -397,10 +383,9 @@ def fit_digits(seed, cbs):
 
 
 def killed_and_resumed(rank, folder, at):
-    "Weights of a whole run, and of one that died after step `at` and was resumed by Learners from other seeds"
+    "Weights of a whole run, and of one that was killed after step `at` and resumed by Learners from other seeds"
     whole = fit_digits(0, [])
-    try: fit_digits(0, [Checkpoints(folder, every=2), PowerCut(at)])
-    except KeyError: pass
+    with pytest.raises(Killed): fit_digits(0, [Checkpoints(folder, every=2), KillAfter(at)])
     names = [f.name for f in checkpoints_in(folder)]
     return whole, fit_digits(1 + rank, [Checkpoints(folder, every=2, resume=True)]), names
 
@@ -413,22 +398,22 @@ def test_a_run_of_several_ranks_resumes_to_the_last_bit(tmp_path, at):
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
 
 
-class Scheduler(Callback):
-    "Asks one rank alone to stop"
-    def after_batch(self):
-        if dist.get_rank() == 1 and self.training and self.learn.train_iter == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+def signal_rank1(number):
+    "A function of a Learner that sends a signal to rank 1 alone"
+    def send(learn):
+        if dist.get_rank() == 1: os.kill(os.getpid(), number)
+    return send
 
 
 def asked_to_stop(rank, folder):
-    try: fit_digits(0, [Checkpoints(folder), Scheduler()])
+    try: fit_digits(0, [Checkpoints(folder), DoAt("after_batch", signal_rank1(signal.SIGTERM), 3)])
     except SystemExit as e:
         code = e.code
         names = [f.name for f in checkpoints_in(folder)]   # written before any rank ends
     return code, names, fit_digits(0, []), fit_digits(0, [Checkpoints(folder, resume=True)])
 
 
-def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path):
+def test_a_signal_to_one_rank_saves_and_ends_all_ranks(tmp_path):
     for code, names, whole, again in run_ranks(partial(asked_to_stop, folder=tmp_path)):
         assert code == 75 and names[0] == "step-0000000010.pt"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
@@ -456,7 +441,7 @@ def a_search(rank):
     return weights(learn)
 
 
-def test_a_search_for_the_learning_rate_comes_back():
+def test_lr_find_restores_weights_and_optimizer():
     one, two = run_ranks(a_search, timeout=20)
     np.testing.assert_array_equal(one, two)
 
@@ -523,10 +508,6 @@ def test_a_stream_is_not_divided_again():
     assert one[1] == two[1] and np.isfinite(one[1]).all()
 
 
-class _Fails(Callback):
-    def after_step(self): 1/0
-
-
 def refused(rank):
     learn = fit_learner()
     views = learn.barlow_twins
@@ -544,12 +525,12 @@ def refused(rank):
     with pytest.raises(TypeError, match="Own has a forward pass of its own"), learn.distrib_ctx(): learn.fit(1)
     learn.model.encoder[1].__class__ = nn.BatchNorm2d
     assert_restored(learn)
-    learn.add_cb(_Fails())
+    learn.add_cb(RaiseAt("after_step", ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError), learn.distrib_ctx(): learn.fit(1)
     assert_restored(learn)
 
 
-def test_no_loss_of_parts_by_accident(): run_ranks(refused)
+def test_a_fit_whose_gradients_are_not_averaged_is_refused(): run_ranks(refused)
 
 
 def without_the_callback(rank):
@@ -592,18 +573,16 @@ def test_an_exported_learner_loads_without_this_library():
 
 # a loss that is not finite
 
-class SpoilsImages(Callback):
-    order = BarlowTwins.order - .5
-    def before_batch(self):
-        if dist.get_rank() == 1 and self.training and self.train_iter == 1:
-            self.learn.xb = (self.xb[0].clone(),)
-            self.learn.xb[0][2, 0, 1, 1] = torch.nan
+def spoil_images_of_rank1(learn):
+    if dist.get_rank() == 0: return
+    learn.xb = (learn.xb[0].clone(),)
+    learn.xb[0][2, 0, 1, 1] = torch.nan
 
 
 def guarded(rank, sync_bn):
     learn = fit_learner()
     guard = NonFiniteGuard()
-    learn.add_cbs([guard, SpoilsImages()])
+    learn.add_cbs([guard, DoToImages(spoil_images_of_rank1, 1)])
     with pytest.raises(FloatingPointError, match="step 1"), learn.distrib_ctx(sync_bn=sync_bn): learn.fit(1, 1e-2)
     assert_restored(learn)
     return guard.last.where, weights(learn)
@@ -664,21 +643,13 @@ def test_the_cheaper_exchange_is():
         assert cheaper_exchange(n, d, size) == ("gather" if gather < summed else "sum"), (n, d, size, world)
 
 
-# ranks that die
+# ranks that are lost
 
-class Dies(BarlowTwins):
-    "Sends its rank a signal in batch 3"
-    name = "barlow_twins"
-    def before_batch(self):
-        super().before_batch()
-        if self.iter == 3 and dist.get_rank() == 1: os.kill(os.getpid(), self.signal)
-
-
-def doomed(rank, signal):
+def lost_in_batch_3(rank, signal):
+    "What this rank says when rank 1 is sent a signal"
     torch.set_num_threads(1)
-    cb = Dies(get_multi_aug_pipelines(2, 8))
-    cb.signal = signal
-    learn = fit_learner(cb, n=96)
+    learn = fit_learner(BarlowTwins(get_multi_aug_pipelines(2, 8)), n=96)
+    learn.add_cb(DoToViews(signal_rank1(signal), 3))
     start = time.time()
     try:
         with learn.distrib_ctx(): learn.fit(1)
@@ -686,12 +657,12 @@ def doomed(rank, signal):
         return type(e).__name__, str(e), time.time() - start
 
 
-DEATHS = [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)]
+LOSSES = [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)]
 
 
-@pytest.mark.parametrize("world,kind,limit", DEATHS)
-def test_a_rank_that_dies_takes_the_others_along(world, kind, limit):
-    said = run_ranks(partial(doomed, signal=int(kind)), world, timeout=3, check=False)
+@pytest.mark.parametrize("world,kind,limit", LOSSES)
+def test_a_lost_rank_ends_the_others(world, kind, limit):
+    said = run_ranks(partial(lost_in_batch_3, signal=int(kind)), world, timeout=3, check=False)
     assert "ended without an answer" in str(said[1])
     for o in said[:1] + said[2:]:
         name, message, seconds = o
@@ -729,19 +700,18 @@ from self_supervised_bt.distributed import setup_ranks
 setup_ranks()
 try_to_fit(early)
 learn = make_learner()
-class Dies(Callback):
-    def before_batch(self):
-        if self.iter == 3 and dist.get_rank() == 1:
-            print("dies", time.time(), file=said, flush=True)
-            os.kill(os.getpid(), 9)
+def kill_rank1(self):
+    if self.iter == 3 and dist.get_rank() == 1:
+        print("killed", time.time(), file=said, flush=True)
+        os.kill(os.getpid(), 9)
 with learn.no_bar(), learn.distrib_ctx(): learn.fit(1)
 print("weights", sum(p.double().sum().item() for p in learn.model.parameters()), file=said, flush=True)
-with learn.no_bar(), learn.distrib_ctx(): learn.fit(1, cbs=Dies())
+with learn.no_bar(), learn.distrib_ctx(): learn.fit(1, cbs=Callback(before_batch=kill_rank1))
 """
 
 
 def test_torchrun(tmp_path):
-    "Refused without the module and for Learners made before its import; trains; and all end when one is killed"
+    "Fits are refused without the module and for Learners made before its import; all ranks end when one is killed"
     (tmp_path/"train.py").write_text(SCRIPT)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
@@ -750,5 +720,5 @@ def test_torchrun(tmp_path):
     for o in said: assert len(re.findall(r"^refused: .*2 ranks train", o, re.M)) == 2, (said, done.stderr[-3000:])
     weights = [re.search(r"^weights (.*)$", o, re.M)[1] for o in said]
     assert weights[0] == weights[1]
-    died = float(re.search(r"^dies (.*)$", said[1], re.M)[1])
-    assert done.returncode != 0 and ended - died < 20, done.stderr[-3000:]
+    killed = float(re.search(r"^killed (.*)$", said[1], re.M)[1])
+    assert done.returncode != 0 and ended - killed < 20, done.stderr[-3000:]

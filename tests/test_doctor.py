@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import image_items, small_model
+from conftest import image_items, quiet, small_model
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
@@ -26,10 +26,9 @@ from self_supervised_bt.recipes import bt_learner
 def learner(x=None, augs=None, bs=64, width=64, encoder="timm/test_resnet", **kwargs):
     x = digits_images()[0][:256] if x is None else x
     augs = augs or get_barlow_twins_aug_pipelines(16, "digits")
-    learn = bt_learner(tensor_dls(x, bs=bs, valid_pct=0, device="cpu"), encoder, 16, augs, small_stem=False,
-                       hidden_size=width, projection_size=width, **kwargs)
-    learn.logger = lambda *_: None
-    return learn
+    dls = tensor_dls(x, bs=bs, valid_pct=0, device="cpu")
+    learn = bt_learner(dls, encoder, 16, augs, small_stem=False, hidden_size=width, projection_size=width, **kwargs)
+    return quiet(learn)
 
 
 def photographs(n=256, size=32):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
-from fastai.callback.core import Callback
+from callbacks import DoToImages
+from conftest import quiet, small_model
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
@@ -60,22 +60,17 @@ def levels(x): return (x[:, 0, 0, 0]*255).round().long().tolist()
 def in_a_row(root): return sorted(root.rglob("*.png"), key=lambda f: f.name)
 
 
-class Sizes(Callback):
-    def before_fit(self): self.seen = []
-    def before_batch(self): self.seen.append(len(self.x))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_skips_and_lists_broken_files(wild, workers):
     root, broken = wild
     dls = unlabelled_dls(root, 8, bs=16, num_workers=workers, device="cpu")
-    sizes = Sizes()
+    sizes = []
+    keep_size = DoToImages(lambda learn: sizes.append(len(learn.x)))
     augs = get_multi_aug_pipelines(2, 8, stats=None, backend="fused")
-    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(augs), sizes])
-    learn.logger = lambda *_: None
+    learn = quiet(Learner(dls, small_model(3), cbs=[BarlowTwins(augs), keep_size]))
     before = [p.clone() for p in learn.model.parameters()]
     learn.fit(2)
-    assert sizes.seen == [16]*20
+    assert sizes == [16]*20
     assert not any(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
     assert dict(bad_images(dls).bad) == broken and bad_images(dls).counts["truncated"] == 2
     assert all(np.isfinite(learn.recorder.losses))

@@ -1,4 +1,4 @@
-"The guard against non-finite values: what it says, and what it leaves as it was"
+"The guard against non-finite values: messages, skipped batches, and state that is kept"
 import copy
 import os
 import random
@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import image_items, small_model
+from callbacks import DoAt, DoToImages, DoToViews
+from conftest import image_items, quiet, small_model
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -54,17 +55,6 @@ def pipelines():
     return ps
 
 
-class At(Callback):
-    "Does something at one step"
-    order = BarlowTwins.order + .5
-    def __init__(self, steps, event, do):
-        self.steps = {steps} if isinstance(steps, int) else steps
-        self.do = do
-        setattr(self, event, self.act)
-    def act(self):
-        if self.training and self.train_iter in self.steps: self.do(self.learn)
-
-
 def spoil_views(learn): learn.xb[0][3, 0, 2, 2] = nan
 
 
@@ -83,9 +73,6 @@ def spoil_gradient(learn): learn.model.encoder[2].on = True
 
 
 def repair_gradient(learn): learn.model.encoder[2].on = False
-
-
-class BeforeViews(At): order = BarlowTwins.order - .5
 
 
 class NanGradient(torch.autograd.Function):
@@ -129,15 +116,15 @@ class Remember(Callback):
 
 
 OPTS = dict(adam=Adam, momentum=partial(SGD, mom=.9, wd=.1), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
-FAULTS = {  # what spoils it, what the message says
-    "images": (lambda step: BeforeViews(step, "before_batch", spoil_images),
+FAULTS = {  # a callback that spoils the step it is given, what the message says
+    "images": (partial(DoToImages, spoil_images),
                "the images hold 2 NaN, before the model has seen them"),
-    "views": (lambda step: At(step, "before_batch", spoil_views), "the views hold 1 NaN"),
-    "weights": (lambda step: At(step, "before_batch", spoil_weights),
+    "views": (partial(DoToViews, spoil_views), "the views hold 1 NaN"),
+    "weights": (partial(DoToViews, spoil_weights),
                 r"the output of projector.0 \(Linear\) holds 32 NaN in 32 of 32 rows, though its input is finite: "
                 r"weight of projector.0 holds 3 NaN"),
-    "loss": (lambda step: At(step, "before_batch", spoil_loss), "the loss is"),
-    "gradient": (lambda step: At(step, "before_batch", spoil_gradient),
+    "loss": (partial(DoToViews, spoil_loss), "the loss is"),
+    "gradient": (partial(DoToViews, spoil_gradient),
                  r"its gradient is not: it is bad in "
                  r"encoder.0.weight, encoder.0.bias, encoder.1.weight, encoder.1.bias, "
                  r"which the backward pass of encoder.2 \(Switch\) made"),
@@ -162,12 +149,10 @@ def make(make_dls, guard, cbs=(), n=64, opt="adam", loss=None, **kwargs):
     bt = kwargs.pop("bt", None) or BarlowTwins(pipelines(), loss=loss or BarlowTwinsLoss())
     dls = kwargs.pop("dls", None) or make_dls(n, False, shuffle=False, drop_last=True, **kwargs)
     cbs = [bt, guard, *cbs] if guard else [bt, *cbs]
-    learn = Learner(dls, model_with_switch(), cbs=cbs, opt_func=OPTS[opt], lr=1e-2)
-    learn.logger = lambda *_: None
-    return learn
+    return quiet(Learner(dls, model_with_switch(), cbs=cbs, opt_func=OPTS[opt], lr=1e-2))
 
 
-# What it says, and what stays
+# Messages, and state that is kept
 
 @pytest.mark.parametrize("opt", OPTS)
 @pytest.mark.parametrize("fault", FAULTS)
@@ -198,7 +183,7 @@ def test_the_very_first_step(make_dls, fault):
     assert_same(seen.states[0], state_of(learn))
 
 
-def test_a_module_that_makes_it_from_finite_numbers(make_dls):
+def test_a_module_that_makes_nan_from_finite_numbers(make_dls):
     class Log(nn.Module):
         def forward(self, x):
             negative = x.flatten(1).sum(1)*0 - 1
@@ -209,9 +194,9 @@ def test_a_module_that_makes_it_from_finite_numbers(make_dls):
     with pytest.raises(FloatingPointError, match=says): learn.fit(1)
 
 
-def test_the_loss_says_what_it_knows(make_dls):
+def test_the_message_names_the_cause_in_the_loss(make_dls):
     def enlarge(learn): learn.model.projector[-1].weight.data.mul_(1e25)
-    learn = make(make_dls, NonFiniteGuard(), [At(1, "before_batch", enlarge)], loss=variant_loss("no normalisation"))
+    learn = make(make_dls, NonFiniteGuard(), [DoToViews(enlarge, 1)], loss=variant_loss("no normalisation"))
     with pytest.raises(FloatingPointError, match="too large to square"): learn.fit(1)
     assert learn.non_finite_guard.last.where == "loss"
 
@@ -221,8 +206,7 @@ def test_huge_gradients_are_finite():
     dls = tensor_dls(torch.rand(8, 1, 2, 2), torch.zeros(8).long(), bs=4, valid_pct=.5, device="cpu")
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(4, 2)),
                     loss_func=lambda z, y: z.sum()*1e30, cbs=NonFiniteGuard(), lr=0., opt_func=SGD)
-    learn.logger = lambda *_: None
-    learn.fit(1)
+    quiet(learn).fit(1)
 
 
 # Skipping
@@ -244,7 +228,7 @@ def test_skipping_equals_training_without_the_batch(make_dls, fault, opt, check_
             learn.barlow_twins.objective = learn.barlow_twins.objective.loss
     guard = NonFiniteGuard("skip")
     loss = partial(BarlowTwinsLoss, check_finite=check_finite)
-    learn = make(make_dls, guard, [FAULTS[fault][0](1), At(2, "before_batch", repair)], opt=opt, loss=loss())
+    learn = make(make_dls, guard, [FAULTS[fault][0](1), DoToViews(repair, 2)], opt=opt, loss=loss())
     with pytest.warns(UserWarning, match="1 bad batches made no step"): learn.fit(1)
     assert [(b.step, b.where) for b in guard.skipped] == [(1, PLACES.get(fault, fault))]
     plain = without_the_second_batch(make_dls, opt=opt, loss=loss())
@@ -257,16 +241,16 @@ def test_skipping_equals_training_without_the_batch(make_dls, fault, opt, check_
 def test_too_many_in_a_row(make_dls):
     guard = NonFiniteGuard("skip", max_in_row=2)
     loss = BarlowTwinsLoss(check_finite=False)
-    learn = make(make_dls, guard, [At({0, 2, 3}, "before_batch", spoil_views)], n=96, loss=loss)
+    learn = make(make_dls, guard, [DoToViews(spoil_views, {0, 2, 3})], n=96, loss=loss)
     with pytest.warns(UserWarning, match="3 bad"): learn.fit(1)
-    learn = make(make_dls, guard, [At({1, 2, 3}, "before_batch", spoil_views)], n=96, loss=loss)
+    learn = make(make_dls, guard, [DoToViews(spoil_views, {1, 2, 3})], n=96, loss=loss)
     says = "step 3 .*Bad batches in a row: 3, more than max_in_row=2"
     with pytest.raises(FloatingPointError, match=says): learn.fit(1)
     assert [b.step for b in guard.skipped] == [1, 2]
 
 
-def test_a_queue_of_embeddings_forgets_the_batch(make_dls):
-    cbs = [FAULTS["gradient"][0](1), At(2, "before_batch", repair_gradient)]
+def test_embeddings_of_a_skipped_batch_leave_the_queue(make_dls):
+    cbs = [FAULTS["gradient"][0](1), DoToViews(repair_gradient, 2)]
     learn = make(make_dls, NonFiniteGuard("skip"), cbs, loss=variant_loss(queue=16))
     with pytest.warns(UserWarning): learn.fit(1)
     plain = without_the_second_batch(make_dls, loss=variant_loss(queue=16))
@@ -289,9 +273,8 @@ def test_the_file_is_named(folder, workers):
         if hit.any(): learn.xb = (TensorImage(torch.where(hit.view(-1, 1, 1, 1), nan, x)),)
     torch.manual_seed(0)
     views = BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None))
-    cbs = [views, NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", spoil)]
-    learn = Learner(dls, small_model(3), cbs=cbs)
-    learn.logger = lambda *_: None
+    cbs = [views, NonFiniteGuard(), DoToImages(spoil, range(9))]
+    learn = quiet(Learner(dls, small_model(3), cbs=cbs))
     for _ in range(2):   # two orders
         with pytest.raises(FloatingPointError, match="the images hold") as e: learn.fit(1)
         last = learn.non_finite_guard.last
@@ -310,9 +293,8 @@ def test_names_are_those_of_the_batch(folder):
         named = torch.stack([pixels_of[n] for n in names])
         seen.append(torch.allclose(named, torch.Tensor(learn.xb[0])))
     views = BarlowTwins(get_multi_aug_pipelines(2, 16, stats=None))
-    cbs = [views, NonFiniteGuard(), BeforeViews(set(range(9)), "before_batch", check)]
-    learn = Learner(dls, small_model(3), cbs=cbs)
-    learn.logger = lambda *_: None
+    cbs = [views, NonFiniteGuard(), DoToImages(check, range(9))]
+    learn = quiet(Learner(dls, small_model(3), cbs=cbs))
     learn.fit(2)
     assert seen == [True]*8
 
@@ -329,7 +311,7 @@ def test_names_by_kind_of_dataset():
     assert item_names(list("abc"), [2]) == ["image 2"]
 
 
-def test_no_name_rather_than_a_wrong_one(make_dls):
+def test_no_names_where_the_order_is_unknown(make_dls):
     items = [o[0] for o in image_items(32)]
     from torch.utils.data import DataLoader as TorchDL
     dl = TorchDL([(i,) for i in items], batch_size=8)
@@ -347,7 +329,7 @@ def test_no_name_rather_than_a_wrong_one(make_dls):
     assert batch_items(learn) == []
 
 
-# It leaves no trace
+# Nothing else changes
 
 def test_a_clean_fit_is_the_same_with_and_without(make_dls):
     finals, samples = [], []
@@ -356,8 +338,7 @@ def test_a_clean_fit_is_the_same_with_and_without(make_dls):
         model = small_model()
         model.projector = nn.Sequential(model.projector[0], nn.Dropout(.3), *model.projector[1:])
         bt = BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None), loss=BarlowTwinsLoss(check_finite=False))
-        learn = Learner(make_dls(64), model, cbs=[bt, guard] if guard else [bt], opt_func=Adam)
-        learn.logger = lambda *_: None
+        learn = quiet(Learner(make_dls(64), model, cbs=[bt, guard] if guard else [bt], opt_func=Adam))
         learn.fit(2, 1e-2)
         finals.append((state_of(learn), [float(l) for l in learn.recorder.losses]))
         samples.append((float(torch.rand(())), random.random(), np.random.rand()))
@@ -367,7 +348,7 @@ def test_a_clean_fit_is_the_same_with_and_without(make_dls):
     assert samples[0] == samples[1] == samples[2]
 
 
-def test_the_search_leaves_no_trace():
+def test_the_search_changes_nothing():
     torch.manual_seed(0)
     layers = nn.BatchNorm1d(4), nn.Dropout(.5), nn.ReLU(inplace=True), Switch()
     model = nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 2)).train()
@@ -385,7 +366,7 @@ def test_the_search_leaves_no_trace():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_good_step_is_looked_at_twice(make_dls, monkeypatch):
+def test_a_finite_step_reads_two_numbers(make_dls, monkeypatch):
     "One number is read after the loss and one after the backward pass, however many gradients there are"
     reads = []
     class Watched(NonFiniteGuard):
@@ -401,7 +382,7 @@ def test_a_good_step_is_looked_at_twice(make_dls, monkeypatch):
 
 def test_without_the_guard_the_loss_raises(make_dls):
     loss = BarlowTwinsLoss(check_finite=False)
-    learn = make(make_dls, NonFiniteGuard("skip"), [At(1, "before_batch", spoil_views)], loss=loss)
+    learn = make(make_dls, NonFiniteGuard("skip"), [DoToViews(spoil_views, 1)], loss=loss)
     with pytest.warns(UserWarning, match="1 bad"): learn.fit(1)
     learn.remove_cbs(NonFiniteGuard)
     with pytest.raises(FloatingPointError, match="the loss is nan: z1"): learn.fit(1)
@@ -409,25 +390,23 @@ def test_without_the_guard_the_loss_raises(make_dls):
 
 # Beside other callbacks
 
-def test_a_search_for_the_learning_rate_just_ends(make_dls, tmp_path):
-    learn = make(make_dls, NonFiniteGuard(), [At(12, "before_batch", spoil_views)])
+def test_lr_find_ends_without_an_error(make_dls, tmp_path):
+    learn = make(make_dls, NonFiniteGuard(), [DoToViews(spoil_views, 12)])
     learn.path = tmp_path
     learn.lr_find(num_it=20, show_plot=False)
     assert len(learn.recorder.losses) == 12
-    learn.remove_cbs(At)
-    learn.add_cb(At(1, "before_batch", spoil_views))
-    with pytest.raises(FloatingPointError, match="the views hold"): learn.fit(1)   # on guard again
+    learn.remove_cbs(DoToViews)
+    learn.add_cb(DoToViews(spoil_views, 1))
+    with pytest.raises(FloatingPointError, match="the views hold"): learn.fit(1)   # the guard checks again
 
 
 def test_a_plain_learner():
     dls = tensor_dls(torch.rand(32, 1, 4, 4), torch.zeros(32).long(), bs=8, valid_pct=0, device="cpu")
-    class Targets(Callback):
-        def before_batch(self):
-            if self.train_iter == 2: self.learn.yb = (torch.full((8,), nan),)
+    def spoil_targets(learn): learn.yb = (torch.full((8,), nan),)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
     def loss(z, y): return (z[:, 0] - y).square().mean()
-    learn = Learner(dls, net, loss_func=loss, cbs=[NonFiniteGuard(), Targets()])
-    learn.logger = lambda *_: None
+    cbs = [NonFiniteGuard(), DoAt("before_batch", spoil_targets, 2)]
+    learn = quiet(Learner(dls, net, loss_func=loss, cbs=cbs))
     with pytest.raises(FloatingPointError, match="step 2 .* the targets hold 8 NaN"): learn.fit(1)
     assert all_finite_weights(net)
 
@@ -436,14 +415,12 @@ def all_finite_weights(net): return all(p.isfinite().all() for p in net.paramete
 
 
 def test_validation_is_watched_too(make_dls):
-    class Valid(Callback):
-        order = BarlowTwins.order + .5
-        def before_batch(self):
-            if not self.training and self.iter == 1: self.learn.xb[0][3] = nan
-    learn = make(make_dls, NonFiniteGuard(), [Valid()], n_valid=48)
+    def spoil(learn):
+        if not learn.training and learn.iter == 1: learn.xb[0][3] = nan
+    learn = make(make_dls, NonFiniteGuard(), [DoToViews(spoil)], n_valid=48)
     says = "validation after step 4 .batch 1 of epoch 0.: the views hold"
     with pytest.raises(FloatingPointError, match=says): learn.fit(1)
-    learn = make(make_dls, NonFiniteGuard("skip"), [Valid()], n_valid=48)
+    learn = make(make_dls, NonFiniteGuard("skip"), [DoToViews(spoil)], n_valid=48)
     with pytest.warns(UserWarning, match="1 bad"): learn.fit(1)
     assert learn.recorder.loss.count == 32
     learn.get_preds()
@@ -452,7 +429,7 @@ def test_validation_is_watched_too(make_dls):
 @pytest.mark.parametrize("step", [0, 1])
 def test_gradient_accumulation(make_dls, step):
     "A bad gradient spoils its group: no step with it, and weights that stay finite"
-    cbs = [FAULTS["gradient"][0](step), At(step + 1, "before_batch", repair_gradient),
+    cbs = [FAULTS["gradient"][0](step), DoToViews(repair_gradient, step + 1),
            GradientAccumulation(32), GradientClip(1.)]
     learn = make(make_dls, NonFiniteGuard("skip"), cbs, opt="momentum", loss=BarlowTwinsLoss(check_finite=False))
     with pytest.warns(UserWarning): learn.fit(1)
@@ -461,11 +438,11 @@ def test_gradient_accumulation(make_dls, step):
     assert remembered and all(t.isfinite().all() for t in remembered)
 
 
-def test_accumulated_gradients_outlive_a_bad_loss(make_dls):
+def test_accumulated_gradients_are_kept_at_a_bad_loss(make_dls):
     "Its batch adds nothing to them"
     seen = []
     def look(learn): seen.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
-    cbs = [FAULTS["views"][0](1), At({1, 2}, "before_batch", look), GradientAccumulation(64)]
+    cbs = [FAULTS["views"][0](1), DoToViews(look, {1, 2}), GradientAccumulation(64)]
     learn = make(make_dls, NonFiniteGuard("skip"), cbs, opt="momentum", loss=BarlowTwinsLoss(check_finite=False))
     with pytest.warns(UserWarning, match="1 bad"): learn.fit(1)
     assert torch.equal(*seen) and seen[0].any()
@@ -479,22 +456,20 @@ class CpuScaling(MixedPrecision):
         self.learn.scaler = torch.amp.GradScaler("cpu", **self.kwargs)
 
 
-def test_the_scaler_does_its_work(make_dls):
+def test_a_gradient_that_overflows_under_a_scaler_is_no_fault(make_dls):
     "An infinite gradient of a scaled loss is no fault"
     guard, skipped = NonFiniteGuard(), []
-    class Count(Callback):
-        order = 20
-        def after_step(self): skipped.append(self.mixed_precision.skipped)
-    cbs = [CpuScaling(init_scale=2.**124), Count()]
+    def count(learn): skipped.append(learn.mixed_precision.skipped)
+    cbs = [CpuScaling(init_scale=2.**124), DoAt("after_step", count, order=20)]
     learn = make(make_dls, guard, cbs, n=96, opt="momentum", loss=BarlowTwinsLoss(check_finite=False))
     learn.fit(1)
     assert any(skipped) and not all(skipped)
     assert guard.last is None and all_finite_weights(learn.model)
 
 
-def test_a_scale_that_falls_for_ever(make_dls):
+def test_a_loss_scale_that_keeps_falling_raises(make_dls):
     guard = NonFiniteGuard(min_scale=1.)
-    cbs = [CpuScaling(init_scale=8.), At(0, "before_batch", spoil_gradient)]
+    cbs = [CpuScaling(init_scale=8.), DoToViews(spoil_gradient, 0)]
     learn = make(make_dls, guard, cbs, n=96, loss=BarlowTwinsLoss(check_finite=False))
     says = "scale of the gradients fell to .* still not finite in encoder.0.weight"
     with pytest.raises(FloatingPointError, match=says): learn.fit(1)
@@ -502,7 +477,7 @@ def test_a_scale_that_falls_for_ever(make_dls):
 
 def test_a_bad_loss_under_a_scaler(make_dls):
     guard, seen = NonFiniteGuard(), Remember()
-    cbs = [CpuScaling(init_scale=8.), At(2, "before_batch", spoil_views), seen]
+    cbs = [CpuScaling(init_scale=8.), DoToViews(spoil_views, 2), seen]
     learn = make(make_dls, guard, cbs, loss=BarlowTwinsLoss(check_finite=False))
     with pytest.raises(FloatingPointError, match="step 2 .*the views hold"): learn.fit(1)
     assert_same(seen.states[2], state_of(learn))
@@ -515,7 +490,7 @@ def test_bad_arguments():
 
 
 def test_columns_stay_numbers(make_dls):
-    learn = make(make_dls, NonFiniteGuard("skip"), [At(1, "before_batch", spoil_views)])
+    learn = make(make_dls, NonFiniteGuard("skip"), [DoToViews(spoil_views, 1)])
     learn.barlow_twins.terms = True
     with pytest.warns(UserWarning, match="1 bad"): learn.fit(1)
     assert all(v == v for v in learn.recorder.values[0])
@@ -536,11 +511,10 @@ def one_rank(rank, on_bad):
     guard = NonFiniteGuard(on_bad)
     cbs = [BarlowTwins(pipelines(), loss=BarlowTwinsLoss(check_finite=False)), guard]
     cbs[0].exchange = "none"   # a loss for each part: a bad image in one rank leaves the others finite
-    if rank: cbs.append(BeforeViews(1, "before_batch", spoil_images))
+    if rank: cbs.append(DoToImages(spoil_images, 1))
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(small_model())
-    learn = Learner(dls, model, cbs=cbs, opt_func=OPTS["momentum"], lr=1e-2)
-    learn.logger = lambda *_: None
+    learn = quiet(Learner(dls, model, cbs=cbs, opt_func=OPTS["momentum"], lr=1e-2))
     said = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

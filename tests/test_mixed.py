@@ -1,9 +1,9 @@
 "Mixed Barlow Twins compared with its formula with all matrices, and its callback"
 import pytest
 import torch
-from conftest import small_model
+from callbacks import DoAt, record_calls
+from conftest import quiet, small_model
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
-from fastai.callback.core import Callback
 from fastai.learner import Learner, load_learner
 from test_losses import distance, standardised, textbook, value_and_gradients
 from torch import nn
@@ -92,42 +92,34 @@ def test_mixing():
 
 # The callback
 
-
-class Watch(Callback):
-    "Records inputs and outputs of the model, and the loss"
-    order = 99
-    def __init__(self): self.seen = []
-    def after_loss(self):
-        cb = self.learn.barlow_twins
-        self.seen.append((self.training, cb.views, self.xb[0], cb.zm.detach(), cb.perm, cb.a, float(self.loss)))
-
-
 @pytest.fixture
 def mixed_learner(make_dls):
     def make(n=48, bs=16, model=None, cbs=(), **options):
         augs = get_barlow_twins_aug_pipelines(8, stats=None)
-        learn = Learner(make_dls(n=n, bs=bs), model or small_model(), cbs=[MixedBarlowTwins(augs, **options), *cbs])
-        learn.logger = lambda *_: None
-        return learn
+        cbs = [MixedBarlowTwins(augs, **options), *cbs]
+        return quiet(Learner(make_dls(n=n, bs=bs), model or small_model(), cbs=cbs))
     return make
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_loss_is_that_of_the_mixture(mixed_learner, per_sample):
-    watch, forwards = Watch(), []
-    learn = mixed_learner(cbs=[watch], lmb=.02, lmb_reg=2., per_sample=per_sample)
-    learn.model.register_forward_hook(lambda m, x, z: forwards.append((x[0].detach().clone(), z.detach().clone())))
+    seen = []
+    def record(learn):
+        cb = learn.barlow_twins
+        seen.append((cb.views, learn.xb[0], cb.zm.detach(), cb.perm, cb.a, float(learn.loss)))
+    learn = mixed_learner(cbs=[DoAt("after_loss", record, order=99)], lmb=.02, lmb_reg=2., per_sample=per_sample)
+    forwards = record_calls(learn.model)
     learn.fit(1)
     pairs = list(zip(forwards[::2], forwards[1::2]))                       # the views together, then the mixture
-    assert len(pairs) == len(watch.seen) == 5
-    for ((x, z), (xm, zm)), (training, (v1, v2), xb, kept, perm, a, loss) in zip(pairs, watch.seen):
+    assert len(pairs) == len(seen) == 5
+    for ((x, z), (xm, zm)), ((v1, v2), xb, kept, perm, a, loss) in zip(pairs, seen):
         assert a.shape == ((len(v1),) if per_sample else ()) and 0 <= float(a.min()) and float(a.max()) <= 1
         assert sorted(perm.tolist()) == list(range(len(v1)))
         assert torch.equal(x, xb) and torch.equal(x, torch.cat([v1, v2])) and torch.equal(zm, kept)
         assert torch.allclose(xm, mix_views(v1, v2, perm, a))
         assert loss == pytest.approx(float(formula(*z.chunk(2), zm, perm, a, .02, 2.)), rel=1e-4)
-    perms = {tuple(s[4].tolist()) for s in watch.seen if len(s[4]) == 16}
-    weights = {float(s[5].sum()) for s in watch.seen}
+    perms = {tuple(perm.tolist()) for *_, perm, _, _ in seen if len(perm) == 16}
+    weights = {float(a.sum()) for *_, a, _ in seen}
     assert len(perms) > 1 and len(weights) == 5
 
 
@@ -136,7 +128,7 @@ def test_the_regulariser_trains_the_network(mixed_learner):
     learn = mixed_learner()
     learn.barlow_twins.objective.invariance = False
     losses = []
-    learn.add_cb(Callback(after_loss=lambda self: losses.append(self.learn.barlow_twins.objective.terms.regulariser)))
+    learn.add_cb(DoAt("after_loss", lambda learn: losses.append(learn.barlow_twins.objective.terms.regulariser)))
     before = learn.model.encoder[0].weight.clone()
     learn.fit(1)
     assert not torch.equal(before, learn.model.encoder[0].weight) and all(l > 0 for l in losses)
@@ -166,8 +158,7 @@ def test_prediction_validation_and_show_as_in_barlow_twins(mixed_learner, tmp_pa
 def test_fit_export_load_fit(tmp_path, precision):
     dls = tensor_dls(digits_images()[0][:48], bs=16, device="cpu")
     augs = get_barlow_twins_aug_pipelines(8, stats=None)
-    learn = Learner(dls, small_model(), cbs=MixedBarlowTwins(augs, lmb_reg=2., terms=True), path=tmp_path)
-    learn.logger = lambda *_: None
+    learn = quiet(Learner(dls, small_model(), cbs=MixedBarlowTwins(augs, lmb_reg=2., terms=True), path=tmp_path))
     getattr(learn, precision)().fit(1)
     learn.export()
     again = load_learner(tmp_path/"export.pkl")

@@ -6,10 +6,9 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
-from callbacks import RaiseAt, RecordBatches
-from conftest import image_items, small_model
+from callbacks import DoAt, DoToViews, RaiseAt, RecordBatches, record_calls
+from conftest import collate, image_items, quiet, small_model
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
-from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
@@ -76,32 +75,26 @@ def test_unlabelled_images_train_and_the_recorder_counts_images(make_learner, ma
 
 
 def test_loss_is_that_of_the_two_halves_of_the_batch(make_learner):
-    z, losses = [], []
-    keep_loss = Callback(after_loss=lambda self: losses.append(float(self.loss)))
-    keep_z = Callback(after_pred=lambda self: z.append(self.pred.detach().clone()))
-    make_learner(cbs=[keep_loss, keep_z], lmb=.02).fit(1)
-    for pred, loss in zip(z, losses, strict=True):
+    losses, spy = [], RecordBatches()
+    keep_loss = DoAt("after_loss", lambda learn: losses.append(float(learn.loss)))
+    make_learner(cbs=[keep_loss, spy], lmb=.02).fit(1)
+    for pred, loss in zip(spy.preds, losses, strict=True):
         assert loss == pytest.approx(float(barlow_twins_loss(*pred.chunk(2), lmb=.02)), rel=1e-5)
 
 
-class Pixels(Callback):
-    "Sets pixels of the views of one batch"
-    order = BarlowTwins.order + 1
-    def __init__(self, batch, value): self.batch, self.value = batch, value
-    def before_batch(self):
-        if self.training and self.train_iter == self.batch:
-            self.xb[0][3] = self.value
+def set_pixels(step, value):
+    "A callback that sets the pixels of one view in one training step"
+    return DoToViews(lambda learn: learn.xb[0][3].fill_(value), step)
 
 
 def test_terms_are_means_over_the_training_batches(make_dls):
     augs, terms, sizes = get_barlow_twins_aug_pipelines(**AUGS), [], []
-    learn = Learner(make_dls(n=40, drop_last=False), small_model(), cbs=BarlowTwins(augs, terms=True))
-    learn.logger = lambda *_: None
-    def keep(self):
-        if not self.training: return
-        terms.append(self.learn.barlow_twins.objective.terms)
-        sizes.append(len(self.yb[0]))
-    learn.add_cb(Callback(after_loss=keep))
+    learn = quiet(Learner(make_dls(n=40, drop_last=False), small_model(), cbs=BarlowTwins(augs, terms=True)))
+    def keep(learn):
+        if not learn.training: return
+        terms.append(learn.barlow_twins.objective.terms)
+        sizes.append(len(learn.yb[0]))
+    learn.add_cb(DoAt("after_loss", keep))
     learn.fit(2)
     names = ["invariance", "redundancy", "diagonal_mean", "off_diagonal_rms"]
     assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", *names, "time"]
@@ -117,8 +110,7 @@ def test_terms_are_means_over_the_training_batches(make_dls):
 def test_terms_with_train_metrics(make_dls):
     learn = Learner(make_dls(), small_model(), cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), terms=True))
     learn.recorder.train_metrics = True
-    learn.logger = lambda *_: None
-    learn.fit(1)
+    quiet(learn).fit(1)
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
     assert row["valid_loss"] == pytest.approx(row["valid_invariance"] + 5e-3*row["valid_redundancy"], rel=1e-4)
     assert row["train_invariance"] != row["valid_invariance"]
@@ -130,25 +122,23 @@ def test_terms_of_validate_and_of_a_fit_without_validation(make_dls):
     loss, invariance, redundancy, *_ = learn.validate()
     assert loss == pytest.approx(invariance + 5e-3*redundancy, rel=1e-4)
     alone = Learner(make_dls(n_valid=0), small_model(), cbs=BarlowTwins(augs, terms=True))
-    alone.logger = lambda *_: None
-    alone.fit(1)
+    quiet(alone).fit(1)
     assert alone.recorder.values[0][-4] > 1
 
 
 def test_terms_need_no_forward_pass_of_clean_images(make_learner, make_dls):
     calls = []
     model = small_model()
-    model.register_forward_hook(lambda m, x, z: calls.append(len(z)))
+    calls = record_calls(model)
     learn = Learner(make_dls(), model, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), terms=True))
-    learn.logger = lambda *_: None
-    learn.fit(1)
-    assert calls == [32, 32, 32, 32, 8]
+    quiet(learn).fit(1)
+    assert [len(z) for _, z in calls] == [32, 32, 32, 32, 8]
 
 
 @pytest.mark.parametrize("loss", [None, lambda a, b: (a - b).square().mean()], ids=["ours", "another"])
 def test_nan_raises_before_the_weights_change(make_dls, loss):
     bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=loss)
-    learn = Learner(make_dls(), small_model(), cbs=[bt, Pixels(1, float("nan"))])
+    learn = Learner(make_dls(), small_model(), cbs=[bt, set_pixels(1, float("nan"))])
     own = learn.loss_func
     with pytest.raises(FloatingPointError, match="z1 has 256 nan and 0 inf, in 16 of 16 rows"):   # BatchNorm spreads it
         learn.fit(1)
@@ -156,7 +146,7 @@ def test_nan_raises_before_the_weights_change(make_dls, loss):
 
 
 def test_lr_find_stops_at_a_non_finite_loss(make_learner, tmp_path):
-    learn = make_learner(cbs=[Pixels(12, float("inf"))])
+    learn = make_learner(cbs=[set_pixels(12, float("inf"))])
     learn.path = tmp_path
     learn.lr_find(num_it=20, show_plot=False)
     assert len(learn.recorder.losses) == 12 and all(p.isfinite().all() for p in learn.model.parameters())
@@ -166,10 +156,10 @@ def test_nan_raises_although_the_loss_does_not_check(make_dls):
     "The callback checks every loss once per step"
     augs = get_barlow_twins_aug_pipelines(**AUGS)
     loss = BarlowTwinsLoss(check_finite=False)
-    learn = Learner(make_dls(), small_model(), cbs=[BarlowTwins(augs, loss=loss), Pixels(1, float("nan"))])
+    learn = Learner(make_dls(), small_model(), cbs=[BarlowTwins(augs, loss=loss), set_pixels(1, float("nan"))])
     with pytest.raises(FloatingPointError, match="z1 has 256 nan and 0 inf, in 16 of 16 rows"): learn.fit(1)
     assert all(p.isfinite().all() for p in learn.model.parameters())
-    learn.remove_cbs(Pixels)
+    learn.remove_cbs(DoToViews)
     learn.model = small_model()
     learn.fit(1)
 
@@ -345,11 +335,6 @@ def test_training_batch_of_one_raises_before_training(make_learner, make_dls):
             continue
         with pytest.raises(ValueError, match="drop_last=True"): learn.fit(1)
         assert torch.equal(before, learn.model.encoder[0].weight)
-
-
-def collate(items):
-    x, y = zip(*items)
-    return torch.stack([o.as_subclass(torch.Tensor) for o in x]), torch.tensor(y)
 
 
 def test_validation_batch_of_one_is_left_out_with_a_warning(make_learner, make_dls):

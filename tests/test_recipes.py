@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import image_items, small_model
-from fastai.callback.core import Callback
+from callbacks import DoAt
+from conftest import collate, image_items, quiet, small_model
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from test_multiview import collate
 from torch import nn
 
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
@@ -81,9 +80,7 @@ def test_lars_leaves_what_has_no_gradient_alone_and_its_state_can_be_saved():
 # Schedule
 
 def digits_learner(recipe, **kwargs):
-    learn = bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=recipe, **kwargs)
-    learn.logger = lambda *_: None
-    return learn
+    return quiet(bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=recipe, **kwargs))
 
 
 def test_schedule_values_are_the_formulas():
@@ -92,11 +89,9 @@ def test_schedule_values_are_the_formulas():
         q = .5*(1 + math.cos(math.pi*(step - warmup_steps)/(steps - warmup_steps)))
         return peak*q + peak*.001*(1 - q)
     seen = []
-    class LearningRates(Callback):
-        order = 70
-        def after_step(self): seen.append([h["lr"] for h in self.opt.hypers])
+    def keep_rates(learn): seen.append([h["lr"] for h in learn.opt.hypers])
     recipe = get_recipe("paper", epochs=20, warmup=3, projection_size=16, hidden_size=16)
-    learn = digits_learner(recipe, cbs=LearningRates())
+    learn = digits_learner(recipe, cbs=DoAt("after_step", keep_rates, order=70))
     learn.fit_recipe()
     n = len(learn.dls.train)
     expected = [[by_the_book(s, 20*n, 3*n, lr*128/256) for lr in (.2, .0048)] for s in range(20*n)]
@@ -188,8 +183,7 @@ def test_the_default_recipe_is_the_plain_learner():
         for m in learn.model.modules():
             if hasattr(m, "reset_parameters"): m.reset_parameters()
         for dl in dls.loaders: dl.rng.seed(0)
-        learn.logger = lambda *_: None
-        learn.fit(1, 1e-3)
+        quiet(learn).fit(1, 1e-3)
         weights.append([p.detach().clone() for p in learn.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 

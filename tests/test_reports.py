@@ -4,7 +4,7 @@ import re
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
+from conftest import same, small_model, weights
 from fastai.learner import Learner
 
 from self_supervised_bt import reports
@@ -54,9 +54,9 @@ def test_a_part_that_fails_costs_the_others_nothing(trained, tmp_path, monkeypat
 
 
 def test_looking_changes_nothing(trained, tmp_path):
-    before = {k: v.clone() for k, v in trained.model.state_dict().items()}
+    before = weights(trained)
     report(trained, tmp_path)
-    assert all(torch.equal(v, before[k]) for k, v in trained.model.state_dict().items())
+    assert same(before, weights(trained))
 
 
 def test_the_images_are_the_first(make_dls):

@@ -1,8 +1,8 @@
 "bfloat16 in the model's forward pass, and nowhere else"
 import pytest
 import torch
+from callbacks import DoAt
 from conftest import small_model
-from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 from self_supervised_bt.evaluation import encode
@@ -20,9 +20,8 @@ def watched():
 def test_forward_in_bfloat16_loss_and_weights_in_float32(make_learner, watched):
     model, seen = watched
     losses = []
-    class Look(Callback):
-        def after_loss(self): losses.append((self.loss_grad.dtype, torch.is_autocast_enabled("cpu")))
-    learn = make_learner(model=model, cbs=[Autocast(), Look()])
+    def look(learn): losses.append((learn.loss_grad.dtype, torch.is_autocast_enabled("cpu")))
+    learn = make_learner(model=model, cbs=[Autocast(), DoAt("after_loss", look)])
     before = [p.clone() for p in model.parameters()]
     learn.fit(1, 1e-2)
     assert set(seen) == {torch.bfloat16} and set(losses) == {(torch.float32, False)}
@@ -46,13 +45,11 @@ def test_float32_after_the_fit(make_learner, watched):
 
 def test_hooks_are_removed_before_other_callbacks_end_the_fit(make_learner, watched):
     model, seen = watched
-    class Predict(Callback):
-        order = Autocast.order + 1
-        def after_fit(self):
-            seen.clear()
-            self.learn.model(torch.rand(4, 1, 8, 8))
+    def predict(learn):
+        seen.clear()
+        learn.model(torch.rand(4, 1, 8, 8))
     learn = make_learner(model=model)
-    learn.fit(1, 1e-2, cbs=[Autocast(), Predict()])
+    learn.fit(1, 1e-2, cbs=[Autocast(), DoAt("after_fit", predict, order=Autocast.order + 1)])
     assert set(seen) == {torch.float32} and not has_hooks(model)
     learn.validate()
     learn.get_preds()
@@ -62,12 +59,11 @@ def test_hooks_are_removed_before_other_callbacks_end_the_fit(make_learner, watc
 @pytest.mark.parametrize("where", ["in the model", "in a callback"])
 def test_float32_after_an_exception(make_learner, watched, where):
     model, seen = watched
-    class Fails(Callback):
-        def after_backward(self): raise RuntimeError("boom")
-    def fail(*_): raise RuntimeError("boom")
+    def fail(*_): raise RuntimeError("failed")
+    learn = make_learner(model=model, cbs=[Autocast()])
     if where == "in the model": model.encoder.register_forward_hook(fail)
-    learn = make_learner(model=model, cbs=[Autocast(), Fails()] if where == "in a callback" else [Autocast()])
-    with pytest.raises(RuntimeError, match="boom"): learn.fit(1, 1e-2)
+    else: learn.add_cb(DoAt("after_backward", fail))
+    with pytest.raises(RuntimeError, match="failed"): learn.fit(1, 1e-2)
     assert not torch.is_autocast_enabled("cpu") and not has_hooks(model)
 
 
