@@ -27,7 +27,7 @@ class DoToViews(DoAt):
 
 
 class RaiseAt(DoAt):
-    "Raise an error at an event: every time, or only at the training steps `step`"
+    "Raise an error (with a message, or fastai fails) at an event: every time, or only at the training steps `step`"
     def __init__(self, event, error, step=None, order=0):
         super().__init__(event, self.fail, step, order)
         self.error = error

@@ -525,7 +525,7 @@ def refused(rank):
     with pytest.raises(TypeError, match="Own has a forward pass of its own"), learn.distrib_ctx(): learn.fit(1)
     learn.model.encoder[1].__class__ = nn.BatchNorm2d
     assert_restored(learn)
-    learn.add_cb(RaiseAt("after_step", ZeroDivisionError()))
+    learn.add_cb(RaiseAt("after_step", ZeroDivisionError("failed")))
     with pytest.raises(ZeroDivisionError), learn.distrib_ctx(): learn.fit(1)
     assert_restored(learn)
 
