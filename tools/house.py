@@ -111,8 +111,8 @@ def longest_cell(root):
 
 
 def long_lines(root):
-    "Lines over 120 columns: {place: how many}"
-    def count(lines): return sum(len(line) > COLUMNS for line in lines)
+    "Lines over 120 columns, but for the list of names that nbdev writes: {place: how many}"
+    def count(lines): return sum(len(line) > COLUMNS and not line.startswith("__all__ = ") for line in lines)
     files = {name: sorted((root/name).glob("*.py")) for name in (PACKAGE, "tests", "benchmarks", "tools")}
     files[PACKAGE] = [f for f in files[PACKAGE] if f.name != "_modidx.py"]
     found = {name: sum(count(f.read_text().splitlines()) for f in fs) for name, fs in files.items()}
