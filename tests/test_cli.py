@@ -44,7 +44,7 @@ def test_settings_depend_on_the_images(folder):
 
 
 def test_short_run_does_not_overwrite_checkpoints(folder, tmp_path):
-    (tmp_path/"step-0000000001.safetensors").touch()
+    (tmp_path/"step-0000000001.pt").touch()
     with pytest.raises(SystemExit, match="bt_demo: .*choose another folder"):
         bt_demo(data=str(folder), out=str(tmp_path))
 
