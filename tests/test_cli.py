@@ -17,7 +17,7 @@ def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
     assert {f.name for f in (tmp_path/"runs/digits").iterdir()} == {
         "cross_correlation.png", "encoder.safetensors", "history.csv", "loss.png", "neighbours.png", "report",
         "results.json", "table.csv", "views.png"}
-    assert "Is it well?" in (tmp_path/"runs/digits/report/report.html").read_text()
+    assert "<h2>Diagnosis</h2>" in (tmp_path/"runs/digits/report/report.html").read_text()
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
 
 
@@ -44,7 +44,7 @@ def test_settings_depend_on_the_images(folder):
 
 
 def test_short_run_does_not_overwrite_checkpoints(folder, tmp_path):
-    (tmp_path/"step-0000000001.safetensors").touch()
+    (tmp_path/"step-0000000001.pt").touch()
     with pytest.raises(SystemExit, match="bt_demo: .*choose another folder"):
         bt_demo(data=str(folder), out=str(tmp_path))
 

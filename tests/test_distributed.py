@@ -536,8 +536,8 @@ def test_a_fit_whose_gradients_are_not_averaged_is_refused(): run_ranks(refused)
 def without_the_callback(rank):
     learn = fit_learner()
     learn.remove_cb(GlobalBatch)
-    with pytest.raises(RuntimeError, match=r"2 ranks train.*learn.add_cb\(GlobalBatch\(\)\)"): learn.fit(1)
-    with pytest.raises(RuntimeError, match="2 ranks train"), learn.distrib_ctx(): learn.fit(1)
+    with pytest.raises(RuntimeError, match=r"with 2 ranks the loss.*learn.add_cb\(GlobalBatch\(\)\)"): learn.fit(1)
+    with pytest.raises(RuntimeError, match="with 2 ranks the loss"), learn.distrib_ctx(): learn.fit(1)
     learn.add_cb(GlobalBatch())
     with learn.distrib_ctx(): learn.fit(1)
     assert_restored(learn)
@@ -717,7 +717,7 @@ def test_torchrun(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     ended, said = time.time(), [(tmp_path/f"said{i}.txt").read_text() for i in (0, 1)]
-    for o in said: assert len(re.findall(r"^refused: .*2 ranks train", o, re.M)) == 2, (said, done.stderr[-3000:])
+    for o in said: assert len(re.findall(r"^refused: .*with 2 ranks the loss", o, re.M)) == 2, (said, done.stderr[-3000:])
     weights = [re.search(r"^weights (.*)$", o, re.M)[1] for o in said]
     assert weights[0] == weights[1]
     killed = float(re.search(r"^killed (.*)$", said[1], re.M)[1])
