@@ -657,10 +657,10 @@ def lost_in_batch_3(rank, signal):
         return type(e).__name__, str(e), time.time() - start
 
 
-LOSSES = [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)]
+SIGNALS = [(2, signal.SIGKILL, 10), (3, signal.SIGKILL, 10), (2, signal.SIGSTOP, 15)]
 
 
-@pytest.mark.parametrize("world,kind,limit", LOSSES)
+@pytest.mark.parametrize("world,kind,limit", SIGNALS)
 def test_a_lost_rank_ends_the_others(world, kind, limit):
     said = run_ranks(partial(lost_in_batch_3, signal=int(kind)), world, timeout=3, check=False)
     assert "ended without an answer" in str(said[1])
@@ -717,7 +717,9 @@ def test_torchrun(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     ended, said = time.time(), [(tmp_path/f"said{i}.txt").read_text() for i in (0, 1)]
-    for o in said: assert len(re.findall(r"^refused: .*with 2 ranks the loss", o, re.M)) == 2, (said, done.stderr[-3000:])
+    for o in said:
+        refused = re.findall(r"^refused: .*with 2 ranks the loss", o, re.M)
+        assert len(refused) == 2, (said, done.stderr[-3000:])
     weights = [re.search(r"^weights (.*)$", o, re.M)[1] for o in said]
     assert weights[0] == weights[1]
     killed = float(re.search(r"^killed (.*)$", said[1], re.M)[1])
