@@ -126,6 +126,14 @@ def lines_of_code(root):
     return sum(bool(line) and not line.startswith("#") for line in lines), len(lines)
 
 
+def syntax_nodes(trees):
+    "Nodes of the syntax trees outside imports: the amount of code, however it is broken into lines"
+    def count(node):
+        if isinstance(node, (ast.Import, ast.ImportFrom)): return 0
+        return 1 + sum(count(child) for child in ast.iter_child_nodes(node))
+    return sum(count(tree) for tree in trees.values())
+
+
 class StepProfile:
     "Counts the functions below a folder that are called until an optimizer has stepped once"
     def __init__(self, folder, last):
@@ -183,7 +191,8 @@ def table(root):
             ("longest exported cell", f"{size} lines, {notebook}: {first[:60]}"),
             ("classes of others, assigned to", counted(assigned)),
             ("classes of other modules, @patch", counted(decorated)),
-            ("lines of code (all lines)", f"{code} ({total})")]
+            ("lines of code (all lines)", f"{code} ({total})"),
+            ("syntax nodes outside imports", syntax_nodes(trees))]
 
 
 def counted(names): return f"{len(names)}  {', '.join(names)}"
