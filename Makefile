@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 CONSTRAINTS ?= constraints.txt
+# Notebooks and test files run side by side, one process per core: more threads would only compete for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint notebooks pytest export bench mutants house clean
@@ -26,10 +28,10 @@ lint: $(READY) ## ruff check: names, import order, lines of 120 columns
 	$(BIN)/ruff check
 
 notebooks: $(READY) ## run every notebook
-	cd nbs && ../$(BIN)/nbdev-test --n-workers 1 --do-print
+	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev-test --do-print
 
 pytest: $(READY) ## run the tests in tests/; for one file: .venv/bin/python -m pytest tests/test_losses.py
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
 
 export: $(READY) ## notebooks -> library and README, then clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
