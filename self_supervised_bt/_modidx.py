@@ -1245,6 +1245,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.predicting': ( 'multiview.html#multiview.predicting',
                                                                                                      'self_supervised_bt/multiview.py'),
+                                              'self_supervised_bt.multiview.MultiView.refuse_data_parallel': ( 'multiview.html#multiview.refuse_data_parallel',
+                                                                                                               'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.refuse_one_image': ( 'multiview.html#multiview.refuse_one_image',
                                                                                                            'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.release': ( 'multiview.html#multiview.release',
