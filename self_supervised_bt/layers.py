@@ -336,7 +336,7 @@ def _sized_encoder(settings, size, pool_type):
     if not repeated: return encoder
     if pool_type:
         warnings.warn(f"the last map of {encoder.created_by['arch']} has one pixel at {size[0]}x{size[1]}, where "
-                      "averages are maxima, so h holds every number twice: leave pool_type out", stacklevel=3)
+                      "averages are maxima, so h holds every number twice: pass pool_type='avg'", stacklevel=3)
         return encoder
     pool = PoolingType.Avg
     return make(option)
