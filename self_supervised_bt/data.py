@@ -6,6 +6,7 @@
 __all__ = ['tensor_dls', 'digits_images', 'hold_out', 'digits_dls', 'image_files', 'load_images', 'known_images', 'known_dls']
 
 # %% ../nbs/01_data.ipynb #8460440e
+import hashlib
 import os
 import sys
 from contextlib import contextmanager
@@ -56,8 +57,19 @@ class ImageTensors:
         "The same without images, for an exported Learner"
         y = None if self.y is None else self.y[:0]
         return type(self)(self.x[:0], y, self.split_idx, self.c)
+    def identity(self)->str:
+        "A short digest of the images: shape, type and content"
+        parts = (x.contiguous().cpu().view(torch.uint8).numpy().data for x in self.x.split(1024))
+        return digest(f"{tuple(self.x.shape)} {self.x.dtype}".encode(), *parts)
 
 # %% ../nbs/01_data.ipynb #c088c8cd
+def digest(*parts # bytes, one after the other
+          )->str: # 16 hexadecimal digits
+    "A short digest, the same on every machine"
+    h = hashlib.sha256()
+    for part in parts: h.update(part)
+    return h.hexdigest()[:16]
+
 def check_images_and_labels(x, # the images to check
                             y  # their labels, or `None`
                            )->None: # raises `ValueError`
@@ -82,9 +94,10 @@ def loss_for_labels(y:Tensor # (N,) class indices, (N,classes) zeros and ones, o
 
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
-    "A fastai `DataLoader` that indexes its dataset once per batch"
+    "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
+    def __iter__(self): return (b for b in super().__iter__() if len(b[0]))   # workers keep their turns
 
 def split_indices(n:int,           # items
                   valid_pct:float, # share kept for validation
@@ -195,16 +208,6 @@ def image_files(path:str|Path # folder to search, with its subfolders
                )->L:          # image files, sorted; raises `FileNotFoundError` or `ValueError`
     "All image files below `path`, hidden ones left out"
     return L(image_names(path)).map(Path)
-
-# %% ../nbs/01_data.ipynb #f30d9e62
-def folder_labels(files:list # image files
-                 )->tuple:   # (N,) class indices and the classes' names, or (None, None)
-    "Labels from the names of the folders that hold the images, if there are at least two of them"
-    names = [os.path.basename(os.path.dirname(f)) for f in files]
-    classes = sorted(set(names))
-    if len(classes) < 2: return None,None
-    index = {c: i for i,c in enumerate(classes)}
-    return torch.tensor([index[n] for n in names]),classes
 
 # %% ../nbs/01_data.ipynb #771e72e9
 REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
@@ -350,6 +353,24 @@ def tiny_imagenet(root, part):
         files = image_files(home/"train")
         names = [f.parent.parent.name for f in files]
     return load_images(files, 64, progress=False),torch.tensor([index[n] for n in names])
+
+# %% ../nbs/01_data.ipynb #b64b0eb6
+DATA_NAMES = ("digits", *KNOWN)
+
+def named_data(data     # a name of `DATA_NAMES`, a folder, or a list
+              )->str|None: # the name, `None` for anything else; raises `ValueError`
+    "The data set that is meant by its name; a `Path` is always a folder"
+    if not isinstance(data, str) or data not in DATA_NAMES: return None
+    if Path(data).is_dir():
+        raise ValueError(f"data={data!r} is the name of a data set, and of a folder here: pass './{data}' "
+                         "for the folder, or start from another folder for the data set")
+    return data
+
+def data_as_text(data:str|Path # name or folder
+                )->str:        # what `named_data` understands in the same way
+    "Name or folder as text: a `Path` with the name of a data set stays a folder"
+    text = str(data)
+    return f"./{text}" if isinstance(data, Path) and text in DATA_NAMES else text
 
 # %% ../nbs/01_data.ipynb #05d90d4a
 def known_images(name:str,          # "cifar10", "cifar100", "stl10" or "tinyimagenet"

@@ -203,7 +203,7 @@ figcaption{font-size:13px; color:#555; max-width:34em}
 # %% ../nbs/34_reports.ipynb #322cafa2
 def _results(run):
     "Tables of what the images tell: title to `DataFrame`"
-    title = "Two views of each image: positive pairs found among all images, and effective rank"
+    title = "Two views of each image: positive pairs found among all images, and effective rank of h"
     tables = {title: unlabelled_table({"representation h": (run.h1, run.h2)})}
     y = run.y
     if y is None or y.ndim > 1 or len(y.unique()) < 2: return tables
