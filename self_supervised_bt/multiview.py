@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .augmentations import check_pipelines, clean_pipeline, displayable, fused_views, show_pixels
-from .core import check_positive_int
+from .core import check_positive_int, unwrapped
 from self_supervised_bt.fitting import (
     Column,
     add_columns,
@@ -38,7 +38,7 @@ from .losses import check_lmb, check_loss
 def check_model(model:nn.Module # what the Learner trains
                )->nn.Module:    # the model, unwrapped; raises `ValueError`
     "Raise `ValueError` if the model has no `encoder` or no `projector`"
-    inner = getattr(model, "module", model)   # DistributedDataParallel wraps
+    inner = unwrapped(model)
     missing = [n for n in ("encoder", "projector") if not isinstance(getattr(inner, n, None), nn.Module)]
     if missing:
         raise ValueError(f"the model ({type(inner).__name__}) has no {' and no '.join(missing)}: use "
@@ -111,7 +111,6 @@ class MultiView(Callback):
         self.clean = clean_pipeline(self.augs[0])
         self.objective,self.terms,self.separate_bn = objective,terms,separate_bn
         if print_augs: print(*self.augs, sep="\n")
-
     def before_fit(self):
         self.swap_loss()
         self.check_ranks()
