@@ -6,6 +6,7 @@
 __all__ = ['tensor_dls', 'digits_images', 'hold_out', 'digits_dls', 'image_files', 'load_images', 'known_images', 'known_dls']
 
 # %% ../nbs/01_data.ipynb #8460440e
+import hashlib
 import os
 import sys
 from contextlib import contextmanager
@@ -56,8 +57,19 @@ class ImageTensors:
         "The same without images, for an exported Learner"
         y = None if self.y is None else self.y[:0]
         return type(self)(self.x[:0], y, self.split_idx, self.c)
+    def identity(self)->str:
+        "A short digest of the images: shape, type and content"
+        parts = (x.contiguous().cpu().view(torch.uint8).numpy().data for x in self.x.split(1024))
+        return digest(f"{tuple(self.x.shape)} {self.x.dtype}".encode(), *parts)
 
 # %% ../nbs/01_data.ipynb #c088c8cd
+def digest(*parts # bytes, one after the other
+          )->str: # 16 hexadecimal digits
+    "A short digest, the same on every machine"
+    h = hashlib.sha256()
+    for part in parts: h.update(part)
+    return h.hexdigest()[:16]
+
 def check_images_and_labels(x, # the images to check
                             y  # their labels, or `None`
                            )->None: # raises `ValueError`
@@ -82,9 +94,10 @@ def loss_for_labels(y:Tensor # (N,) class indices, (N,classes) zeros and ones, o
 
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
-    "A fastai `DataLoader` that indexes its dataset once per batch"
+    "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
+    def __iter__(self): return (b for b in super().__iter__() if len(b[0]))   # workers keep their turns
 
 def split_indices(n:int,           # items
                   valid_pct:float, # share kept for validation

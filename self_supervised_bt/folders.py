@@ -9,6 +9,7 @@ __all__ = ['check_images', 'unlabelled_dls', 'bad_images', 'labelled_dls']
 import csv
 import os
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,7 @@ from self_supervised_bt.data import (
     BatchDL,
     check_size,
     device_or_default,
+    digest,
     folder_labels,
     image_files,
     image_names,
@@ -149,11 +151,12 @@ class ImageFiles:
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
         x = torch.empty(len(i), self.n_in, self.size, self.size, dtype=torch.uint8)
         used = []
-        for row,k in zip(x, i):
+        for k in i:
             pixels,j = self.read(k)
-            row.copy_(pixels)
+            if pixels is None: continue
+            x[len(used)] = pixels
             used.append(j)
-        x = self.kind(x)
+        x = self.kind(x[:len(used)])
         return (x,) if self.y is None else (x, self.y[used])
 
 # %% ../nbs/02_folders.ipynb #fe9369a8
@@ -165,17 +168,64 @@ def usable(self:ImageFiles, i:int): # yields indices
 @patch
 def names(self:ImageFiles, idxs:list)->list: # files
     "The files whose images are used at these indices"
+    if self.bad == "leave out": return [self.files[int(i)] for i in idxs if not self.codes[int(i)]]
     return [self.files[next(self.usable(int(i)), i)] for i in idxs]
 
 @patch
-def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8, and its index; raises `BadImage`
-    "The image of the first readable file at index i or later"
+def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index, or (None, None); raises `BadImage`
+    "The image of the first readable file at index i or later; only at index i if broken files are left out"
     for j in self.usable(i):
+        if self.bad == "leave out" and j != i: break
         try: return read_image(self.files[j], self.size, self.n_in),j
         except BadImage as e:
             if self.bad == "raise": raise
             self.codes[j] = 1 + REASONS.index(e.reason)
+    if self.bad == "leave out": return None,None
     raise BadImage(f"none of the {len(self)} files can be read as an image, e.g. {self.files[i]}: pass image files")
+
+# %% ../nbs/02_folders.ipynb #eb6fcbbf
+@patch
+def leaving_out(self:ImageFiles):
+    "The same files and the same list of broken ones, but a batch has no row for a broken file"
+    new = copy(self)
+    new.bad = "leave out"
+    return new
+
+@patch
+def state_dict(self:ImageFiles)->dict:
+    "The broken files found so far, for a run's checkpoint"
+    rows = self.codes.nonzero()[:,0]
+    return dict(files=len(self), rows=rows, codes=self.codes[rows])
+
+@patch
+def load_state_dict(self:ImageFiles, state:dict): # from `state_dict`
+    "The broken files that were known then"
+    if state["files"] != len(self):
+        raise ValueError(f"the list of broken files is about {state['files']} files, and there are {len(self)}")
+    self.codes.zero_()
+    self.codes[state["rows"]] = state["codes"]
+
+# %% ../nbs/02_folders.ipynb #543964ea
+def folder_of_all(files # file names
+                 )->str: # with a separator at the end, or empty
+    "The folder that all files have in common"
+    if not len(files): return ""
+    shared = os.path.commonprefix([min(files), max(files)])   # what these two share, all share
+    return shared[:shared.rfind(os.sep) + 1]
+
+def bytes_in(file:str # file name
+            )->int:   # -1 if it cannot be read
+    "Size of a file"
+    try: return os.path.getsize(file)
+    except OSError: return -1
+
+@patch
+def identity(self:ImageFiles)->str:
+    "A short digest of the files: their names below their common folder, their sizes in bytes, and how they are read"
+    folder = folder_of_all(self.files)
+    lines = (f"{f[len(folder):]}\0{bytes_in(f)}\n" for f in self.files)
+    how = f"{self.n_in} {self.size}\n"
+    return digest(how.encode(), *(os.fsencode(line) for line in lines))
 
 # %% ../nbs/02_folders.ipynb #fb9d96a6
 def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, or image files

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from .augmentations import check_pipelines, clean_pipeline, displayable, fused_views, show_pixels
 from .core import check_positive_int
-from .fitting import Column, add_columns, remove_columns
+from self_supervised_bt.fitting import (
+    Column,
+    add_columns,
+    batch_size_of,
+    images_per_epoch,
+    remove_columns,
+    sampled_images,
+)
 from .fused import batch_images, centre_resize, image_batch
 from .losses import check_lmb, check_loss
 
@@ -282,21 +289,16 @@ def check_set_up(learn:Learner, # about to fit, validate or predict
         warnings.warn("the dls normalise their images before the views are made, and colour transforms expect [0,1]: "
                       "take Normalize out of the dls, and give stats=... to the pipelines")
 
-def _n_images(dl):
-    "Images of a loader, `None` for a stream"
-    if hasattr(dl, "n"): return dl.n
-    return len(dl.dataset) if hasattr(dl.dataset, "__len__") else None
-
 def check_batches(dl # training data loader, fastai's or PyTorch's
                  )->None: # raises `ValueError`
     "Raise `ValueError` if a loader gives no batch, or a batch of one image"
-    bs,n = getattr(dl, "bs", None) or getattr(dl, "batch_size", None),_n_images(dl)
-    if not bs or n is None: return   # its size is unknown before it runs
-    if len(dl) == 0:
-        raise ValueError(f"the training dl gives no batch: {n} image(s), bs={bs}, drop_last={dl.drop_last}. "
+    bs,n = batch_size_of(dl),images_per_epoch(dl)
+    if n is None: return   # its size is unknown before it runs
+    if n == 0:
+        raise ValueError(f"the training dl gives no batch: {sampled_images(dl)} image(s), bs={bs}. "
                          "Use a smaller bs or more images")
     if hasattr(dl, "world_size"): return   # fastai's DistributedDL: the batch is divided among ranks
-    if bs == 1 or (n % bs == 1 and not dl.drop_last):
+    if bs == 1 or n % bs == 1:
         raise ValueError(f"the training dl gives a batch of one image ({n} images, bs={bs}), which has no correlation: "
                          "use drop_last=True or another bs")
 

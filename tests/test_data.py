@@ -66,6 +66,15 @@ def test_tensor_dls_give_floats_in_the_unit_range(as_float, c):
     assert first != second and len(set(first)) == 48
 
 
+def test_identity_of_tensors_is_their_content():
+    x, y = digits_images()
+    first = tensor_dls(x, device="cpu").train_ds.identity()
+    changed = x.clone()
+    changed[tensor_dls(torch.arange(1797).view(-1, 1, 1, 1), device="cpu").train_ds.x[0]] += 1
+    others = [tensor_dls(v, device="cpu").train_ds.identity() for v in (changed, x/255, x.transpose(2, 3), x[:-1])]
+    assert tensor_dls(x.clone(), y, device="cpu").train_ds.identity() == first and len({first, *others}) == 5
+
+
 def test_digits_dls_have_images_only():
     assert len(digits_dls(device="cpu").one_batch()) == 1
     assert len(digits_dls(labels=True, device="cpu").one_batch()) == 2

@@ -89,6 +89,46 @@ def test_next_readable_image_replaces_a_broken_one(wild, workers):
     assert dls.train_ds.names(range(160)) == [str(files[i]) for i in expected]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_gives_no_row_where_files_are_left_out(wild, workers):
+    root, broken = wild
+    files = in_a_row(root)
+    dls = unlabelled_dls(files, 8, bs=2, valid_pct=0, num_workers=workers, device="cpu")   # 60 and 61 fill a batch
+    ds = dls.train_ds.leaving_out()
+    dl = dls.train.new(dataset=ds, shuffle=False, drop_last=False)
+    good = [i for i, f in enumerate(files) if str(f) not in broken]
+    for _ in range(2): assert sum((levels(x) for x, in dl), []) == good
+    assert ds.names(range(160)) == [str(files[i]) for i in good]
+    assert dict(bad_images(dls).bad) == broken
+    assert len(dls.train_ds[[60, 61]][0]) == 2      # the training loader still replaces them
+
+
+def test_broken_files_are_in_the_state_of_the_dataset(wild, tmp_path):
+    ds, again = (unlabelled_dls(wild[0], 8, bs=16, valid_pct=0, device="cpu").train_ds for _ in range(2))
+    ds[list(range(160))]
+    torch.save(ds.state_dict(), tmp_path/"state")
+    again.codes[5] = 3                              # found after the checkpoint
+    shared = again.codes.data_ptr()
+    again.load_state_dict(torch.load(tmp_path/"state", weights_only=True))
+    assert torch.equal(ds.codes, again.codes) and ds.codes.count_nonzero() == 8 and again.codes.data_ptr() == shared
+    fewer = unlabelled_dls(wild[0], 8, bs=16, device="cpu").train_ds
+    with pytest.raises(ValueError, match="160 files, and there are 144"): fewer.load_state_dict(ds.state_dict())
+
+
+def test_identity_is_of_names_and_sizes_not_of_places(wild, tmp_path, monkeypatch):
+    def identity(items, size=8): return unlabelled_dls(items, size, bs=16, device="cpu").train_ds.identity()
+    first = identity(wild[0])
+    monkeypatch.chdir(wild[0].parent)
+    assert identity("wild") == first and identity(wild[0], 9) != first
+    wild[0].rename(tmp_path/"moved")
+    assert identity(tmp_path/"moved") == first
+    one = unlabelled_dls(tmp_path/"moved", 8, bs=16, device="cpu").train_ds.files[3]
+    with open(one, "ab") as f: f.write(b"x")
+    changed = identity(tmp_path/"moved")
+    Path(one).rename(Path(one).with_name("new.png"))
+    assert len({first, changed, identity(tmp_path/"moved")}) == 3
+
+
 def test_labels_are_those_of_the_images_used(folder):
     last = (33, 35, 37, 39)   # of their class: the next images are light
     for i in last: (folder/f"dark/{i}.png").write_bytes(b"")

@@ -338,6 +338,20 @@ def test_training_batch_of_one_raises_before_training(make_learner, make_dls):
         assert torch.equal(before, learn.model.encoder[0].weight)
 
 
+def test_a_sampler_shorter_than_its_data_trains(make_learner):
+    items = image_items(33)   # of which 32 are sampled, in two batches
+    def loader(**kwargs): return torch.utils.data.DataLoader(items, collate_fn=collate, **kwargs)
+    sampler = torch.utils.data.SubsetRandomSampler(range(32))
+    for how in (dict(batch_size=16, sampler=sampler),
+                dict(batch_sampler=torch.utils.data.BatchSampler(sampler, 16, False))):
+        learn = make_learner(DataLoaders(loader(**how), loader(batch_size=16)))
+        learn.fit(1)
+        assert len(learn.recorder.losses) == 2
+    too_long = torch.utils.data.BatchSampler(range(33), 16, False)
+    with pytest.raises(ValueError, match="a batch of one image .33 images, bs=16"):
+        make_learner(DataLoaders(loader(batch_sampler=too_long), loader(batch_size=16))).fit(1)
+
+
 def test_validation_batch_of_one_is_left_out_with_a_warning(make_learner, make_dls):
     learn = make_learner(make_dls(n_valid=17))
     with pytest.warns(UserWarning, match="left out of the loss"): learn.fit(1)
