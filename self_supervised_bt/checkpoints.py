@@ -30,7 +30,7 @@ from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor
 
-from .core import check_positive_int, rng_states, set_rng_states, whole_file
+from .core import check_positive_int, remove_unfinished, rng_states, set_rng_states, whole_file
 from .recipes import Recipe
 
 # %% ../nbs/22_checkpoints.ipynb #4cd61002
@@ -316,7 +316,7 @@ def check_folder(self:Checkpoints):
         trial.write_bytes(b"x")
         trial.unlink()
         if rank_distrib(): return
-        for part in self.path.glob("*.part"): part.unlink()   # a write that was killed
+        remove_unfinished(self.path, "*.pt")   # of a write that was killed
     except OSError as e:
         raise OSError(f"{self.path} cannot be written to ({e}): choose another folder for the checkpoints") from e
 

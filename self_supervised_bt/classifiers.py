@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize, get_c
+from fastai.data.transforms import get_c
 from fastai.learner import Learner, replacing_yield
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import APScoreMulti, accuracy
@@ -27,7 +27,7 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .core import check_choice
-from .evaluation import encode, encoder_of, linear_probe, sample_labels, unsized
+from .evaluation import check_not_normalised, encode, encoder_of, linear_probe, sample_labels, unsized
 from .fused import image_batch
 from .layers import create_encoder, encoder_width
 
@@ -63,13 +63,6 @@ def parameter_groups(model:Classifier # a classifier
     return [L(g) for g in (early, late, params(model.head)) if g]
 
 # %% ../nbs/31_classifiers.ipynb #8b1b3fc7
-def check_not_normalised(dls):
-    "Raises ValueError if a loader normalises its images"
-    tfms = [t for dl in dls.loaders for t in getattr(dl.after_batch, "fs", [])]
-    if any(isinstance(t, Normalize) for t in tfms):
-        raise ValueError("the dls normalise their images, and the classifier would do it again: "
-                         "take Normalize out of the dls (ImageDataLoaders: normalize=False)")
-
 def linear_head(width:int, # of the representation
                 n_out:int  # classes
                )->nn.Linear: # small random weights, zero bias
@@ -91,7 +84,7 @@ def classifier_learner(model,               # a Learner, a `BarlowTwinsModel` or
                       )->Learner:           # frozen up to the head, with all methods of a fastai Learner
     "An ordinary fastai Learner that classifies with a pretrained encoder"
     encoder,clean = encoder_of(model)
-    check_not_normalised(dls)
+    for dl in dls.loaders: check_not_normalised(dl, clean)
     n_out = n_out or get_c(dls)
     if not n_out:
         raise ValueError("the dls do not say how many classes they have: pass n_out=, "

@@ -6,14 +6,22 @@
 __all__ = []
 
 # %% ../nbs/00_core.ipynb #127f9c72
+import glob
+import json
 import os
 import random
-from contextlib import contextmanager
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+try:
+    import fcntl
+except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/00_core.ipynb #7408102a
 def check_choice(name:str,     # name of the argument
@@ -71,24 +79,86 @@ def undisturbed(model:nn.Module,   # model to run
         set_rng_states(states)
 
 # %% ../nbs/00_core.ipynb #b731c28c
+def unwrapped(model:nn.Module # perhaps compiled, or divided among devices
+             )->nn.Module:    # the model that the user built
+    "The model out of all its wrappers"
+    wrappers = nn.DataParallel,nn.parallel.DistributedDataParallel
+    while True:
+        if "_orig_mod" in model._modules: model = model._orig_mod   # torch.compile's
+        elif isinstance(model, wrappers): model = model.module
+        else: return model
+
+# %% ../nbs/00_core.ipynb #117027ab
+UNFINISHED = ".????????.unfinished"   # what `tempfile.mkdtemp` adds, and our suffix
+
+def _lock(folder):
+    "A file descriptor that holds a lock on a folder until it is closed; raises `OSError` if another has it"
+    fd = os.open(folder, os.O_RDONLY)
+    try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+def remove_unfinished(folder:Path, # where the files are
+                      name:str     # of a file, or a pattern of names
+                     )->None:
+    "Remove what killed processes left of writing a file"
+    for hidden in Path(folder).glob(f".{name}{UNFINISHED}"):
+        with suppress(OSError):    # another process is writing
+            fd = _lock(hidden) if fcntl else None
+            shutil.rmtree(hidden, ignore_errors=True)
+            if fcntl: os.close(fd)
+
+@contextmanager
+def _hidden_folder(path):
+    "A folder beside a file to write it in, which is gone afterwards"
+    remove_unfinished(path.parent, glob.escape(path.name))
+    folder,fd = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)),None
+    try:
+        with suppress(OSError): fd = _lock(folder) if fcntl else None   # some network disks have no locks
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if fd is not None: os.close(fd)
+
+# %% ../nbs/00_core.ipynb #318f06f4
 def _flush(path):
     "Wait until a file or folder is on the disk"
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
+def _is_write_error(e):
+    "Is it an error of the disk? torch.save has RuntimeErrors for them, safetensors its own class"
+    return isinstance(e, (OSError, RuntimeError)) or type(e).__name__ == "SafetensorError"
+
 @contextmanager
 def whole_file(path:str|Path # file to write; its folder is made if needed
               ):             # yields the path to write to; raises `OSError`
-    "Write a file under a temporary name and rename it when it is complete"
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    "Write a file in a hidden folder and rename it when it is complete"
+    given,path = path,Path(os.path.realpath(path))   # a link is followed, as in `open`
     try:
+        if path.exists() and not path.is_file(): raise OSError("it exists and is no file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        _flush(part)
-        os.replace(part, path)
+        with _hidden_folder(path) as folder:
+            part = folder/path.name
+            part.touch()
+            mode = part.stat().st_mode    # as the umask has it
+            yield part
+            part.chmod(mode)              # some writers make files for their owner alone
+            _flush(part)
+            os.replace(part, path)
         if os.name == "posix": _flush(path.parent)
-    except (OSError, RuntimeError) as e:   # RuntimeError: what torch.save raises where the disk is full
-        raise OSError(f"{path} could not be written ({e}): free disk space, or choose a writable folder") from e
-    finally: part.unlink(missing_ok=True)
+    except Exception as e:
+        if not _is_write_error(e): raise
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(f"{given} could not be written ({reason}). Nothing was lost: if there was a file of this name, "
+                      "it is as before. Free disk space, or choose a folder that can be written to") from e
+
+def write_json(path:str|Path, # file to write
+               values:dict    # plain data
+              )->None:        # raises `OSError` or `TypeError`
+    "Plain data as a JSON file, complete or not at all"
+    text = json.dumps(values, indent=2) + "\n"
+    with whole_file(path) as part: part.write_text(text)

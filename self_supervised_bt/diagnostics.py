@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from .core import check_choice, check_positive_int, undisturbed
-from .evaluation import singular_values, spectrum_rank
+from .evaluation import effective_rank, spectrum_rank
 from .fitting import Column, add_columns
 from .losses import cross_correlation
 from .multiview import multiview_of
@@ -182,7 +182,7 @@ def in_training(learn:Learner # in a fit
 
 # %% ../nbs/32_diagnostics.ipynb #a99f6641
 class Diagnostics(Callback):
-    "Terms of the loss, dead dimensions, effective rank and gradient norm as columns of the Recorder"
+    "Terms of the loss, dead dimensions, effective rank of `z` and gradient norm as columns of the Recorder"
     order,run_valid = MixedPrecision.order+.5,False   # gradients are unscaled by then, and not clipped yet
     name = "diagnostics"
     bt = zs = None
@@ -219,7 +219,7 @@ def start(self:Diagnostics):
     "An empty table, and the columns that the Recorder does not have yet"
     self.rows,self.pending = [],[]
     self.terms = tuple(getattr(self.bt.objective, "term_names", ()))
-    self.columns = {name: Column(name) for name in (*self.terms, *self.measured, "effective_rank")}
+    self.columns = {name: Column(name) for name in (*self.terms, *self.measured, "effective_rank_z")}
     present = [metric.name for metric in self.learn.metrics]
     if self.show: add_columns(self.learn, [c for name,c in self.columns.items() if name not in present])
 
@@ -242,8 +242,8 @@ def settle(self:Diagnostics):
     self.rows += [{"step": step, **dict(zip(names, row))} for step,row in zip(steps, numbers.tolist())]
     for name,mean in zip(names, numbers.mean(0).tolist()): self.columns[name].value = mean
     z = self.zs[0][:512]
-    rank = spectrum_rank(singular_values(z)) if z.isfinite().all() and z.any() else float("nan")
-    self.rows[-1]["effective_rank"] = self.columns["effective_rank"].value = rank
+    rank = effective_rank(z) if z.isfinite().all() and z.any() else float("nan")
+    self.rows[-1]["effective_rank_z"] = self.columns["effective_rank_z"].value = rank
     self.pending = []
 
 @patch

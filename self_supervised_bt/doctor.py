@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .core import check_positive_int, undisturbed
 from .diagnostics import dead_dimensions, expected_losses
-from .evaluation import singular_values, spectrum_rank
+from .evaluation import standardised_rank
 from .fused import batch_images
 from .guard import all_finite, bad_rows, find_forward
-from .losses import cross_correlation, normalise
+from .losses import cross_correlation
 from .multiview import MultiView, check_model, multiview_of
 
 # %% ../nbs/33_doctor.ipynb #a6c16f0d
@@ -54,7 +54,7 @@ class Observations:
     @cached_property
     def dead(self): return int(dead_dimensions(self.std))
     @cached_property
-    def rank(self): return spectrum_rank(singular_values(normalise(self.zs[0]))) if self.std.max() > 0 else 0.
+    def rank(self): return standardised_rank(self.zs[0]) if self.std.max() > 0 else 0.
     @cached_property
     def diagonal(self): return float(cross_correlation(*self.zs[:2]).diagonal().mean())
     @property
@@ -276,7 +276,7 @@ def check_embedding(s):
         yield Finding("dead dimensions", f"{s.dead} of {d} dimensions of the embedding hardly vary",
                       "reinitialise the model and use a lower learning rate; check the projector's last layer")
     if s.rank < 4 and min(n, d) >= 16 and s.dead < .9*d:
-        yield Finding("dimensional collapse", f"the effective rank of the embedding is {s.rank:.1f} of {min(n, d)}",
+        yield Finding("dimensional collapse", f"the standardised rank of the embedding is {s.rank:.1f} of {min(n, d)}",
                       "use a larger weight of the redundancy term (lmb) and a lower learning rate, and check that the "
                       "images differ")
 
@@ -362,7 +362,7 @@ def _facts(s):
             "loss": _loss_in_words(s.losses[0], n, d, s.bt.lmb),
             "views": "closer to the other view of their image than to views of other images in "
                      f"{s.share_closer:.0%} of pairs (chance: 50%)",
-            "embedding": f"{d} dimensions, {s.dead} dead, effective rank {s.rank:.0f} of {min(n, d)}, "
+            "embedding": f"{d} dimensions, {s.dead} dead, standardised rank {s.rank:.0f} of {min(n, d)}, "
                          f"mean of the diagonal of c {s.diagonal:.2f}",
             "step": f"changes the weights by {s.weight_change:.1e} of their norm at learning rate {s.lr:g}; "
                     f"{s.waiting:.0%} of the time is waiting for data"}

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.callback.schedule import LRFinder
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
@@ -54,6 +55,29 @@ def at_size(clean:Pipeline, # size and normalisation of an encoder's images
     height,width = size if isinstance(size, tuple) else (size, size)
     if min(height, width) < 1: raise ValueError(f"size must be positive, got {size!r}")
     return Pipeline([CentreResize((height, width)), *unsized(clean)], split_idx=1)
+
+# %% ../nbs/30_evaluation.ipynb #0c96c943
+def transforms_in(o # a data loader, a dataset, or something that holds transforms
+                 ):  # yields transforms
+    "The transforms of a loader's items and batches, where fastai's and torchvision's classes keep them"
+    yield o
+    parts = [getattr(o, name, None) for name in ("dataset", "transform", "after_item", "after_batch")]
+    for part in parts:
+        if part is not None: yield from transforms_in(part)
+    for part in [*getattr(o, "fs", []), *(getattr(o, "transforms", None) or [])]: yield from transforms_in(part)
+
+def normalises(o # a data loader, fastai's or PyTorch's, or a `Pipeline`
+              )->bool:
+    "Is one of the transforms a normalisation by mean and standard deviation?"
+    return any(isinstance(t, Normalize) or type(t).__name__ == "Normalize" for t in transforms_in(o))
+
+def check_not_normalised(dl,            # data loader
+                         clean:Pipeline # size and normalisation of an encoder's images
+                        )->None:        # raises `ValueError`
+    "Raise `ValueError` if a loader normalises its images, and the encoder would do it again"
+    if normalises(clean) and normalises(dl):
+        raise ValueError("the dls normalise their images, and the encoder would do it again: "
+                         "take Normalize out of the dls (ImageDataLoaders: normalize=False)")
 
 # %% ../nbs/30_evaluation.ipynb #8cd0fb91
 def is_pair(data): return isinstance(data, tuple) and len(data) == 2
@@ -106,6 +130,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     "Representations of all images, in order, un-augmented, normalised as the encoder was trained to see them"
     encoder,clean = encoder_of(model)
     if size is not None: clean = at_size(clean, size)
+    check_not_normalised(data, clean)
     n = count_images(data)
     device = next(encoder.parameters()).device
     h = RowBuffer(n)
@@ -511,7 +536,14 @@ def effective_rank(h:Tensor # (N,F) representations or embeddings
     "Exponential of the entropy of the singular values (RankMe, Garrido et al. 2023, eq. 1-2)"
     return spectrum_rank(singular_values(h))
 
-# %% ../nbs/30_evaluation.ipynb #c32d5196
+# %% ../nbs/30_evaluation.ipynb #5cba0bbf
+def standardised_rank(z:Tensor # (N,D) embeddings
+                     )->float: # between 1 and min(N,D)
+    "`effective_rank` of embeddings whose dimensions are brought to mean 0 and variance 1 first, as in the loss"
+    z = z.double()
+    return effective_rank((z - z.mean(0))/(z.var(0, correction=0) + 1e-5).sqrt())
+
+# %% ../nbs/30_evaluation.ipynb #81a20966
 def encode_views(learn:Learner, # with a callback that makes views, e.g. `BarlowTwins`
                  data,          # a data loader of images, or a tensor of images (N,C,H,W)
                  seed:int=0     # of the views: the same for every model compared
@@ -521,6 +553,7 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
     if views is None: raise ValueError("the Learner has no callback that makes views: add one, e.g. BarlowTwins(augs)")
     model = check_model(learn.model)
     device = next(model.encoder.parameters()).device
+    check_not_normalised(data, views.clean)
     count_images(data)
     out = []
     with undisturbed(learn.model), ordered_batches(data) as batches:
@@ -535,11 +568,11 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
 # %% ../nbs/30_evaluation.ipynb #e2571ecb
 def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views of held-out images
                     )->pd.DataFrame: # a row per representation
-    "What can be measured without labels: positive pairs found, and effective rank"
+    "What can be measured without labels: positive pairs found, and effective rank of `h`"
     def row(h1, h2):
         return {"positive pairs found": f"{100*positive_pair_accuracy(h1, h2):.1f}%",
                 "chance": f"{100/len(h1):.1f}%",
-                "effective rank": f"{effective_rank(h1):.1f}",
+                "effective rank of h": f"{effective_rank(h1):.1f}",
                 "width": h1.shape[1]}
     return pd.DataFrame({name: row(*hs) for name,hs in reps.items()}).T
 

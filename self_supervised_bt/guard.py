@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .core import check_choice, undisturbed
+from .core import check_choice, undisturbed, unwrapped
 from .multiview import MultiView, multiview_of
 
 # %% ../nbs/23_guard.ipynb #2b7230f7
@@ -405,7 +405,7 @@ def bad_module(self:NonFiniteGuard)->BadStep:
 @patch
 def bad_weights(self:NonFiniteGuard)->list:
     "Names of the weights whose gradient is not finite"
-    return [n for n,p in _unwrapped(self.model).named_parameters() if not all_finite(p.grad)]
+    return [n for n,p in unwrapped(self.model).named_parameters() if not all_finite(p.grad)]
 
 @patch
 def bad_gradient(self:NonFiniteGuard, every_loss:bool)->BadStep:
@@ -419,12 +419,6 @@ def bad_gradient(self:NonFiniteGuard, every_loss:bool)->BadStep:
     return self.bad_step("backward", reason, origin and origin.name)
 
 # %% ../nbs/23_guard.ipynb #1f0ae877
-def _unwrapped(model:nn.Module # perhaps wrapped
-              )->nn.Module:
-    "The model, out of wrappers for several devices and for compilation"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    return getattr(model, "_orig_mod", model)
-
 def _is_synced(m):
     "A BatchNorm layer over all ranks, PyTorch's or of `synced_batchnorm`?"
     return isinstance(m, nn.SyncBatchNorm) or (isinstance(m, _BatchNorm) and "forward" in vars(m))
@@ -440,7 +434,7 @@ def autocast(self:NonFiniteGuard):
 @patch
 def run_again(self:NonFiniteGuard, find:callable, *args)->tuple: # `Origin` or `None`, and what went wrong in words
     "Run the batch again; whatever happens, the message to come must not be lost"
-    model = _unwrapped(self.model)
+    model = unwrapped(self.model)
     if self.shared and any(_is_synced(m) for m in model.modules()):
         return None,": synchronised BatchNorm would wait for other ranks"
     try:

@@ -192,6 +192,18 @@ def _remove_stride(encoder):
     for m in stem.modules():
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
 
+def set_small_stem(encoder:nn.Module,  # of `create_encoder`, with the stem of its architecture
+                   small_stem:bool|str # one of `STEMS`
+                  )->nn.Module:        # the same; raises `ValueError`
+    "Give a ResNet the stem for images up to 64 px"
+    if small_stem and not is_resnet(encoder):
+        raise ValueError(f"small_stem is for ResNets, and {encoder.created_by['arch']} has no such stem: "
+                         "leave small_stem out")
+    if small_stem in (True, "no pool"): _remove_max_pool(encoder)
+    if small_stem in (True, "keep pool"): _remove_stride(encoder)
+    encoder.created_by["small_stem"] = small_stem
+    return encoder
+
 # %% ../nbs/12_layers.ipynb #512bf4c2
 def create_encoder(arch:str,            # name known to fastai, torchvision or timm; `'timm/resnet50'` names the source
                    pretrained:bool=True, # start from pretrained weights?
@@ -210,12 +222,8 @@ def create_encoder(arch:str,            # name known to fastai, torchvision or t
         if not pretrained: raise
         raise RuntimeError(f"no pretrained weights for {arch} could be loaded ({e}): "
                            "check the connection, or pass pretrained=False") from e
-    if small_stem and not is_resnet(encoder):
-        raise ValueError(f"small_stem is for ResNets, and {arch} has no such stem: leave small_stem out")
-    if small_stem in (True, "no pool"): _remove_max_pool(encoder)
-    if small_stem in (True, "keep pool"): _remove_stride(encoder)
-    encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=small_stem, **kwargs)
-    return encoder
+    encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=False, **kwargs)
+    return set_small_stem(encoder, small_stem)
 
 # %% ../nbs/12_layers.ipynb #759bacc8
 def create_mlp_module(dim:int,             # width of the representation

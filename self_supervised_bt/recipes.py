@@ -24,7 +24,7 @@ from torch import nn
 from .augmentations import get_barlow_twins_aug_pipelines
 from .barlow_twins import BarlowTwins, create_barlow_twins_model
 from .core import check_choice, check_positive_int, whole_file
-from .layers import PoolingType, create_encoder, is_resnet
+from .layers import PoolingType, create_encoder, is_resnet, set_small_stem
 from .mixed import MixedBarlowTwins
 from .multiview import training_images
 from .training import LARS, WarmupCosine, split_norm_bias
@@ -175,10 +175,9 @@ def recipe_encoder(recipe:Recipe,
     "The encoder of a recipe"
     args = dict(kwargs, pool_type=recipe.pool_type, **arch_args)
     largest = max(size) if isinstance(size, tuple) else size
-    stem = recipe.small_stem
-    if stem is None and largest <= 64:
-        with torch.device("meta"): stem = is_resnet(create_encoder(recipe.arch, **{**args, "pretrained": False}))
-    return create_encoder(recipe.arch, small_stem=stem or False, **args)
+    encoder = create_encoder(recipe.arch, small_stem=recipe.small_stem or False, **args)
+    if recipe.small_stem is None and largest <= 64 and is_resnet(encoder): set_small_stem(encoder, True)
+    return encoder
 
 def recipe_callback(recipe:Recipe,
                     augs:list,     # two pipelines

@@ -341,7 +341,7 @@ def _watched(learn):
 
 def _results(run):
     "Tables of what the images tell: title to `DataFrame`"
-    title = "Two views of each image: positive pairs found among all images, and effective rank"
+    title = "Two views of each image: positive pairs found among all images, and effective rank of h"
     tables = {title: unlabelled_table({"representation h": (run.h1, run.h2)})}
     more = {"Images labelled by their nearest neighbours": _knn(run), "OnlineEvaluation": _watched(run.learn)}
     return {**tables, **{title: df for title,df in more.items() if df is not None}}

@@ -163,20 +163,20 @@ def write_json(file:Path,  # to write
 class ProgressLogger(Callback):
     "Prints one line per epoch, and in a terminal the position within the epoch"
     order,run_valid = 1100,False   # after the checkpoint is written
-    shown = ("train_loss","valid_loss","effective_rank","gradient_norm")
+    shown = ("train_loss","valid_loss","effective_rank_z","gradient_norm")
     def __init__(self, live:bool=None # show the position within the epoch? In a terminal if not given
                 ): self.live = sys.stdout.isatty() if live is None else live
     def before_fit(self):
         self.start = time.perf_counter()
         self.first_step = None
         self.names = [n for n in self.shown if n in self.recorder.metric_names[1:]]
-        print(f"{'epoch':>9} " + " ".join(f"{n:>14}" for n in self.names) + f" {'time':>9}")
+        print(f"{'epoch':>9} " + " ".join(f"{n:>16}" for n in self.names) + f" {'time':>9}")
     def after_batch(self):
         if self.first_step is None: self.first_step = self.learn.train_iter - 1
         if self.live: print(f"\r{self.position()}   ", end="", flush=True)
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
-        cells = [" "*14 if values.get(n) is None else f"{values[n]:14.4g}" for n in self.names]
+        cells = [" "*16 if values.get(n) is None else f"{values[n]:16.4g}" for n in self.names]
         time_so_far = hours_minutes_seconds(time.perf_counter() - self.start)
         line = " ".join([f"{self.epoch + 1:5}/{self.n_epoch:<3}", *cells, f"{time_so_far:>9}"])
         print("\r" + line + " "*20 if self.live else line, flush=True)   # overwrites the position
@@ -278,7 +278,7 @@ def unlabelled_scores(learn:Learner # after a fit
     x = first(dl)[0]
     h1,h2,*_ = encode_views(learn, x)
     return dict(held_out=len(x), positive_pair_accuracy=round(float(positive_pair_accuracy(h1, h2)), 4),
-                effective_rank=round(float(effective_rank(h1)), 1), width=h1.shape[1])
+                effective_rank_h=round(float(effective_rank(h1)), 1), width=h1.shape[1])
 
 # %% ../nbs/50_runs.ipynb #f9276b68
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")

@@ -88,7 +88,7 @@ def be_killed(moment):
         if writes == 4 and moment == "after the rename": kill()
 
     def new_unlink(path, *args, **kwargs):
-        if path.name.startswith("step-") and not path.name.endswith(".part") and moment == WRITE_STEPS[-1]: kill()
+        if path.name.startswith("step-") and moment == WRITE_STEPS[-1]: kill()
         unlink(path, *args, **kwargs)
 
     torch.save, core._flush, os.replace, Path.unlink = new_save, new_flush, new_replace, new_unlink
@@ -115,14 +115,15 @@ def killed_and_resumed(i, folder, whole, seconds, rng):
     "Is the run, killed once and resumed, equal to the whole one? Prints a line"
     moment = WRITE_STEPS[i//2 % len(WRITE_STEPS)] if i % 2 == 0 else None
     code = child(0, folder, kill_at=moment, after=None if moment else rng.uniform(.05, 1.2)*seconds)
-    parts = list(folder.glob("*.part"))
+    parts = list(folder.glob(".*.unfinished"))
     files = sorted(folder.glob("step-*.pt"))
     for f in files: checkpoints.read_checkpoint(f)   # a file that has its name is complete
     seed = 100 + i if files else 0                   # nothing of another seed may be left after resuming
     out = folder.with_suffix(".pt")
     assert child(seed, folder, out, resume=True) == 0
+    left = list(folder.glob(".*"))
     again = torch.load(out)
-    same = whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    same = not left and whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     last = files[-1].name if files else "before its first checkpoint"
     print(f"{i + 1:3} {'same bits' if same else 'DIFFERENT':10} killed {moment or 'at random':28} exit {code:3}, "
           f"{last}{', a half-written file' if parts else ''}", flush=True)

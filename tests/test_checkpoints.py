@@ -259,7 +259,7 @@ def test_a_full_disk(tmp_path):
     assert "The Learner holds the weights" in out and "learn.checkpoints.save(0, epoch=3)" in out, out
     assert "2 warnings True" in out and "['step-0000000006.pt', 'step-0000000000.pt'] 1" in out, out
     assert "saved later: 3 True" in out, out + done.stderr[-2000:]
-    assert not list((tmp_path/"run").glob("*.part"))
+    assert not list((tmp_path/"run").glob(".*"))
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_at_once(tmp_path):

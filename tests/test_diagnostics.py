@@ -100,18 +100,18 @@ def test_columns_are_the_means_of_what_their_names_say(make_learner, make_dls):
                          "diagonal_mean": diagonal.mean(), "off_diagonal_rms": np.sqrt((off**2).mean()),
                          "embedding_std": np.sort(z1.std(0))[(len(c)-1)//2], "dead_dimensions": 0.,
                          "gradient_norm": math.sqrt(sum(float(g.square().sum()) for g in grads)),
-                         "effective_rank": effective_rank(self.zs[0])})
+                         "effective_rank_z": effective_rank(self.zs[0])})
     cb = Look(every=2)
     learn = make_learner(make_dls(n=80), cbs=[cb])
     learn.fit(2, 1e-2)
     table, expected = cb.table(), pd.DataFrame(seen)
     assert table.index.tolist() == [0, 2, 4, 5, 7, 9]   # five batches per epoch
     assert set(table.columns) == set(expected.columns)
-    names = [name for name in expected if name != "effective_rank"]   # which is that of an epoch
+    names = [name for name in expected if name != "effective_rank_z"]   # which is that of an epoch
     assert np.allclose(table[names], expected[names], rtol=1e-4)
     last = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
     for name in names: assert last[name] == pytest.approx(expected[name][3:].mean(), rel=1e-4)
-    assert last["effective_rank"] == pytest.approx(seen[-1]["effective_rank"], rel=1e-4)
+    assert last["effective_rank_z"] == pytest.approx(seen[-1]["effective_rank_z"], rel=1e-4)
     assert not learn.metrics
     learn.lr_find(num_it=20, show_plot=False)
     learn.get_preds(ds_idx=1)
@@ -128,7 +128,7 @@ def test_columns_may_be_hidden(make_learner):
     learn = make_learner(cbs=[Diagnostics(show=False)])
     learn.fit(1, 1e-3)
     assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "time"]
-    assert "effective_rank" in learn.diagnostics.table()
+    assert "effective_rank_z" in learn.diagnostics.table()
 
 
 def test_the_gradient_norm_is_taken_before_clipping(make_learner):
@@ -165,7 +165,7 @@ def test_columns_and_figures_reach_tensorboard(make_learner, tmp_path):
     learn.fit(4, 1e-3)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {"train_loss", "invariance", "effective_rank", "gradient_norm"} <= set(events.Tags()["scalars"])
+    assert {"train_loss", "invariance", "effective_rank_z", "gradient_norm"} <= set(events.Tags()["scalars"])
     logged = [e.value for e in events.Scalars("invariance")]
     assert logged == pytest.approx([v[2] for v in learn.recorder.values], rel=1e-5)
     for name in ("views", "cross_correlation"):

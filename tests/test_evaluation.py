@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import image_items, small_model
 from fastai.data.core import Datasets
+from fastai.data.transforms import Normalize
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from torchvision import transforms
 
 from self_supervised_bt.data import digits_images, hold_out, tensor_dls
 from self_supervised_bt.evaluation import (
@@ -30,9 +32,19 @@ from self_supervised_bt.evaluation import (
     neighbours,
     positive_pair_accuracy,
     sample_labels,
+    standardised_rank,
     topk_accuracy,
     unlabelled_table,
 )
+
+
+class Items(torch.utils.data.Dataset):
+    "(image, label) items of a PyTorch dataset with a transform, as torchvision's"
+    def __init__(self, items, transform=None): self.items, self.transform = items, transform
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i):
+        x, y = self.items[i]
+        return (self.transform(x) if self.transform else x), y
 
 
 @pytest.fixture
@@ -309,6 +321,33 @@ def test_effective_rank_equals_its_formula():
     p = s/s.sum() + 1e-7
     assert effective_rank(h) == pytest.approx(np.exp(-(p*np.log(p)).sum()), rel=1e-6)
     assert effective_rank(torch.ones(30, 5)) == pytest.approx(1, abs=1e-3)
+
+
+def test_each_rank_has_one_name_and_one_input(make_learner):
+    "Effective rank is RankMe, uncentred; what is centred and scaled first is called the standardised rank"
+    z = torch.randn(400, 10) + 100
+    centred = (z - z.mean(0))/z.std(0, correction=0)
+    assert effective_rank(z) < 1.5 and standardised_rank(z) == pytest.approx(effective_rank(centred), rel=1e-4)
+    assert standardised_rank(z*torch.logspace(0, 4, 10)) == pytest.approx(standardised_rank(z), rel=1e-4)
+    assert "effective rank of h" in unlabelled_table({"a": (z, z)})
+
+
+def test_images_are_not_normalised_twice(make_learner, make_dls):
+    learn = make_learner(stats=([.3], [.35]))
+    x, y = digits_images()
+    normalise = Normalize.from_stats([.3], [.35], cuda=False)
+    dls = tensor_dls(x[:40], y[:40], bs=8, device="cpu", batch_tfms=[normalise])
+    items = [(im, int(l)) for im, l in zip((x[:40].float()/255), y)]
+    ds = Items(items, transforms.Compose([transforms.Normalize([.3], [.35])]))
+    torch_dl = torch.utils.data.DataLoader(torch.utils.data.Subset(ds, range(20)), 8)
+    for dl in (dls.train, torch_dl):
+        with pytest.raises(ValueError, match="would do it again"): encode(learn, dl)
+        with pytest.raises(ValueError, match="would do it again"): encode_views(learn, dl)
+    with pytest.raises(ValueError, match="would do it again"): make_learner(cbs=[OnlineEvaluation(dls.train)],
+                                                                            stats=([.3], [.35])).fit(1)
+    once = make_learner()                        # an encoder without a normalisation of its own: the loader's counts
+    own = (dls.valid_ds.x.float()/255 - .3)/.35
+    assert torch.allclose(encode(once, dls.valid)[0], encode(once.model.encoder, own)[0], atol=1e-4)
 
 
 def test_positive_pairs_are_found_by_cosine_similarity():

@@ -227,3 +227,10 @@ def test_bt_learner_takes_pytorchs_loaders():
     dls = DataLoaders(dl, dl)
     learn = bt_learner(dls, small_model().encoder, loss_func=nn.MSELoss())
     assert learn.barlow_twins.clean.fs[0].size == (8, 8)
+
+
+def test_a_regnet_is_built_for_small_images():
+    "torchvision's RegNets cannot be built on the meta device"
+    dls = tensor_dls(torch.rand(8, 3, 32, 32), bs=4, device="cpu")
+    learn = bt_learner(dls, "torchvision/regnet_y_400mf", hidden_size=8, projection_size=8)
+    assert learn.model.projector[0].in_features == 2*440
