@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 # %% ../nbs/34_reports.ipynb #74d4fd3d
-from .augmentations import fused_views
 from .core import check_positive_int, undisturbed
 from self_supervised_bt.diagnostics import (
     dead_dimensions,
@@ -152,11 +151,13 @@ def _shared(views):
 
 def _steps_of(aug):
     "The steps of a pipeline with their parameters"
-    views = fused_views(aug)
-    if not views: return ", ".join(str(getattr(t, "aug", t.name)) for t in aug.fs)
-    steps = [type(step).__name__.removesuffix("Step") + _values(step) for step in (views.crop, *views.steps)]
-    norm = [] if views.norm is None else [f"Normalise{_values(views.norm)}"]
-    return ", ".join([*steps, *norm])
+    return ", ".join(text for transform in getattr(aug, "fs", [aug]) for text in _steps_in(transform))
+
+def _steps_in(transform):
+    "The steps of one transform; a fused one holds several"
+    if not hasattr(transform, "crop"): return [str(getattr(transform, "aug", getattr(transform, "name", transform)))]
+    steps = [type(step).__name__.removesuffix("Step") + _values(step) for step in (transform.crop, *transform.steps)]
+    return steps + ([] if transform.norm is None else [f"Normalise{_values(transform.norm)}"])
 
 def _training(learn):
     "Epochs, optimizer and its settings in the last fit"
@@ -164,7 +165,7 @@ def _training(learn):
     text = f"{len(recorded(learn, 'values'))} epochs, {getattr(opt, '__name__', opt)}"
     if learn.opt is None: return text
     groups = [{k: v for k,v in h.items() if k not in ("lr", "mom")} for h in learn.opt.hypers]
-    return "; ".join([text, *dict.fromkeys(", ".join(f"{k}={v:g}" for k,v in group.items()) for group in groups)])
+    return "; ".join([text, *dict.fromkeys(", ".join(f"{k}={v}" for k,v in group.items()) for group in groups)])
 
 def _schedule(learn):
     "The learning rate over the last fit"
@@ -339,6 +340,7 @@ def _watched(learn):
     rows = {name: {k: f"{100*float(v):.1f} %" for k,v in row.items()} for name,row in rows.items()}
     return pd.DataFrame(rows).T
 
+# %% ../nbs/34_reports.ipynb #8b860eee
 def _results(run):
     "Tables of what the images tell: title to `DataFrame`"
     title = "Two views of each image: positive pairs found among all images, and effective rank of h"
@@ -350,22 +352,24 @@ def verdict(results:dict # from `_results`
            )->str:       # one or two sentences
     "What the results say, in words"
     pairs = next(iter(results.values())).iloc[0]
-    text = "Two views of an image: " + ", ".join(f"{name} {value}" for name,value in pairs.items()) + "."
+    found,chance,rank,width = pairs.iloc[:4]
+    text = (f"The nearest of all second views is the one of the same image in {found} (chance {chance}); "
+            f"the effective rank of h is {rank}, its width {width}.")
     knn = results.get("Images labelled by their nearest neighbours")
     if knn is None: return text
     h,pixels,chance = knn.iloc[:, 0]
-    better = "better than" if float(h[:-2]) > float(pixels[:-2]) + 1 else "no better than"
-    return f"kNN top-1 is {h} (raw pixels {pixels}, always the largest class {chance}): {better} raw pixels. {text}"
+    gain = float(h[:-2]) - float(pixels[:-2])
+    compared = "better than" if gain > 1 else "worse than" if gain < -1 else "as good as"
+    return f"kNN top-1 is {h}, {compared} raw pixels ({pixels}); always the largest class gives {chance}. {text}"
 
 # %% ../nbs/34_reports.ipynb #94d7d631
-def _epochs(learn):
+def epochs_frame(learn:Learner # after a fit
+                )->pd.DataFrame: # of texts; empty where a column was not measured in an epoch
     "The Recorder's table, at most about 20 rows of it"
-    rows = epoch_values(learn)
-    if not rows: return []
-    df = pd.DataFrame(rows).rename_axis("epoch")
+    df = pd.DataFrame(epoch_values(learn))
     for name,epochs in measured_epochs(learn).items(): df[name] = df[name].where(df.index.isin(epochs))
     last,step = len(df)-1,-(-len(df)//20)
-    return [_frame(df.iloc[[*range(0, last, step), last]].map(_short))]
+    return df.iloc[[*range(0, last, step), last]].map(_short).rename_axis("epoch", axis=1)
 
 def measured_epochs(learn:Learner # after a fit
                    )->dict:       # column -> epochs in which it was measured; in the others it repeats the last value
@@ -378,12 +382,13 @@ def _short(v): return "" if pd.isna(v) else f"{v:.3g}" if isinstance(v, (int, fl
 def _content(run, out, tables):
     "The sections of the page"
     def figures(*names): return xml.Div(*[_figure(out, name, run) for name in names], cls="figures")
+    epochs = [_frame(epochs_frame(run.learn))] if epoch_values(run.learn) else []
     results = _results(run)
     shown = [o for title,df in {**results, **tables}.items() for o in (xml.P(title), _frame(df))]
     return [xml.P(verdict(results), cls="verdict"),
             *_section("Diagnosis", _diagnosis(run.learn)),
             *_section("Results", *shown),
-            *_section("Training", figures("loss", "terms"), *_epochs(run.learn)),
+            *_section("Training", figures("loss", "terms"), *epochs),
             *_section("Embeddings", figures("cross_correlation", "spectrum", "std")),
             *_section("Views", figures("views")),
             *_section("Representations", figures("neighbours", "map")),
