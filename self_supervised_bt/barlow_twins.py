@@ -36,10 +36,11 @@ def create_barlow_twins_model(encoder:nn.Module,       # images (B,C,H,W) to rep
                               bn:bool=True,            # BatchNorm in the projector?
                               nlayers:int=3,           # linear layers in the projector
                               bias:bool=True,          # biases in the projector? The paper's code has none
-                              predictor:bool=False     # a predictor on view 1, as in the paper's ablation of asymmetry?
+                              predictor:bool=False,    # a predictor on view 1, as in the paper's ablation of asymmetry?
+                              size:int|tuple=None      # of the views, pixels, if known
                              )->BarlowTwinsModel:      # ready to train
     "The encoder with a projector of the right width on top (Zbontar et al. 2021, section 2.2)"
-    projector = create_mlp_module(encoder_width(encoder), hidden_size, projection_size, bn, nlayers, bias)
+    projector = create_mlp_module(encoder_width(encoder, size), hidden_size, projection_size, bn, nlayers, bias)
     if not predictor: return BarlowTwinsModel(encoder, projector)
     on_view1 = create_mlp_module(projection_size, hidden_size, projection_size, bn, 2, bias)
     return BarlowTwinsModel(encoder, projector, on_view1)
