@@ -7,13 +7,13 @@ __all__ = ['VARIANTS', 'cross_correlation', 'BarlowTwinsLoss', 'barlow_twins_los
 
 # %% ../nbs/13_losses.ipynb #e22a7efb
 from itertools import combinations, pairwise
+from numbers import Real
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .core import check_choice
 
@@ -45,11 +45,20 @@ def check_embeddings(z1:Tensor,        # (N,D) embeddings of view 1
 # %% ../nbs/13_losses.ipynb #33a13b54
 def check_lmb(lmb:float,      # λ, weight of the redundancy term
               name:str="lmb"  # name for error messages
-             )->float:        # the same number; raises `ValueError`
-    "Raise `ValueError` if a weight is negative, infinite or NaN"
-    if not 0 <= lmb < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {lmb} (the paper's lmb is 5e-3)")
-    return lmb
+             )->float:        # the same number, Python's; raises `ValueError`
+    "Raise `ValueError` unless a weight is a number from 0 to 1e6"
+    if not isinstance(lmb, Real) or not 0 <= lmb <= 1e6:
+        raise ValueError(f"{name} must be a finite number >= 0, of at most 1e6, got {lmb!r} (the paper's lmb is 5e-3)")
+    return float(lmb)
+
+def set_lmb(objective, # loss
+            lmb:float  # λ, weight of its redundancy term
+           )->None:    # raises `ValueError`
+    "Set λ of a loss that has one"
+    if getattr(objective, "lmb", None) is None:
+        raise ValueError(f"lmb={lmb} would have no effect, {objective!r} has no attribute lmb: "
+                         "change the weights of the loss itself, or use BarlowTwinsLoss")
+    objective.lmb = check_lmb(lmb)
 
 # %% ../nbs/13_losses.ipynb #99e51174
 NORMALISATIONS = ("batch", "feature", "none")
@@ -66,8 +75,15 @@ def normalise(z:Tensor,              # (N,D) embeddings of one view
     check_choice("along", along, NORMALISATIONS)
     z = at_least_float32(z)
     if along == "none": return z
-    if along == "feature": return F.rms_norm(z, z.shape[1:], eps=eps)
-    return F.batch_norm(z, None, None, training=True, eps=eps)
+    if along == "feature":
+        mean_square = z.detach().square().mean(1, keepdim=True)
+        return F.rms_norm(z, z.shape[1:], eps=eps)*_one_or_nan(mean_square)
+    mean,variance = z.new_zeros(2, z.shape[1])   # filled by the kernel
+    return F.batch_norm(z, mean, variance, training=True, momentum=1., eps=eps)*_one_or_nan(variance)
+
+def _one_or_nan(variance):
+    "1, or NaN where a variance is too large for its dtype: dividing by it would give a silent 0"
+    return 1 + 0*variance
 
 # %% ../nbs/13_losses.ipynb #0ad82c00
 def cross_correlation(z1:Tensor,       # (N,D) embeddings of view 1
@@ -106,12 +122,26 @@ def form_for(form:str|None,    # "gram", "direct", or `None` for the cheaper one
     return form or cheaper_form(n, d, mixed)
 
 # %% ../nbs/13_losses.ipynb #5a7f43e5
-def full_precision_backward(backward:callable # `backward(ctx, *grads)` of an autograd function
-                           )->staticmethod:
-    "Decorator of `backward`: turns autocast off, and raises an error for second derivatives"
+def without_autocast(backward:callable # `backward(ctx, *grads)` of an autograd function
+                    )->staticmethod:
+    "Decorator of `backward`: turns autocast off"
     def wrapped(ctx, *grads):
         with torch.autocast(grads[0].device.type, enabled=False): return backward(ctx, *grads)
-    return staticmethod(once_differentiable(wrapped))
+    return staticmethod(wrapped)
+
+def differentiated_again()->bool:
+    "Is a backward pass recorded, with `create_graph=True`?"
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+def full_precision_backward(backward:callable # `backward(ctx, *grads)` of an autograd function
+                           )->staticmethod:
+    "Decorator of `backward`: turns autocast off, and raises `RuntimeError` for second derivatives"
+    def wrapped(ctx, *grads):
+        if differentiated_again():
+            raise RuntimeError("this form of the loss has no second derivatives (create_graph=True): "
+                               "pass form='direct', which has them")
+        return backward(ctx, *grads)
+    return without_autocast(wrapped)
 
 def inner_product(k:Tensor, # (N,M)
                   m:Tensor  # (N,M)
@@ -224,7 +254,9 @@ class _BatchGram(torch.autograd.Function):
             b,*stats2 = _standardise(z2[:,i:j], eps)
             ka = _add_gram(ka, a)
             kb = _add_gram(kb, b)
-            parts.append((*stats1, *stats2, product_diagonal(a, b)))
+            too_large = torch.minimum(stats1[1], stats2[1]) == 0   # 1/σ of a variance that is not finite
+            diag = product_diagonal(a, b).masked_fill(too_large, torch.nan)
+            parts.append((*stats1, *stats2, diag))
         ka = _mirror(ka)
         kb = _mirror(kb)
         one = len(parts) == 1
@@ -258,9 +290,10 @@ class _Direct(torch.autograd.Function):
         squares = torch.linalg.vector_norm(c, dim=1).square().sum()
         return squares,diag
 
-    @full_precision_backward
+    @without_autocast
     def backward(ctx, g_squares, g_diag):
         a,b,c = ctx.saved_tensors
+        if differentiated_again(): c = _cross(a, b)   # as a function of both; its diagonal is replaced below
         need_a,need_b = ctx.needs_input_grad
         g = c*(2*g_squares/len(a))
         g.diagonal().copy_(g_diag/len(a))
@@ -381,11 +414,17 @@ class BarlowTwinsLoss:
                  check_finite:bool=True  # raise `FloatingPointError` if the loss is NaN or infinite?
                 ):
         check_choice("form", form, (None, *FORMS))
-        if eps <= 0: raise ValueError(f"eps must be > 0, got {eps}: a constant dimension would be divided by 0")
-        self.lmb = check_lmb(lmb)
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps must be > 0 and finite, got {eps}: a constant dimension would be divided by 0")
+        self.lmb = lmb
         self.scale = check_lmb(scale, "scale")
+        if not self.scale: raise ValueError("scale must be > 0: with 0 the loss has no gradient")
         self.form,self.eps,self.check_finite = form,eps,check_finite
 
+    @property
+    def lmb(self): return vars(self)["lmb"]
+    @lmb.setter
+    def lmb(self, value): vars(self)["lmb"] = check_lmb(value)
     def __call__(self, z1:Tensor, z2:Tensor)->Tensor: # scalar
         check_embeddings(z1, z2)
         loss = self.weigh(self.terms_of(z1, z2))
@@ -478,7 +517,8 @@ def _check_options(normalisation, off_target, temperature, form):
     "Raise `ValueError` for options that are unknown, or that the cross-entropy variant cannot use"
     check_choice("normalisation", normalisation, NORMALISATIONS)
     if temperature is None: return
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if form == "gram":
         raise ValueError("the cross-entropy variant needs every entry of c: leave form='gram' or temperature out")
     if off_target: raise ValueError("the cross-entropy variant has no off_target: leave one of the two out")
@@ -497,6 +537,8 @@ class VariantLoss(BarlowTwinsLoss):
                  **kwargs                    # `scale`, `form`, `eps` and `check_finite` of `BarlowTwinsLoss`
                 ):
         super().__init__(lmb, **kwargs)
+        if not invariance and not lmb: raise ValueError("invariance=False and lmb=0 leave no loss: use one of the two")
+        if not abs(off_target) < float("inf"): raise ValueError(f"off_target must be finite, got {off_target}")
         _check_options(normalisation, off_target, temperature, self.form)
         self.normalisation,self.invariance,self.off_target = normalisation,invariance,off_target
         self.temperature,self.stop_gradient = temperature,stop_gradient
@@ -556,7 +598,7 @@ class AllPairs:
     @property
     def lmb(self): return getattr(self.objective, "lmb", None)
     @lmb.setter
-    def lmb(self, value): self.objective.lmb = value
+    def lmb(self, value): set_lmb(self.objective, value)
 
     def __call__(self, *zs:Tensor)->Tensor: # scalar; each of `zs` (N,D)
         if len(zs) < 2: raise ValueError(f"a loss over pairs needs at least two embeddings, got {len(zs)}")

@@ -32,7 +32,7 @@ from self_supervised_bt.fitting import (
     sampled_images,
 )
 from .fused import batch_images, centre_resize, image_batch
-from .losses import check_lmb, check_loss
+from .losses import check_loss, set_lmb
 
 # %% ../nbs/14_multiview.ipynb #7f1812f9
 def check_model(model:nn.Module # what the Learner trains
@@ -167,7 +167,7 @@ def lmb(self:MultiView):
 
 @patch(set_prop=True)
 def lmb(self:MultiView, value): # noqa: F811  the setter
-    self.objective.lmb = check_lmb(value)
+    set_lmb(self.objective, value)
 
 # %% ../nbs/14_multiview.ipynb #7be36938
 @patch

@@ -163,11 +163,21 @@ def test_gradient_by_finite_differences(n, d, form):
     assert gradcheck(variant_loss("hsic", lmb=.1, normalisation="none", form=form), (z1, z2))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_second_derivatives_raise(form):
-    z1, z2 = torch.randn(2, 6, 4).requires_grad_()
-    grad, = torch.autograd.grad(barlow_twins_loss(z1, z2, form=form), z1, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"): grad.square().sum().backward()
+def second_derivative(loss, z1, z2):
+    grad, = torch.autograd.grad(loss(z1, z2), z1, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), z1)[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_second_derivatives_are_right_or_refused(name):
+    "In the direct form those of autograd in float64; the Gram form raises"
+    z1, z2 = torch.randn(2, 12, 5, dtype=torch.double).requires_grad_()
+    lmb = {} if name == "invariance only" else {"lmb": .01}
+    ours = second_derivative(variant_loss(name, form="direct", **lmb), z1, z2)
+    assert torch.allclose(ours, second_derivative(REFERENCES[name], z1, z2), rtol=1e-6, atol=1e-12)
+    if name == "cross-entropy": return   # has no Gram form
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        second_derivative(variant_loss(name, form="gram", **lmb), z1, z2)
 
 
 def test_the_sum_over_a_large_matrix_is_exact():
@@ -423,6 +433,8 @@ def test_a_used_loss_can_be_copied_and_saved():
     ((torch.rand(4, 3), torch.rand(4, 3), -1.), ValueError, "lmb"),
     ((torch.rand(4, 3), torch.rand(4, 3), float("nan")), ValueError, "lmb"),
     ((torch.rand(4, 3), torch.rand(4, 3), float("inf")), ValueError, "lmb"),
+    ((torch.rand(4, 3), torch.rand(4, 3), 1e30), ValueError, "lmb"),
+    ((torch.rand(4, 3), torch.rand(4, 3), "5e-3"), ValueError, "lmb"),
     ((torch.rand(4, 3), torch.rand(4, 3), .1, 0.), ValueError, "eps must be > 0"),
     ((torch.rand(4, 3), torch.rand(4, 3), .1, 1e-5, "gramm"), ValueError,
      "form must be one of None, 'gram', 'direct', got 'gramm'"),
@@ -440,9 +452,28 @@ def test_invalid_input_raises(args, error, words):
     (dict(queue=-1), "queue"),
     (dict(queue=1.5), "queue"),
     (dict(scale=-1), "scale must be"),
+    (dict(scale=0), "scale must be > 0"),
+    (dict(temperature=math.nan), "temperature must be > 0"),
+    (dict(off_target=math.nan), "off_target must be finite"),
+    (dict(invariance=False, lmb=0.), "leave no loss"),
 ])
 def test_invalid_options_raise(options, words):
     with pytest.raises(ValueError, match=words): variant_loss(**options)
+
+
+def test_lmb_is_checked_wherever_it_is_set():
+    loss, pairs = BarlowTwinsLoss(), AllPairs(variant_loss("hsic"))
+    for objective in (loss, pairs, pairs.objective):
+        for wrong in (-1, math.nan, math.inf, 1e30):
+            with pytest.raises(ValueError, match="lmb must be"): objective.lmb = wrong
+    with pytest.raises(ValueError, match="lmb=0.1 would have no effect"):
+        AllPairs(lambda a, b: (a - b).square().sum()).lmb = .1
+
+
+def test_numpy_scalars_are_numbers():
+    z1, z2 = torch.randn(2, 30, 20).requires_grad_()
+    loss = BarlowTwinsLoss(np.float64(.02), scale=np.float32(.5))(z1, z2)
+    assert loss.dtype == torch.float32 and torch.equal(loss, BarlowTwinsLoss(.02, scale=.5)(z1, z2))
 
 
 def test_unknown_names_raise():
@@ -461,6 +492,21 @@ def test_error_names_the_view_and_counts_nan(form):
     assert barlow_twins_loss(z1, z2, form=form, check_finite=False).isnan()
     with pytest.raises(FloatingPointError, match="too large to square"):
         variant_loss("no normalisation", form=form)(torch.full((8, 20), 1e20), torch.full((8, 20), 1e20))
+
+
+@pytest.mark.parametrize("large", ["all", "one column", "one view"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_embeddings_too_large_to_square_are_refused(name, form, large):
+    "Their variance is infinite: dividing by it would give a loss of D with gradient 0"
+    if name == "cross-entropy" and form == "gram": return   # has no Gram form
+    z1, z2 = torch.randn(2, 12, 40)
+    if large == "all": z1, z2 = z1*1e20, z2*1e20
+    elif large == "one view": z2 = z2*1e20
+    else: z1[:, 3] *= 1e20
+    loss = variant_loss(name, form=form)
+    with pytest.raises(FloatingPointError, match="too large to square"): loss(z1, z2)
+    loss.check_finite = False
+    assert not loss(z1, z2).isfinite()
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="older PyTorch asks the driver even for fake CUDA tensors")
