@@ -414,6 +414,7 @@ def stated_white(im:Image.Image,    # grey, more than 8 bits
     as_they_were = pixels.max() < 2**bits and (low > 1).any()
     return 2**bits - 1 if as_they_were else 65535
 
+# %% ../nbs/01_data.ipynb #9d1ff710
 def grey_bytes(im:Image.Image,       # grey, more than 8 bits
                file:str|Path,        # its file
                value_range:tuple|int # as for `read_image`
