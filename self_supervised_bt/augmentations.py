@@ -7,8 +7,10 @@ __all__ = ['VIEW_RECIPES', 'KorniaTfm', 'get_batch_augs', 'get_multi_aug_pipelin
            'clean_pipeline', 'show_strength']
 
 # %% ../nbs/11_augmentations.ipynb #5b890027
+import inspect
 import warnings
 from functools import singledispatch
+from numbers import Integral
 
 import kornia.augmentation as K
 import matplotlib.pyplot as plt
@@ -34,6 +36,7 @@ from self_supervised_bt.fused import (
     NormalizeViews,
     SolarizeStep,
     centre_resize,
+    holds_images,
     image_batch,
 )
 
@@ -73,9 +76,16 @@ class CropTfm(KorniaTfm):
     def clean(self): return [CentreResize(self.size)]
     def before_call(self, b, split_idx): self.do,self.random = True,split_idx==0
 
-    def encodes(self, x:TensorImage):
-        x = x.as_subclass(Tensor)
-        with torch.no_grad(): return self.aug(x) if self.random else centre_resize(x, self.size)
+    def encodes(self, x:TensorImage): return self.crop(x)
+    def encodes(self, x:Tensor): # noqa: F811  plain tensors too: the steps that follow would pass by them
+        return self.crop(x) if holds_images(x) else x
+
+    def crop(self, x):
+        "The crops (B,C,*size) of images, as `TensorImage`"
+        x = image_batch(x)
+        plain = x.as_subclass(Tensor)
+        with torch.no_grad(): v = self.aug(plain) if self.random else centre_resize(plain, self.size)
+        return v.as_subclass(type(x))
 
 # %% ../nbs/11_augmentations.ipynb #c02ebeb3
 @singledispatch
@@ -128,10 +138,10 @@ BACKENDS = {"fused": _fused_tfms, "kornia": _kornia_tfms}
 
 # %% ../nbs/11_augmentations.ipynb #f1412fe6
 def _size_pair(size):
-    "Height and width from an int or a pair"
+    "Height and width, Python's ints, from an int or a pair"
     pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
-    whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in pair)
-    if len(pair) == 2 and whole: return pair
+    whole = all(isinstance(s, Integral) and not isinstance(s, bool) and s > 0 for s in pair)
+    if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
     raise ValueError(f"size must be an int or a pair (height, width) of positive ints, got {size!r}")
 
 def _range(name, r, lo=0., hi=float("inf")):
@@ -148,13 +158,29 @@ def _check_angles(rotate_deg, shear_deg):
     if 0 <= rotate_deg <= 180 and 0 <= shear_deg < 90: return
     raise ValueError(f"rotate_deg must be in [0,180] and shear_deg in [0,90), got {rotate_deg!r}, {shear_deg!r}")
 
+_OF_SWITCH = {
+    "rotate": ("rotate_deg", "rotate_p", "shear_deg"),
+    "jitter": ("jitter_s", "jitter_p", "exact_jitter"),
+    "bw": ("bw_p",),
+    "blur": ("blur_s", "blur_p"),
+}
+
+def _check_switches(given):
+    "Refuse a setting of a step that is switched off"
+    defaults = inspect.signature(get_batch_augs).parameters
+    for switch,names in _OF_SWITCH.items():
+        for name in names:
+            if given[switch] or given[name] == defaults[name].default: continue
+            raise ValueError(f"{name}={given[name]!r} has no effect with {switch}=False (given, or the recipe's): "
+                             f"pass {switch}=True as well, or leave {name} out")
+
 # %% ../nbs/11_augmentations.ipynb #50b4ae4a
 def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or ints (width at 224 pixels)
                size:tuple[int,int]   # height and width of the view
               )->tuple[float,float]: # smallest and largest sigma, pixels of the view
-    "What `blur_s` means: floats are sigmas, ints are widths of six sigmas in a 224-pixel image"
+    "What `blur_s` means: two ints (also NumPy's) are widths of six sigmas in a 224-pixel image, all else are sigmas"
     lo,hi = _range("blur_s", blur_s)
-    if isinstance(lo, int) and isinstance(hi, int): lo,hi = (w/6*min(size)/224 for w in (lo,hi))
+    if isinstance(lo, Integral) and isinstance(hi, Integral): lo,hi = (w/6*min(size)/224 for w in (lo,hi))
     if not lo > 0: raise ValueError(f"blur_s must be above 0, got {blur_s!r}")
     return lo,hi
 
@@ -202,6 +228,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
                    backend:str="fused"     # or "kornia"
                   )->list:                 # transforms for one `Pipeline(..., split_idx=0)`
     "The transforms that make one view: crop, flip, rotation, jitter, grey, blur, solarisation, normalisation"
+    _check_switches(locals())
     size = _size_pair(size)
     check_choice("backend", backend, BACKENDS)
     _check_angles(rotate_deg, shear_deg)
@@ -271,12 +298,24 @@ def fused_views(pipeline:Pipeline # one view
     raise ValueError(f"only backend='fused' keeps its sampled parameters, and this pipeline is {pipeline}")
 
 # %% ../nbs/11_augmentations.ipynb #fd8faa73
+def sampled_by(pipeline:Pipeline # one view
+              )->dict:           # step -> name -> tensor with one row per image; `None` unless its backend is fused
+    "The parameters of the pipeline's last view"
+    return next((t.sampled for t in pipeline.fs if hasattr(t, "sampled")), None)
+
+class CleanPipeline(Pipeline):
+    "A pipeline of images alone: plain tensors become `TensorImage`s, or its typed steps would leave them as they are"
+    def __call__(self, x): # (B,C,H,W) images, or a batch that starts with them; raises `ValueError` or `TypeError`
+        if isinstance(x, (tuple, list)): return type(x)([self(x[0]), *x[1:]])
+        return super().__call__(image_batch(x))
+
+# %% ../nbs/11_augmentations.ipynb #c1c213ab
 def clean_pipeline(pipeline:Pipeline # makes a view, `split_idx=0`
                   )->Pipeline:       # its size and normalisation only
     "The same transforms without their random parts: what an encoder must see wherever it is used"
     tfms = []
     for tfm in pipeline.fs: tfms += tfm.clean() if hasattr(tfm, "clean") else [tfm]
-    return Pipeline(tfms, split_idx=1)
+    return CleanPipeline(tfms, split_idx=1)
 
 # %% ../nbs/11_augmentations.ipynb #452ce15b
 def displayable(pipeline:Pipeline, # the pipeline that made the view

@@ -6,10 +6,14 @@
 __all__ = []
 
 # %% ../nbs/03_fitting.ipynb #7aa78141
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from random import Random
 
+import torch
 from fastai.learner import Learner, Metric
-from fastcore.basics import patch
+from fastcore.basics import first, patch
+
+from .core import rng_states, set_rng_states
 
 # %% ../nbs/03_fitting.ipynb #f587c4a3
 class Column(Metric):
@@ -101,3 +105,40 @@ def _names_of(recorder, names, n):
     "The columns of a row of `n` values: without a training loss if its epoch was ended early"
     only_training = n == 1 and (len(names) > 2 or getattr(recorder, "cancel_valid", False))
     return names if n == len(names) else names[:n] if only_training else names[-n:]
+
+# %% ../nbs/03_fitting.ipynb #5a0c3bc9
+@contextmanager
+def random_states_kept():
+    "The global random generators are as before afterwards: of Python, NumPy, PyTorch and the accelerator"
+    states = rng_states()
+    try: yield
+    finally: set_rng_states(states)
+
+def _parts(dl):
+    "A loader, the one that fastai's DistributedDL holds, and their samplers"
+    own = getattr(dl, "__dict__", {})
+    inner = [own[name] for name in ("dl", "sampler", "batch_sampler") if name in own]
+    return [dl, *(part for o in inner for part in _parts(o))]
+
+@contextmanager
+def loader_kept(dl # fastai's loader, or PyTorch's
+               ):
+    "A loader's order and place, and the global random generators, are as before afterwards"
+    kept = [(vars(o), dict(vars(o))) for o in _parts(dl) if hasattr(o, "__dict__")]
+    generators = [v for _,values in kept for v in values.values() if isinstance(v, (Random, torch.Generator))]
+    states = [g.getstate() if isinstance(g, Random) else g.get_state() for g in generators]
+    with random_states_kept():
+        try: yield
+        finally:
+            for own,values in kept:
+                own.clear()
+                own.update(values)
+            for g,state in zip(generators, states): (g.setstate if isinstance(g, Random) else g.set_state)(state)
+
+def look_at_batch(dl # fastai's loader, or PyTorch's
+                 ):  # a batch
+    "A batch of a loader, which gives the same batches afterwards as without the look"
+    with loader_kept(dl):
+        if hasattr(dl, "one_batch"): return dl.one_batch()
+        if getattr(dl, "batch_sampler", None) is None or not hasattr(dl.dataset, "__getitem__"): return first(dl)
+        return dl.collate_fn([dl.dataset[i] for i in first(dl.batch_sampler)])   # without its worker processes

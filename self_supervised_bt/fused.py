@@ -27,6 +27,11 @@ def image_batch(x:Tensor      # (B,C,H,W) images, float in [0,1] or uint8
     kind = type(x) if isinstance(x, TensorImage) else TensorImage
     return _floats(x).as_subclass(kind)
 
+def holds_images(x:Tensor # element of a batch
+                )->bool:
+    "Is it meant as images? Not labels, and no type of its own, such as `TensorMask`"
+    return x.ndim > 2 and (type(x) is Tensor or isinstance(x, TensorImage))
+
 def batch_images(b            # batch of a data loader: images, or a tuple that starts with them
                 )->TensorImage: # (B,C,H,W) float
     "The images of a data loader's batch, checked by `image_batch`"
@@ -320,7 +325,7 @@ class AffineStep(Step):
     def describe(self, angle, shear): return f"{angle:+.0f}°" + (f", sheared {shear:+.0f}°" if self.shear else "")
 
 # %% ../nbs/10_fused.ipynb #4b907160
-GREY = (.2989, .587, .114)   # ITU-R 601, as in torchvision and Pillow
+GREY = (.2989, .587, .114)   # torchvision's rounding of ITU-R 601 (Pillow and kornia: .299); their sum is .9999
 
 def hue_matrices(h:np.ndarray   # (n,) shift of the hue, turns
                 )->np.ndarray:  # (n,3,3)
@@ -526,8 +531,8 @@ class FusedViews(RandTransform):
     def clean(self): return [CentreResize(self.crop.size)] + ([self.norm] if self.norm else [])
 
     def encodes(self, x:Tensor):
+        if not holds_images(x): return x
         plain = x.as_subclass(Tensor)
-        if plain.ndim != 4: return x   # labels
         if not self.random: return compose_tfms(image_batch(x), self.clean())
         kind = type(x) if isinstance(x, TensorImage) else TensorImage
         with torch.no_grad(), torch.autocast(plain.device.type, enabled=False):
@@ -551,11 +556,14 @@ def _sample_step(step, n, shape):
     return params
 
 @patch
-def describe(self:FusedViews, i:int # index in the last batch
-            )->str:                 # one line per step (two for colour jitter)
-    "What was sampled for one image of the last batch"
-    if self.sampled is None: raise ValueError("no parameters have been sampled yet: make a view first")
-    rows = {step: {k: t[i] for k,t in params.items()} for step,params in self.sampled.items()}
+def describe(self:FusedViews,
+             i:int,            # index in the batch
+             sampled:dict=None # the attribute `sampled` after another view; that of the last if not given
+            )->str:            # one line per step (two for colour jitter)
+    "What was sampled for one image of a batch"
+    sampled = sampled or self.sampled
+    if sampled is None: raise ValueError("no parameters have been sampled yet: make a view first")
+    rows = {step: {k: t[i] for k,t in params.items()} for step,params in sampled.items()}
     return "\n".join(step.describe(**row) for step,row in rows.items() if row.pop("on", True))
 
 # %% ../nbs/10_fused.ipynb #0f8ff959

@@ -115,17 +115,19 @@ class MixedBarlowTwins(MultiView):
         raise ValueError("MixedBarlowTwins compares three embeddings of one network, and the model has a predictor "
                          "on one of them: leave the predictor out")
     def after_pred(self):
-        if not self.predicting: self.zm = self.model(self.sample_mixture(*self.views))
+        if self.predicting: return
+        mixture,self.perm,self.a = self.sample_mixture(*self.views)
+        self.zm = self.model(mixture)
     def after_batch(self):
         super().after_batch()
         self.zm = None
 
     def sample_mixture(self, v1, v2):
-        "The mixture of two batches of views, with a newly sampled permutation and weight"
-        self.perm = torch.randperm(len(v1), device=v1.device)
+        "The mixture of two batches of views, the permutation and the weight that were sampled for it"
+        perm = torch.randperm(len(v1), device=v1.device)
         shape = (len(v1),) if self.per_sample else ()
-        self.a = torch.distributions.Beta(self.alpha, self.alpha).sample(shape)
-        return mix_views(v1.as_subclass(Tensor), v2.as_subclass(Tensor), self.perm, self.a)
+        a = torch.distributions.Beta(self.alpha, self.alpha).sample(shape)
+        return mix_views(v1.as_subclass(Tensor), v2.as_subclass(Tensor), perm, a),perm,a
 
 # %% ../nbs/16_mixed.ipynb #8a11b2bf
 @patch
@@ -142,6 +144,6 @@ def pair_objective(self:MixedBarlowTwins):
 def pictures(self:MixedBarlowTwins, v1:Tensor, v2:Tensor)->dict: # column title to images (B,C,H,W) in [0,1]
     "What `show` shows: both views and their mixture"
     shown = MultiView.pictures(self, v1, v2)
-    self.sample_mixture(v1, v2)
-    title = "mixture" if self.per_sample else f"{float(self.a):.2f} of view 1"
-    return {**shown, title: mix_views(*shown.values(), self.perm.to(shown["view 1"].device), self.a)}
+    _,perm,a = self.sample_mixture(v1, v2) if self.zm is None else (None, self.perm, self.a)
+    title = "mixture" if self.per_sample else f"{float(a):.2f} of view 1"
+    return {**shown, title: mix_views(*shown.values(), perm.to(shown["view 1"].device), a)}

@@ -8,6 +8,7 @@ __all__ = ['MultiView']
 # %% ../nbs/14_multiview.ipynb #2dd97482
 import inspect
 import warnings
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -21,13 +22,22 @@ from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .augmentations import check_pipelines, clean_pipeline, displayable, fused_views, show_pixels
+from self_supervised_bt.augmentations import (
+    check_pipelines,
+    clean_pipeline,
+    displayable,
+    fused_views,
+    sampled_by,
+    show_pixels,
+)
 from .core import check_positive_int, unwrapped
 from self_supervised_bt.fitting import (
     Column,
     add_columns,
     batch_size_of,
     images_per_epoch,
+    look_at_batch,
+    random_states_kept,
     remove_columns,
     sampled_images,
 )
@@ -96,7 +106,7 @@ class MultiView(Callback):
     "Trains on two or more views of every batch with a loss of their embeddings"
     order,run_valid = CastToTensor.order-1,True
     makes_views = True                 # how `multiview_of` finds it
-    views = images = own_loss = None   # of the current batch; the Learner's loss while it is swapped
+    views = images = sampled = own_loss = None   # of the current batch; the Learner's loss while it is swapped
     exchange,joined = None,False       # for several ranks: how they exchange, and whether the loss is global
     columns = ()                       # of the terms
     _stateattrs = ("views", "images")
@@ -130,7 +140,7 @@ class MultiView(Callback):
         for c in self.columns: c.after_loss(self.learn)
         self.learn.pred = self.pred[:len(self.pred)//len(self.augs)]
         if self.has_metrics and not self.training: self.learn.pred = self.clean_pred()
-    def after_batch(self): self.views = self.images = None
+    def after_batch(self): self.views = self.images = self.sampled = None
     def after_fit(self): self.release()
 
 # %% ../nbs/14_multiview.ipynb #53c8b904
@@ -188,7 +198,7 @@ def show_terms(self:MultiView):
 def release(self:MultiView):
     "Restore the Learner's loss and metrics, and release the batch"
     remove_columns(self.learn)
-    self.columns,self.views,self.images = (),None,None
+    self.columns,self.views,self.images,self.sampled = (),None,None,None
     if getattr(self.learn.loss_func, "swapped_by", None) is not self: return
     self.learn.loss_func,self.own_loss = self.own_loss,None
 
@@ -245,7 +255,7 @@ def input_images(self:MultiView)->TensorImage:
 def train_on(self:MultiView, x:TensorImage):
     "The views of `x` as the Learner's batch, with a target of zeros if there is none"
     if len(x) == 1 and not self.joined: self.refuse_one_image()
-    with torch.no_grad(): self.views = tuple(aug(x) for aug in self.augs)
+    with torch.no_grad(): self.views,self.sampled = self.make_views(x)
     self.images = x
     shapes = {tuple(v.shape) for v in self.views}
     if len(shapes) > 1:
@@ -318,15 +328,33 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
 def training_images(dls # `DataLoaders` of fastai's or PyTorch's loaders
                    )->TensorImage: # (B,C,H,W) float
     "One batch of training images"
-    dl = dls.train
-    return batch_images(dl.one_batch() if hasattr(dl, "one_batch") else first(dl))
+    return batch_images(look_at_batch(dls.train))
+
+@patch
+def make_views(self:MultiView,
+               x:TensorImage # (B,C,H,W)
+              )->tuple:      # the views, and the parameters sampled for each (`None` unless its backend is fused)
+    "A view by each pipeline"
+    views,sampled = [],[]
+    for aug in self.augs:   # may be the same one twice, so its parameters are noted before the next view
+        views.append(aug(x))
+        sampled.append(sampled_by(aug))
+    return tuple(views),sampled
 
 @patch
 def sample_views(self:MultiView)->tuple: # images (B,C,H,W), and their views
-    "A batch of training images and its views"
+    "A batch of training images and its views; loader and random states stay as they are"
     x = training_images(self.dls)
-    return x,tuple(aug(x) for aug in self.augs)
+    with random_states_kept(): return x,self.make_views(x)[0]
 
+@patch
+def views_to_show(self:MultiView)->tuple: # images, views, sampled parameters of each
+    "Those of the Learner's batch, or of a batch of training images"
+    if self.views: return self.images,self.views,self.sampled
+    x = training_images(self.dls)
+    return x,*self.make_views(x)
+
+# %% ../nbs/14_multiview.ipynb #77c932c4
 @patch
 def show(self:MultiView,
          n:int=5,             # rows: images to show, at most a batch
@@ -336,9 +364,13 @@ def show(self:MultiView,
         )->list:              # axes, row by row: the original if `original`, the views of each image
     "`n` rows of views, denormalised"
     check_positive_int("n", n)
-    x,views = (self.images, self.views) if self.views else self.sample_views()
-    columns = self.pictures(*views)
-    fused = {title: fused_views(aug) for title,aug in zip(columns, self.augs)} if sampled else {}
+    with random_states_kept():
+        x,views,parameters = self.views_to_show()
+        columns = self.pictures(*views)
+    texts = {}   # by the title of a column
+    if sampled:
+        for title,aug,p in zip(columns, self.augs, parameters):
+            texts[title] = partial(fused_views(aug).describe, sampled=p)
     if original: columns = {"original": to_cpu(centre_resize(x, views[0].shape[-2:])).clamp(0, 1), **columns}
     n = min(n, *map(len, columns.values()))
     figsize = len(columns)*size,n*size*(1.5 if sampled else 1)
@@ -346,9 +378,8 @@ def show(self:MultiView,
     for column,(title,images) in zip(axes.T, columns.items()):
         for i,(ax,image) in enumerate(zip(column, images)):
             show_pixels(image, ax, None if i else title)
-            if title not in fused: continue
-            text = fused[title].describe(i)
-            ax.text(.5, -.03, text, transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
+            if title not in texts: continue
+            ax.text(.5, -.03, texts[title](i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
     return list(axes.flat)
 
 # %% ../nbs/14_multiview.ipynb #9f842c93

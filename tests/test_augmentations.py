@@ -2,8 +2,10 @@
 import warnings
 
 import kornia.augmentation as K
+import numpy as np
 import pytest
 import torch
+from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, no_random
 from fastai.vision.augment import Flip, RandomResizedCropGPU, Rotate
 from fastai.vision.core import imagenet_stats
@@ -232,3 +234,53 @@ def test_show_strength_has_a_row_per_value(name, values):
 
 def test_show_strength_raises_for_unknown_arguments():
     with pytest.raises(ValueError, match="name must be one of"): show_strength(torch.rand(3, 20, 20), "brightness", [1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clean_pipeline_takes_plain_tensors(backend):
+    x = torch.rand(4, 3, 20, 20)
+    pipeline = get_barlow_twins_aug_pipelines(16, backend=backend)[0]
+    clean = clean_pipeline(pipeline)
+    assert torch.equal(clean(x), clean(TensorImage(x))) and clean(x).shape == (4, 3, 16, 16)
+    assert clean(x).min() < -.5   # normalised
+    images, labels = clean((x, torch.arange(4)))
+    assert torch.equal(images, clean(x)) and torch.equal(labels, torch.arange(4))
+    own = clean_pipeline(Pipeline([Normalize.from_stats(*imagenet_stats, cuda=False)], split_idx=0))
+    assert torch.equal(own(x), own(TensorImage(x))) and own(x).min() < -.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(3, 20, 20), (2, 4, 3, 20, 20)])
+def test_one_image_or_five_dimensions_raise(backend, shape):
+    "Typed steps would leave them untouched"
+    pipeline = get_barlow_twins_aug_pipelines(16, backend=backend)[0]
+    for make in (pipeline, clean_pipeline(pipeline)):
+        for kind in (torch.Tensor, TensorImage):
+            with pytest.raises(ValueError, match="images must be a tensor .B,C,H,W."):
+                make(torch.rand(shape).as_subclass(kind))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_view_of_plain_tensors_is_that_of_images(backend):
+    pipeline, x = get_barlow_twins_aug_pipelines(16, backend=backend)[0], torch.rand(4, 3, 20, 20)
+    views = []
+    for images in (x, TensorImage(x)):
+        torch.manual_seed(0)
+        views.append(pipeline(images))
+    assert torch.equal(*views) and type(views[0]) is TensorImage
+
+
+def test_numpy_integers_mean_what_pythons_mean():
+    sizes = {get_barlow_twins_aug_pipelines(16, blur_s=s)[0].fs[0].steps[-1].sigma
+             for s in ((4, 32), tuple(np.array([4, 32])), (np.int64(4), 32))}
+    assert len(sizes) == 1
+    assert get_barlow_twins_aug_pipelines(np.int64(16))[0].fs[0].crop.size == (16, 16)
+    for size in (16., "16", True, 0, (16,), (8, -1), None):
+        with pytest.raises(ValueError, match="size must be"): get_barlow_twins_aug_pipelines(size)
+
+
+@pytest.mark.parametrize("options", [
+    dict(rotate=False, shear_deg=8), dict(jitter=False, jitter_p=.8), dict(bw=False, bw_p=.1),
+    dict(blur=False, blur_s=(.1, 2.)), dict(recipe="cifar", blur_p=.5)], ids=str)
+def test_settings_of_a_step_that_is_switched_off_raise(options):
+    with pytest.raises(ValueError, match="has no effect with"): get_barlow_twins_aug_pipelines(16, **options)

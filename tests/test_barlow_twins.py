@@ -66,6 +66,15 @@ def test_predictor_is_applied_to_view_1_only(make_dls):
     assert learn.get_preds()[0].shape == (20, 16)
 
 
+def test_a_compiled_model_keeps_its_predictor(make_dls):
+    model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=True)
+    before = model.predictor[0].weight.clone()
+    learn = Learner(make_dls(n=16, n_valid=0), model, cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS)))
+    learn.model = torch.compile(model, backend="eager")
+    learn.fit(1)
+    assert not torch.equal(before, model.predictor[0].weight)
+
+
 @pytest.mark.parametrize("predictor", [False, True])
 def test_separate_bn_passes_each_view_by_itself(make_dls, predictor):
     "As the authors' code does: the embeddings, and a running mean that has seen one view after the other"

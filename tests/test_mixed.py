@@ -1,10 +1,12 @@
 "Mixed Barlow Twins compared with its formula with all matrices, and its callback"
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from callbacks import DoAt, record_calls
 from conftest import quiet, small_model
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
 from fastai.learner import Learner, load_learner
+from fastai.torch_core import set_seed
 from test_losses import distance, standardised, textbook, value_and_gradients
 from torch import nn
 from torch.autograd import gradcheck
@@ -215,3 +217,19 @@ def test_scale_multiplies_the_whole_loss():
 
 def test_error_names_the_weight_outside_the_range():
     with pytest.raises(ValueError, match="got 2.0"): check_mixing_weight(torch.tensor([0., 2.]), 2)
+
+
+def test_pictures_leave_training_alone(mixed_learner):
+    "In the middle of a step, after the mixture was made"
+    def losses(cbs):
+        set_seed(0)
+        learn = mixed_learner(n=32, cbs=cbs)
+        learn.fit(1)
+        return torch.stack([loss.detach() for loss in learn.recorder.losses])
+    def look(learn):
+        shown = learn.barlow_twins.show(2)
+        if learn.training: titles.append((shown[2].get_title(), f"{float(learn.barlow_twins.a):.2f} of view 1"))
+        plt.close("all")
+    titles = []
+    assert torch.equal(losses([]), losses([DoAt("after_pred", look, order=50)]))
+    assert len(titles) == 2 and all(shown == of_step for shown, of_step in titles)

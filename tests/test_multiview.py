@@ -3,11 +3,12 @@ import copy
 import warnings
 from contextlib import suppress
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
 from callbacks import DoAt, DoToViews, RaiseAt, RecordBatches, record_calls
-from conftest import collate, image_items, quiet, small_model
+from conftest import collate, image_items, quiet, same, small_model, weights
 from fastai.callback import schedule  # noqa: F401  fit_one_cycle, lr_find
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
@@ -15,13 +16,14 @@ from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import CastToTensor, Learner, load_learner
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline
 from torch import nn
 
 from self_supervised_bt.augmentations import BACKENDS, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
+from self_supervised_bt.core import rng_states
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.fused import NormalizeViews
@@ -422,6 +424,64 @@ def test_show_plots_the_views_of_the_current_batch(make_learner):
     learn("before_batch")
     shown = learn.barlow_twins.show(n=2)[0].get_images()[0].get_array()
     assert torch.allclose(torch.as_tensor(shown), learn.xb[0][0, 0], atol=1e-6)
+
+
+def loaders(kind):
+    "Digits in a random order, by fastai's or PyTorch's loaders"
+    if kind == "fastai":
+        return DataLoaders.from_dsets(image_items(32), image_items(16), bs=16, device="cpu", num_workers=0)
+    generator = torch.Generator().manual_seed(0) if kind == "PyTorch, own generator" else None
+    made = [torch.utils.data.DataLoader(image_items(32), batch_size=16, shuffle=True, collate_fn=collate,
+                                        generator=generator) for _ in range(2)]
+    return DataLoaders(*made)
+
+
+@pytest.mark.parametrize("kind", ["fastai", "PyTorch", "PyTorch, own generator"])
+def test_looking_leaves_training_as_it_was(make_learner, kind):
+    "Between two fits, and in the middle of an epoch: the loader's order, and every random state"
+    def trained(look):
+        set_seed(0)
+        learn = make_learner(loaders(kind), small_model(), metrics=[])
+        def show(learn):
+            if not look: return
+            before = rng_states()
+            learn.barlow_twins.show(2, original=True)
+            learn.barlow_twins.sample_views()
+            after = rng_states()
+            assert before["python"] == after["python"] and torch.equal(before["torch"], after["torch"])
+            assert torch.equal(before["numpy"][1], after["numpy"][1])
+            plt.close("all")
+        show(learn)
+        learn.fit(1, cbs=DoAt("after_batch", show, order=99))
+        show(learn)
+        learn.fit(1)
+        return weights(learn)
+    assert same(trained(False), trained(True))
+
+
+def test_the_text_below_a_view_is_its_own(make_learner):
+    "With one pipeline for both views, and although the pipeline has made another view since"
+    learn = make_learner()
+    pipeline = learn.barlow_twins.augs[0]
+    learn.barlow_twins.augs = [pipeline, pipeline]
+    learn._split(learn.dls.one_batch())
+    learn("before_batch")
+    expected = [[pipeline.fs[0].describe(i, sampled) for sampled in learn.barlow_twins.sampled] for i in range(3)]
+    pipeline(learn.barlow_twins.images)
+    texts = [ax.texts[0].get_text() for ax in learn.barlow_twins.show(3, sampled=True)]
+    assert texts == sum(expected, []) and texts[::2] != texts[1::2]
+
+
+def test_show_with_kornias_backend(make_learner):
+    learn = make_learner(backend="kornia")
+    assert len(learn.barlow_twins.show(2, original=True)) == 6
+    with pytest.raises(ValueError, match="only backend='fused' keeps"): learn.barlow_twins.show(2, sampled=True)
+
+
+def test_lmb_set_on_a_loss_without_it_raises(make_dls):
+    bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), loss=lambda a, b: (a - b).square().sum())
+    with pytest.raises(ValueError, match="lmb=0.1 would have no effect"): bt.lmb = .1
+    assert bt.lmb is None
 
 
 def test_show_plots_the_image_and_the_sampled_parameters(make_learner, make_dls):
