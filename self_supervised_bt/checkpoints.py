@@ -408,7 +408,7 @@ class Checkpoints(Callback):
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
     in_fit,stepped,handlers,protected,seconds_before,started,ended = False,False,(),(),0.,0.,None
-    how_to_resume = "resume=True"   # for messages; a command line names its own option
+    resume_with = "resume=True"   # how the user resumes, for messages
     def __init__(self,
                  path:str|Path,      # folder of this run
                  every:int=None,     # batches between checkpoints, beside those after every epoch
@@ -519,7 +519,7 @@ def start_or_resume(self:Checkpoints):
     found = from_all_ranks([f.name for f in checkpoints_in(self.path)])[0]   # as rank 0 sees it, before it writes
     if found and not self.resume:
         raise ValueError(f"{self.path} holds a run up to {found[0]}: "
-                         f"resume it with {self.how_to_resume}, or choose another folder")
+                         f"resume it with {self.resume_with}, or choose another folder")
     self.data = from_all_ranks(None if rank_distrib() else data_of(self.learn))[0]
     if found: self.resume_newest()
     else:
@@ -751,7 +751,7 @@ def stop(self:Checkpoints, name:str):
     "End the process; exit status 75 asks for the run to be started again"
     from_all_ranks(None)   # until rank 0 has written: launchers end the other ranks when the first one ends
     self.stop_signal = None
-    said = f"{name}: checkpoint saved in {self.path}, continue with {self.how_to_resume}"
+    said = f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}"
     if self.failed: said = f"{name}: {self.failed}"
     if name == "SIGINT": raise KeyboardInterrupt(said)
     if self.failed: raise SystemExit(said)

@@ -580,6 +580,7 @@ def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views o
 class OnlineEvaluation(Callback):
     "kNN and linear accuracy on a labelled subset, as columns of the Recorder"
     run_valid = False
+    before,epochs_measured = {},()   # values before the training, and the epochs after which others were measured
     def __init__(self,
                  data,            # labelled images: (images, labels), or a data loader
                  every:int=1,     # epochs between measurements; the first and the last epoch are always measured
@@ -596,14 +597,16 @@ class OnlineEvaluation(Callback):
     def before_fit(self):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
-        self.seconds = []
+        self.seconds,self.epochs_measured = [],[]
         self.start = time.perf_counter()
         self.measure()   # raises before the training what would fail after an epoch
         self.seconds.clear()
+        self.before = {column.name: float(column.value) for column in self.columns}
         add_columns(self.learn, self.columns)
     def after_train(self):
         last = self.epoch == self.n_epoch - 1
         if self.epoch % self.every and not last: return
+        self.epochs_measured.append(self.epoch)
         try: self.measure()
         except Exception as e:   # training goes on: weights are worth more than a number
             warnings.warn(f"the online evaluation failed after epoch {self.epoch} ({type(e).__name__}: {e}); "
