@@ -37,6 +37,7 @@ from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor
 
+# %% ../nbs/22_checkpoints.ipynb #a5e0c48b
 from self_supervised_bt.core import (
     check_choice,
     check_positive_int,
@@ -265,6 +266,7 @@ def load_callback(cb:Callback, # of a Learner, in a fit
     cb.file.write(lines)
     cb.file.flush()
 
+# %% ../nbs/22_checkpoints.ipynb #55a4b184
 def callbacks_state(learn:Learner # in a fit
                    )->dict:       # name to a list of states, as two callbacks may have one name
     "The state of all callbacks"
@@ -325,6 +327,7 @@ def package_versions()->dict: # name to version
     packages = ("self_supervised_bt", "torch", "torchvision", "fastai", "timm")
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
+# %% ../nbs/22_checkpoints.ipynb #a11d3c43
 def run_state(learn:Learner,    # in a fit
               epoch:int,        # the epoch
               done:int,         # its batches that are done
@@ -407,7 +410,8 @@ class Checkpoints(Callback):
     "Save the whole state of a run, and resume it"
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
-    in_fit,stepped,handlers,protected,seconds_before,started,ended = False,False,(),(),0.,0.,None
+    in_fit,stepped,stopped,handlers,protected = False,False,False,(),()
+    seconds_before,started,ended = 0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
     def __init__(self,
                  path:str|Path,      # folder of this run
@@ -426,7 +430,8 @@ class Checkpoints(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
         if not self.run: return
-        self.best,self.stop_signal,self.failed,self.stepped = None,None,None,False
+        self.best,self.stop_signal,self.failed = None,None,None
+        self.stepped,self.stopped = False,False
         self.seconds_before,self.started,self.ended = 0.,time.perf_counter(),None
         self.catch_signals()
         self.check_folder()
@@ -504,6 +509,7 @@ def check_folder(self:Checkpoints):
         raise OSError(f"{self.path} cannot be written to ({e}): choose another folder for the checkpoints") from e
     if not rank_distrib(): remove_unfinished(self.path, "*.pt")   # of a write that was killed
 
+# %% ../nbs/22_checkpoints.ipynb #bc7015dc
 @patch
 def check_monitor(self:Checkpoints):
     "Raise `ValueError` if the Recorder has no column `monitor`"
@@ -553,6 +559,7 @@ def find_newest(self:Checkpoints)->tuple: # file name and state; raises `ValueEr
     raise ValueError(f"none of the {len(files)} checkpoints in {self.path} can be read ({errors[0]}): "
                      "choose another folder to start from scratch")
 
+# %% ../nbs/22_checkpoints.ipynb #58be2907
 @patch
 def read_newest(self:Checkpoints)->dict: # from `run_state`; raises `ValueError`
     "State of the newest checkpoint that rank 0 can read"
@@ -687,6 +694,7 @@ def better_value(self:Checkpoints)->float: # `None` if the epoch is not the best
     sign = 1 if self.mode == "max" else -1
     return float(value) if self.best is None or sign*value > sign*self.best else None
 
+# %% ../nbs/22_checkpoints.ipynb #34251164
 @patch
 def check_same_monitor(self:Checkpoints, state:dict):
     "Raise `ValueError` if best.pt was chosen by another column"
@@ -730,13 +738,14 @@ def release(self:Checkpoints):
     "Restore signal handlers and the Learner after every fit, however it ended"
     for number,handler in self.handlers: signal.signal(number, handler)
     for undo in self.protected: undo()
-    name,caught = self.stop_signal,len(self.handlers) > 0
-    self.handlers,self.protected,self.resumed_from,self.stop_signal = (),(),None,None
+    late = self.handlers and self.stop_signal and not self.stopped
+    self.handlers,self.protected,self.resumed_from = (),(),None
     if self.in_fit: self.ended = time.perf_counter()
     self.in_fit,self.run = False,True
     vars(self.learn).pop("all_batches", None)
-    if name and caught: signal.raise_signal(getattr(signal, name))   # it came after the last checkpoint
+    if late: signal.raise_signal(getattr(signal, self.stop_signal))   # it came after the last checkpoint
 
+# %% ../nbs/22_checkpoints.ipynb #a3f69eaa
 @patch
 def stop_requested(self:Checkpoints,
                    now:bool=False # ask the other ranks now? Otherwise every ten batches
@@ -750,12 +759,11 @@ def stop_requested(self:Checkpoints,
 def stop(self:Checkpoints, name:str):
     "End the process; exit status 75 asks for the run to be started again"
     from_all_ranks(None)   # until rank 0 has written: launchers end the other ranks when the first one ends
-    self.stop_signal = None
+    self.stop_signal,self.stopped = name,True
+    if self.failed: raise SystemExit(f"{name}: {self.failed}")
     said = f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}"
-    if self.failed: said = f"{name}: {self.failed}"
-    if name == "SIGINT": raise KeyboardInterrupt(said)
-    if self.failed: raise SystemExit(said)
     if not rank_distrib(): print(said)
+    if name == "SIGINT": raise KeyboardInterrupt(said)
     raise SystemExit(75)
 
 # %% ../nbs/22_checkpoints.ipynb #f69cb3f9
