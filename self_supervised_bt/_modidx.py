@@ -101,6 +101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'self_supervised_bt/checkpoints.py'),
                                                 'self_supervised_bt.checkpoints.Checkpoints.before_validate': ( 'checkpoints.html#checkpoints.before_validate',
                                                                                                                 'self_supervised_bt/checkpoints.py'),
+                                                'self_supervised_bt.checkpoints.Checkpoints.begin': ( 'checkpoints.html#checkpoints.begin',
+                                                                                                      'self_supervised_bt/checkpoints.py'),
                                                 'self_supervised_bt.checkpoints.Checkpoints.best_value': ( 'checkpoints.html#checkpoints.best_value',
                                                                                                            'self_supervised_bt/checkpoints.py'),
                                                 'self_supervised_bt.checkpoints.Checkpoints.better_value': ( 'checkpoints.html#checkpoints.better_value',

@@ -430,10 +430,7 @@ class Checkpoints(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
         if not self.run: return
-        self.best,self.stop_signal,self.failed = None,None,None
-        self.stepped,self.stopped = False,False
-        self.seconds_before,self.started,self.ended = 0.,time.perf_counter(),None
-        self.catch_signals()
+        self.begin()
         self.check_folder()
         self.check_monitor()
         self.start_or_resume()
@@ -448,6 +445,15 @@ class Checkpoints(Callback):
         self.epoch_start = self.start_of_epoch(self.learn.dl)
     def before_validate(self):
         if self.in_fit: self.random_after_train = from_all_ranks(rng_states())
+
+# %% ../nbs/22_checkpoints.ipynb #573f6c2d
+@patch
+def begin(self:Checkpoints):
+    "Nothing is left of an earlier fit, the clock starts, and signals are caught"
+    self.best,self.stop_signal,self.failed = None,None,None
+    self.stepped,self.stopped = False,False
+    self.seconds_before,self.started,self.ended = 0.,time.perf_counter(),None
+    self.catch_signals()
 
 # %% ../nbs/22_checkpoints.ipynb #81cc2fd6
 def check_mode(monitor:str, # column to monitor, or `None`
