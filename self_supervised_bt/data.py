@@ -209,16 +209,6 @@ def image_files(path:str|Path # folder to search, with its subfolders
     "All image files below `path`, hidden ones left out"
     return L(image_names(path)).map(Path)
 
-# %% ../nbs/01_data.ipynb #f30d9e62
-def folder_labels(files:list # image files
-                 )->tuple:   # (N,) class indices and the classes' names, or (None, None)
-    "Labels from the names of the folders that hold the images, if there are at least two of them"
-    names = [os.path.basename(os.path.dirname(f)) for f in files]
-    classes = sorted(set(names))
-    if len(classes) < 2: return None,None
-    index = {c: i for i,c in enumerate(classes)}
-    return torch.tensor([index[n] for n in names]),classes
-
 # %% ../nbs/01_data.ipynb #771e72e9
 REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
 
@@ -363,6 +353,24 @@ def tiny_imagenet(root, part):
         files = image_files(home/"train")
         names = [f.parent.parent.name for f in files]
     return load_images(files, 64, progress=False),torch.tensor([index[n] for n in names])
+
+# %% ../nbs/01_data.ipynb #b64b0eb6
+DATA_NAMES = ("digits", *KNOWN)
+
+def named_data(data     # a name of `DATA_NAMES`, a folder, or a list
+              )->str|None: # the name, `None` for anything else; raises `ValueError`
+    "The data set that is meant by its name; a `Path` is always a folder"
+    if not isinstance(data, str) or data not in DATA_NAMES: return None
+    if Path(data).is_dir():
+        raise ValueError(f"data={data!r} is the name of a data set, and of a folder here: pass './{data}' "
+                         "for the folder, or start from another folder for the data set")
+    return data
+
+def data_as_text(data:str|Path # name or folder
+                )->str:        # what `named_data` understands in the same way
+    "Name or folder as text: a `Path` with the name of a data set stays a folder"
+    text = str(data)
+    return f"./{text}" if isinstance(data, Path) and text in DATA_NAMES else text
 
 # %% ../nbs/01_data.ipynb #05d90d4a
 def known_images(name:str,          # "cifar10", "cifar100", "stl10" or "tinyimagenet"

@@ -8,6 +8,8 @@ __all__ = ['check_images', 'unlabelled_dls', 'bad_images', 'labelled_dls']
 # %% ../nbs/02_folders.ipynb #f8a35d6b
 import csv
 import os
+import re
+import warnings
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import IntToFloatTensor
+from fastai.data.transforms import CategoryMap, IntToFloatTensor
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastcore.basics import patch
@@ -33,7 +35,6 @@ from self_supervised_bt.data import (
     check_size,
     device_or_default,
     digest,
-    folder_labels,
     image_files,
     image_names,
     in_chunks,
@@ -43,6 +44,107 @@ from self_supervised_bt.data import (
     split_indices,
     train_valid_dls,
 )
+
+# %% ../nbs/02_folders.ipynb #03c6d0fa
+def evenly_spaced(items:list,  # anything with a length
+                  n:int        # the most to take
+                 )->list:      # `items` if they are fewer
+    "Up to `n` items, evenly spaced from the first to the last"
+    idxs = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
+    return [items[int(i)] for i in idxs]
+
+GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"}   # Pillow's names
+
+def size_and_channels(files:list # image files
+                     )->tuple:   # median of the shorter sides, pixels; channels; raises `ValueError`
+    "Size and channels of the images, from 200 files evenly spaced over the list: 1 if all are grey, otherwise 3"
+    sides,modes = [],set()
+    for f in evenly_spaced(files, 200):
+        try:
+            with open_image(f) as im:
+                sides.append(min(im.size))
+                modes.add(im.mode)
+        except BadImage: continue   # it will be in the list of broken files
+    if not sides:
+        raise ValueError(f"none of the {len(files)} files can be read as an image, e.g. {files[0]}: "
+                         "pass a folder of images")
+    n_in = 1 if modes <= GREY_MODES else 3
+    return sorted(sides)[len(sides)//2],n_in
+
+def kept_size(size:int, # of the views, pixels; `None` for that of the images
+              side:int  # median of the images' shorter sides, pixels
+             )->int:    # pixels
+    "Size at which images are kept: a third larger than the views, if the images are that large"
+    size = size or side
+    return max(size, min(side, round(size*4/3)))
+
+# %% ../nbs/02_folders.ipynb #1e32388e
+def folder_of_all(files # file names
+                 )->str: # with a separator at the end, or empty
+    "The folder that all files have in common"
+    if not len(files): return ""
+    shared = os.path.commonprefix([min(files), max(files)])   # what these two share, all share
+    return shared[:shared.rfind(os.sep) + 1]
+
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
+def check_classes(classes:list, # names of folders
+                  folder:str    # that holds them
+                 )->None:       # raises `ValueError`
+    "Raise if the folders are the parts of a data set"
+    if {c.lower() for c in classes} <= PARTS:
+        raise ValueError(f"{folder} holds {', '.join(classes)}, which are parts of a data set and no classes: pass one "
+                         f"of them, e.g. {folder}{classes[0]}, or labels='innermost'")
+
+def some_names(names # of anything
+              )->str:
+    "The first few names in one line"
+    names = list(names)
+    return ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
+
+# %% ../nbs/02_folders.ipynb #fb773e05
+LEVELS = ("outermost", "innermost")
+
+def labelled_files(files:list,           # image files
+                   level:str="outermost" # which folder names the class, one of `LEVELS`
+                  )->tuple:              # files, (N,) class indices and the classes' names; (files, None, None) without
+    "The files in class folders, and their labels if there are at least two classes; raises `ValueError`"
+    check_choice("labels", level, (False, True, *LEVELS))
+    texts = [str(f) for f in files]
+    folder = folder_of_all(texts)
+    folders = [t[len(folder):].split(os.sep)[:-1] for t in texts]   # below the common one, outermost first
+    at,other = (-1, 0) if level == "innermost" else (0, -1)
+    classes = sorted({parts[at] for parts in folders if parts})
+    if len(classes) < 2: return files,None,None
+    check_classes(classes, folder)
+    index = {c: i for i,c in enumerate(classes)}
+    kept = [f for f,parts in zip(files, folders) if parts]
+    y = torch.tensor([index[parts[at]] for parts in folders if parts])
+    say_what_was_taken(folders, at, other, classes, folder)
+    return kept,y,CategoryMap(classes, sort=False)
+
+def say_what_was_taken(folders, at, other, classes, folder)->None:
+    "Warn of images without a label, and of folders that could have been the classes as well"
+    strays = sum(not parts for parts in folders)
+    if strays: warnings.warn(f"{strays} image(s) in {folder} beside the class folders {some_names(classes)} "
+                             "have no label and are left out")
+    others = sorted({parts[other] for parts in folders if parts and parts[at] != parts[other]})
+    if others: warnings.warn(f"the {len(classes)} classes are {some_names(classes)}, the {LEVELS[-at]} folders below "
+                             f"{folder}; labels='{LEVELS[-other]}' would take {some_names(others)}")
+
+# %% ../nbs/02_folders.ipynb #a2520eba
+ALBUM = re.compile(r"(19|20)\d\d([^\d].*)?$|(19|20)\d{6}|\d{3}[A-Z0-9_]{5}$")   # 2020, 2020-07 sea, 20200714, 100CANON
+
+def class_folders(files:list # image files
+                 )->tuple:   # files, and the names of the classes, `None` without
+    "The files in class folders and the classes; all files and `None` if there are none or they look like albums"
+    kept,_,classes = labelled_files(files)
+    if classes is None: return files,None
+    albums = sum(bool(ALBUM.match(c)) for c in classes)
+    if 2*albums < len(classes) <= len(files)/2: return kept,classes
+    warnings.warn(f"the {len(classes)} folders {some_names(classes)} look like albums and not like classes: "
+                  "their names are not taken for labels")
+    return files,None
 
 # %% ../nbs/02_folders.ipynb #05f58cb4
 class ImageReport:
@@ -118,6 +220,7 @@ class FileNames:
     def take(self, idxs:Tensor): # which ones
         "Some of the names, in the same block"
         new = object.__new__(FileNames)
+        idxs = np.asarray(idxs)   # a tensor of one element would give a number
         new.block,new.starts,new.ends = self.block,self.starts[idxs],self.ends[idxs]
         return new
 
@@ -137,7 +240,7 @@ class ImageFiles:
         self.files = files if isinstance(files, FileNames) else FileNames(files)
         self.size,self.n_in,self.y,self.vocab,self.split_idx,self.bad = size,n_in,y,vocab,split_idx,bad
         self.kind = TensorImageBW if n_in == 1 else TensorImage
-        self.c = len(vocab or [])
+        self.c = 0 if vocab is None else len(vocab)
         self.loss_func = loss_for_labels(y)
         self.codes = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
     @contextmanager
@@ -206,13 +309,6 @@ def load_state_dict(self:ImageFiles, state:dict): # from `state_dict`
     self.codes[state["rows"]] = state["codes"]
 
 # %% ../nbs/02_folders.ipynb #543964ea
-def folder_of_all(files # file names
-                 )->str: # with a separator at the end, or empty
-    "The folder that all files have in common"
-    if not len(files): return ""
-    shared = os.path.commonprefix([min(files), max(files)])   # what these two share, all share
-    return shared[:shared.rfind(os.sep) + 1]
-
 def bytes_in(file:str # file name
             )->int:   # -1 if it cannot be read
     "Size of a file"
@@ -236,15 +332,14 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
                    num_workers:int=None,# worker processes; one per core (at most 16 and one per batch) if not given
                    n_in:int=3,          # channels: 3 for RGB, 1 for grey
                    bad:str="skip",      # broken files: "skip" lists them and uses the next file, "raise" stops
-                   labels:bool=False,   # with the names of their folders as labels?
+                   labels:bool|str=False, # with the names of folders as labels? "outermost" (if True) or "innermost"
                    batch_tfms:list=None,# fastai transforms of the batch: for classifiers only
                    device=None          # where batches go; fastai's default device if not given
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over image files, read as they are needed; with labels if `labels=True`"
     check_size(size, n_in)
     check_choice("bad", bad, ("skip", "raise"))
-    files = listed_files(items)
-    y,vocab = labels_of(files) if labels else (None, None)
+    files,y,vocab = files_and_labels(items, labels)
     names = FileNames(files)
     idxs = split_indices(len(names), valid_pct, seed)
     if len(idxs[0]) < bs:
@@ -258,13 +353,16 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
     return train_valid_dls(make_dl, idxs, device)
 
 # %% ../nbs/02_folders.ipynb #c8bfe547
-def labels_of(files:list # image files
-             )->tuple:   # (N,) class indices and the classes' names; raises `ValueError`
-    "Labels from the names of folders; at least two folders are needed"
-    y,vocab = folder_labels(files)
+def files_and_labels(items:str|Path|list, # folder, or image files
+                     labels:bool|str      # as for `unlabelled_dls`
+                    )->tuple:             # files, (N,) class indices and the classes' names; raises `ValueError`
+    "Image files, and labels if asked for"
+    files = listed_files(items)
+    if not labels: return files,None,None
+    files,y,vocab = labelled_files(files, "outermost" if labels is True else labels)
     if y is None:
         raise ValueError("labels=True needs images in at least two folders, whose names are the labels: got one")
-    return y,vocab
+    return files,y,vocab
 
 def workers_for(n:int, # files
                 bs:int # images per batch
@@ -288,17 +386,19 @@ def labelled_dls(data:str|Path,       # folder with one folder of images per cla
                  n_in:int=3,          # channels: 3 for RGB, 1 for grey
                  test:str|Path=None,  # folder of test images, with the same classes; a share is held out if not given
                  valid_pct:float=.2,  # that share
-                 num_workers:int=None # worker processes
+                 num_workers:int=None,# worker processes
+                 labels:str="outermost" # which folder names the class, "outermost" or "innermost"
                 )->DataLoaders:       # training images, and test images
     "Labelled images for an evaluation"
     def read(path, valid_pct):
         files = image_files(path)
         bs = min(256, max(1, int(len(files)*(1 - valid_pct))))
-        return unlabelled_dls(files, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=True, num_workers=num_workers)
+        return unlabelled_dls(files, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=labels,
+                              num_workers=num_workers)
     if not test: return read(data, valid_pct)
     train = read(data, 0).train
     tests = read(test, 0).train
-    classes,test_classes = train.dataset.vocab,tests.dataset.vocab
+    classes,test_classes = list(train.dataset.vocab),list(tests.dataset.vocab)
     if test_classes != classes:
         raise ValueError(f"test={str(test)!r} has the classes {test_classes}, and {data} has {classes}: "
                          "they must be the same")

@@ -23,7 +23,6 @@ from fastai.learner import Learner
 from fastai.torch_core import find_bs, num_distrib, rank_distrib, set_seed
 from fastcore.basics import first
 from fastcore.foundation import L
-from PIL import Image
 from torch import Tensor, nn
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
@@ -31,13 +30,13 @@ from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
 from .core import check_choice, undisturbed
 from self_supervised_bt.data import (
-    KNOWN,
+    data_as_text,
     digits_dls,
     digits_images,
-    folder_labels,
     image_files,
     known_dls,
     load_images,
+    named_data,
     tensor_dls,
 )
 from self_supervised_bt.diagnostics import (
@@ -63,7 +62,16 @@ from self_supervised_bt.evaluation import (
     positive_pair_accuracy,
     unlabelled_table,
 )
-from .folders import bad_images, check_images, labelled_dls, unlabelled_dls
+from self_supervised_bt.folders import (
+    bad_images,
+    check_images,
+    class_folders,
+    files_and_labels,
+    kept_size,
+    labelled_dls,
+    size_and_channels,
+    unlabelled_dls,
+)
 from .fused import image_batch
 from .guard import NonFiniteGuard
 from .losses import cross_correlation
@@ -73,31 +81,6 @@ from .training import Autocast
 from .weights import export_timm, load_encoder, save_encoder
 
 # %% ../nbs/50_runs.ipynb #0a080854
-def size_and_channels(files:list # image files
-                     )->tuple:   # median of the shorter sides, pixels; channels; raises `ValueError`
-    "Size and channels of the images, from the first 32 that can be read"
-    sides,modes = [],set()
-    for f in files:
-        try:
-            with Image.open(f) as im:
-                sides.append(min(im.size))
-                modes.add(im.mode)
-        except Exception: continue   # it will be in the list of broken files
-        if len(sides) == 32: break
-    if not sides:
-        raise ValueError(f"none of the {len(files)} files can be read as an image, e.g. {files[0]}: "
-                         "pass a folder of images")
-    n_in = 1 if modes <= {"1", "L"} else 3
-    return sorted(sides)[len(sides)//2],n_in
-
-def kept_size(size:int, # of the views, pixels; `None` for that of the images
-              side:int  # median of the images' shorter sides, pixels
-             )->int:    # pixels
-    "Size at which images are kept: a third larger than the views, if the images are that large"
-    size = size or side
-    return max(size, min(side, round(size*4/3)))
-
-# %% ../nbs/50_runs.ipynb #c74cc013
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
             recipe:Recipe,        # for the size of views and batches
             valid_pct:float=.05,  # share of the images kept for validation
@@ -109,14 +92,15 @@ def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or 
            )->DataLoaders:
     "The images of a run"
     args = dict(bs=recipe.bs//max(1, num_distrib()), valid_pct=valid_pct, seed=seed)
-    if isinstance(data, str) and data == "digits": return digits_dls(labels=labels, **args)
-    if isinstance(data, str) and data in KNOWN: return known_dls(data, labels=labels, **args)
+    name = named_data(data)
+    if name == "digits": return digits_dls(labels=labels, **args)
+    if name: return known_dls(name, labels=labels, **args)
     files = image_files(data) if isinstance(data, (str, Path)) else data
     side,n_in = size_and_channels(files)
     size = kept_size(recipe.size, side)
     if not in_memory:
         return unlabelled_dls(files, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
-    y = folder_labels(files)[0] if labels else None
+    files,y,_ = files_and_labels(files, labels)
     x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
     return tensor_dls(x, y, **args)
 
@@ -234,7 +218,8 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     "Train an encoder without labels, with checkpoints from which the run can resume"
     out = Path(out)
     setup_ranks()
-    s = run_settings(out, resume, data=data and str(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
+    data = data and data_as_text(data)
+    s = run_settings(out, resume, data=data, recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
                      half=half, changes=kwargs)
     set_seed(s["seed"])
     dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"])
@@ -371,7 +356,7 @@ def short_run(data:str|Path="digits", # folder of images, or "digits"
              )->ShortRun:             # raises `OSError` or `ValueError`
     "Images, and settings for their size and number"
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
-    run = digits_run(labels) if data == "digits" else folder_run(str(data), labels, kwargs.get("size"))
+    run = digits_run(labels) if named_data(data) == "digits" else folder_run(str(data), labels, kwargs.get("size"))
     return run._replace(recipe=run.recipe.changed(**kwargs))
 
 # %% ../nbs/50_runs.ipynb #527e9ebd
@@ -390,11 +375,11 @@ def folder_run(folder:str,    # folder of images
     checked = check_images(folder, full=True)
     files = checked.good
     side,_ = size_and_channels(files or checked.names)
+    files,classes = class_folders(files) if labels else (files, None)
     n = len(files)
     if n < 20:
         raise ValueError(f"{folder} holds {n} image(s), at least 20 are needed to train on some and test on others")
     n_test = min(2000, n//5)
-    classes = folder_labels(files)[1] if labels else None
     recipe = get_recipe("cifar", name="folder", arch_args={}, small_stem=False, lmb=5e-3, scale_lr=False,
                         size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
                         epochs=max(5, min(60, 150_000//n)))

@@ -27,18 +27,20 @@ from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import (
     TINY_IMAGENET,
     BadImage,
+    data_as_text,
     digits_dls,
     digits_images,
-    folder_labels,
     hold_out,
     image_files,
     known_dls,
     known_images,
     load_images,
+    named_data,
     read_image,
     tensor_dls,
 )
 from self_supervised_bt.evaluation import encode
+from self_supervised_bt.folders import labelled_files
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
 
@@ -80,6 +82,16 @@ def test_digits_dls_have_images_only():
     assert len(digits_dls(labels=True, device="cpu").one_batch()) == 2
 
 
+def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [named_data(d) for d in ("digits", "cifar10", "./digits", Path("digits"), "photos", ["a.png"])] == [
+        "digits", "cifar10", None, None, None, None]
+    (tmp_path/"cifar10").mkdir()
+    with pytest.raises(ValueError, match="of a folder here: pass './cifar10'"): named_data("cifar10")
+    as_text = [data_as_text(d) for d in (Path("cifar10"), "./cifar10", "digits", tmp_path/"cifar10")]
+    assert [named_data(t) for t in as_text] == [None, None, "digits", None] and Path(as_text[0]).is_dir()
+
+
 def test_split_is_complete_and_reproducible():
     x, y = digits_images()
     a, b = hold_out(x, y, 300, seed=1), hold_out(x, y, 300, seed=1)
@@ -92,7 +104,7 @@ def test_folder(folder):
     files = image_files(folder)
     x = load_images(files, 16, progress=False)
     assert x.shape == (40, 3, 16, 16) and x.dtype == torch.uint8
-    y, classes = folder_labels(files)
+    _, y, classes = labelled_files(files)
     assert classes == ["dark", "light"] and y.bincount().tolist() == [20, 20]
     assert x[y == 0].float().mean() < 80 < 170 < x[y == 1].float().mean()        # rows and files match
 

@@ -2,6 +2,7 @@
 import csv
 import pickle
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,20 @@ from fastai.distributed import DistributedDL
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
 from PIL import Image, ImageFile
+from torchvision.datasets import ImageFolder
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.data import BadImage
-from self_supervised_bt.folders import FileNames, bad_images, check_images, unlabelled_dls
+from self_supervised_bt.folders import (
+    FileNames,
+    bad_images,
+    check_images,
+    class_folders,
+    files_and_labels,
+    size_and_channels,
+    unlabelled_dls,
+)
 
 
 def spoil(root, files):
@@ -129,6 +139,69 @@ def test_identity_is_of_names_and_sizes_not_of_places(wild, tmp_path, monkeypatc
     assert len({first, changed, identity(tmp_path/"moved")}) == 3
 
 
+def pictures(root, names, colour=7):
+    "Small images of these names"
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(root/name)
+
+
+def labels_of(root, labels=True):
+    "The classes of a folder, the label of each file, and what was said"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        files, y, vocab = files_and_labels(root, labels)
+    return list(vocab), {Path(f).relative_to(root).as_posix(): vocab[i] for f, i in zip(files, y)}, \
+        " ".join(str(w.message) for w in said)
+
+
+def test_the_class_is_the_outermost_folder_as_in_torchvision(tmp_path):
+    names = [f"{animal}/{year}/{i}.png" for animal in ("cat", "dog") for year in (2020, 2021) for i in range(2)]
+    pictures(tmp_path, names)
+    classes, labels, said = labels_of(tmp_path)
+    assert classes == ImageFolder(tmp_path).classes and labels == {n: n.split("/")[0] for n in names}
+    assert "classes are cat, dog" in said and "labels='innermost' would take 2020, 2021" in said
+    classes, labels, said = labels_of(tmp_path, "innermost")
+    assert classes == ["2020", "2021"] and labels == {n: n.split("/")[1] for n in names} and "cat, dog" in said
+
+
+def test_an_image_beside_the_class_folders_is_no_class(tmp_path):
+    pictures(tmp_path, ["cat/1.png", "cat/2.png", "dog/1.png", "overview.png", "zebra.png"])
+    classes, labels, said = labels_of(tmp_path)
+    assert classes == ImageFolder(tmp_path).classes and len(labels) == 3 and "2 image(s)" in said
+    dls = unlabelled_dls(tmp_path, 8, bs=1, valid_pct=0, labels=True, num_workers=0, device="cpu")
+    assert len(dls.train_ds) == 3 and dls.c == 2
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path):
+    pictures(tmp_path, [f"{part}/{c}/1.png" for part in ("train", "val") for c in "ab"])
+    with pytest.raises(ValueError, match="train, val, which are parts"): files_and_labels(tmp_path, True)
+    assert labels_of(tmp_path/"train")[0] == labels_of(tmp_path, "innermost")[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("names", [["2019", "2020 sea", "2021-07"], ["100CANON", "101CANON"], ["20200701", "people"]])
+def test_albums_are_not_taken_for_classes(tmp_path, names):
+    files = [f"p/{name}/{i}.jpg" for name in names for i in range(9)]
+    with pytest.warns(UserWarning, match="look like albums"): assert class_folders(files) == (files, None)
+    classes = [f"p/{name}/{i}.jpg" for name in ("0", "1945a", "n02099601") for i in range(9)]
+    assert list(class_folders(classes)[1]) == ["0", "1945a", "n02099601"]
+
+
+def test_colour_is_looked_for_in_all_files(tmp_path):
+    for i in range(240): Image.new("L", (8, 9)).save(tmp_path/f"a{i:03}.png")
+    assert size_and_channels(sorted(tmp_path.iterdir())) == (8, 1)
+    for i in range(3): Image.new("RGB", (8, 8)).save(tmp_path/f"b{i:03}.png")
+    assert size_and_channels(sorted(tmp_path.iterdir())) == (8, 3)
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path/"a.png")
+    assert size_and_channels([tmp_path/"a.png", tmp_path/"a000.png"]) == (9, 1)   # 16 bits of grey
+
+
+def test_one_file_is_enough_to_validate_with(tmp_path):
+    pictures(tmp_path, [f"{i:02}.png" for i in range(12)])
+    dls = unlabelled_dls(tmp_path, 8, bs=4, num_workers=0, device="cpu")
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (11, 1) and len(dls.valid.one_batch()[0]) == 1
+
+
 def test_labels_are_those_of_the_images_used(folder):
     last = (33, 35, 37, 39)   # of their class: the next images are light
     for i in last: (folder/f"dark/{i}.png").write_bytes(b"")
@@ -234,10 +307,10 @@ def test_invalid_arguments_raise(wild, folder, tmp_path):
     root = wild[0]
     right = dict(size=8, bs=16, device="cpu")
     wrong = [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
-             (dict(size=0), "size must"), (dict(n_in=4), "n_in must"),
-             (dict(labels=True, bs=8), "at least two folders")]
+             (dict(size=0), "size must"), (dict(n_in=4), "n_in must"), (dict(labels="inner"), "labels must be")]
     for kwargs, words in wrong:
         with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{**right, **kwargs})
+    with pytest.raises(ValueError, match="at least two folders"): unlabelled_dls(root/"a", 8, bs=8, labels=True)
     with pytest.raises(FileNotFoundError, match="not a folder"): unlabelled_dls(tmp_path/"nowhere", 8)
     (tmp_path/"none").mkdir()
     with pytest.raises(ValueError, match="no image files"): unlabelled_dls(tmp_path/"none", 8)
