@@ -103,6 +103,7 @@ def as_images(images # tensor, NumPy array, or a list of images of one shape
     raise ValueError(f"data must be images (N,C,H,W), got a {type(images).__name__}{of}{shapes}: read files with "
                      "load_images(files, size), or pass a loader, e.g. unlabelled_dls(files, size).valid")
 
+# %% ../nbs/30_evaluation.ipynb #93b60423
 def as_labels(y # tensor, NumPy array or list
              )->Tensor: # raises `ValueError`
     "Labels as one tensor"
@@ -125,6 +126,7 @@ def as_data(data # as for `encode`
 
 def is_pair(data): return isinstance(data, tuple)
 
+# %% ../nbs/30_evaluation.ipynb #d42d7031
 def check_not_empty(n):
     "Raises ValueError if there are no images"
     if n == 0: raise ValueError("data holds no images, there is nothing to encode")
@@ -139,7 +141,7 @@ def count_images(data     # from `as_data`, a loader from `in_order`
         raise ValueError(f"data has {n} images and {len(data[1])} labels, one label per image is needed")
     return n
 
-# %% ../nbs/30_evaluation.ipynb #93b60423
+# %% ../nbs/30_evaluation.ipynb #6d64ce9c
 AUGMENTS = re.compile(r"torchvision\..*(Random|ColorJitter|AutoAugment|RandAugment|TrivialAugment|AugMix)")
 
 def torch_in_order(dl, dataset): # PyTorch's loader; the images it reads
@@ -160,6 +162,7 @@ def torch_in_order(dl, dataset): # PyTorch's loader; the images it reads
                               pin_memory=dl.pin_memory, timeout=dl.timeout, worker_init_fn=dl.worker_init_fn,
                               generator=torch.Generator())   # so that no generator of the user's is used
 
+# %% ../nbs/30_evaluation.ipynb #b31e5cb9
 def in_order(dl # a loader, fastai's or PyTorch's, or a stream of batches
             ):  # one that gives all its images once and in order; raises `ValueError`
     "A copy of a loader without shuffling, without dropping, that leaves out broken files"
@@ -221,6 +224,7 @@ def placement(net:nn.Module # perhaps without parameters
     p = first(p for p in net.parameters() if p.is_floating_point())
     return (torch.device("cpu"), torch.float32) if p is None else (p.device, p.dtype)
 
+# %% ../nbs/30_evaluation.ipynb #033f7837
 def expects_unit_range(model,         # a Learner, a `BarlowTwinsModel` or an encoder
                        clean:Pipeline # size and normalisation of its images
                       )->bool:
@@ -328,6 +332,7 @@ def several_classes(name:str, # of the argument
     if len(classes) > 1: return y
     raise ValueError(f"{name} has {len(classes)} class {classes} in all {len(y)} rows, at least 2 classes are needed")
 
+# %% ../nbs/30_evaluation.ipynb #8d086f20
 def classes_of(y): return set(y.unique().tolist() if y.ndim == 1 else (y > 0).any(0).nonzero()[:,0].tolist())
 
 def check_known_classes(name:str, y:Tensor, other:str, y2:Tensor):
@@ -540,6 +545,7 @@ def split_rows(h, y, held_out): # (fit_h, fit_y, val_h, val_y)
     keep = torch.ones(len(h), dtype=torch.bool, device=h.device).index_fill_(0, held_out, False)
     return h[keep],y[keep],h[held_out],y[held_out]
 
+# %% ../nbs/30_evaluation.ipynb #59ae4a86
 def search_C(h, y, Cs, parts):
     "The best of `Cs` and of its neighbours half a power of ten away, by the loss on held-out parts; and all losses"
     n = count_classes(y)
@@ -570,7 +576,7 @@ def choose_C(h, y, Cs, part, seed):
     if n < 20: raise ValueError(f"h has {n} rows, too few to choose C on a part of them: give one, e.g. Cs=(1.,)")
     return search_C(h, y, Cs, held_out_parts(y, part, seed))
 
-# %% ../nbs/30_evaluation.ipynb #59ae4a86
+# %% ../nbs/30_evaluation.ipynb #ec65d5b7
 def check_zeros_and_ones(name, y):
     "Raises ValueError if `y` (N,classes) holds anything but zeros and ones, or no 1"
     if ((y != 0) & (y != 1)).any():
@@ -585,6 +591,7 @@ def probe_labels(name, y): # class indices (N,) int64, or zeros and ones (N,clas
     check_zeros_and_ones(name, y)
     return y
 
+# %% ../nbs/30_evaluation.ipynb #0a25aec0
 def check_probe_rows(h, y, h_val, y_val):
     "Raises ValueError if a linear probe cannot learn from `(h, y)`, or be tested on `(h_val, y_val)`"
     for name,rows,labels in (("h", h, y), ("h_val", h_val, y_val)):
@@ -699,6 +706,7 @@ def with_number_of_samples(table, samples): # the same table
     "Percent, and over how many samples, above the names of the rows"
     return table.rename_axis(columns=f"% (mean ± std of {samples} samples)" if samples > 1 else "% (1 sample)")
 
+# %% ../nbs/30_evaluation.ipynb #536e1fa8
 def label_row(h, h_test, y, y_test, labels, samples, k):
     "kNN and k-shot accuracy of one representation, in percent; more labels than the smallest class has are left out"
     row = {f"kNN (k={k})": f"{100*knn_accuracy(h_test, y_test, h, y, k=k):.1f}"}
@@ -815,13 +823,6 @@ class OnlineEvaluation(Callback):
         if probe: self.columns.append(Column("linear_accuracy"))
         self.seconds = []
         self.start = time.perf_counter()
-    def state_dict(self): # for a run's checkpoint
-        return dict(values=[c.value for c in self.columns], seconds=list(self.seconds),
-                    elapsed=time.perf_counter() - self.start)
-    def load_state_dict(self, state): # in a fit that resumes: what was measured last, and what measuring cost so far
-        for column,value in zip(self.columns, state["values"]): column.value = value
-        self.seconds = list(state["seconds"])
-        self.start = time.perf_counter() - state["elapsed"]
     def before_fit(self):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
@@ -858,6 +859,19 @@ def measure(self:OnlineEvaluation):
     if self.probe: values.append(half_probe(h, y, self.C))
     for column,value in zip(self.columns, values): column.value = value
     self.seconds.append(time.perf_counter() - start)
+
+@patch
+def state_dict(self:OnlineEvaluation)->dict: # for a run's checkpoint
+    "The last values of the columns, and the time that measuring took so far"
+    elapsed = time.perf_counter() - self.start
+    return dict(values=[c.value for c in self.columns], seconds=list(self.seconds), elapsed=elapsed)
+
+@patch
+def load_state_dict(self:OnlineEvaluation, state:dict): # from `state_dict`
+    "Continue the columns and the clock of a fit that resumes"
+    for column,value in zip(self.columns, state["values"]): column.value = value
+    self.seconds = list(state["seconds"])
+    self.start = time.perf_counter() - state["elapsed"]
 
 @patch(as_prop=True)
 def cost(self:OnlineEvaluation): # between 0 and 1
