@@ -807,6 +807,7 @@ def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views o
 class OnlineEvaluation(Callback):
     "kNN and linear accuracy on a labelled subset, as columns of the Recorder"
     run_valid = False
+    before,epochs_measured = {},()   # values before the training, and the epochs after which others were measured
     def __init__(self,
                  data,            # labelled images: (images, labels), or a data loader
                  every:int=1,     # epochs between measurements; the first and the last epoch are always measured
@@ -827,12 +828,14 @@ class OnlineEvaluation(Callback):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
         self.measure()   # raises before the training what would fail after an epoch
-        self.seconds = []
+        self.seconds,self.epochs_measured = [],[]
         self.start = time.perf_counter()
+        self.before = {column.name: float(column.value) for column in self.columns}
         add_columns(self.learn, self.columns)
     def after_train(self):
         last = self.epoch == self.n_epoch - 1
         if self.epoch % self.every and not last: return
+        self.epochs_measured.append(self.epoch)
         try: self.measure()
         except Exception as e:   # training goes on: weights are worth more than a number
             warnings.warn(f"the online evaluation failed after epoch {self.epoch} ({type(e).__name__}: {e}); "
@@ -864,13 +867,14 @@ def measure(self:OnlineEvaluation):
 def state_dict(self:OnlineEvaluation)->dict: # for a run's checkpoint
     "The last values of the columns, and the time that measuring took so far"
     elapsed = time.perf_counter() - self.start
-    return dict(values=[c.value for c in self.columns], seconds=list(self.seconds), elapsed=elapsed)
+    return dict(values=[c.value for c in self.columns], before=dict(self.before), seconds=list(self.seconds),
+                epochs_measured=list(self.epochs_measured), elapsed=elapsed)
 
 @patch
 def load_state_dict(self:OnlineEvaluation, state:dict): # from `state_dict`
     "Continue the columns and the clock of a fit that resumes"
     for column,value in zip(self.columns, state["values"]): column.value = value
-    self.seconds = list(state["seconds"])
+    for name in ("before", "seconds", "epochs_measured"): setattr(self, name, state[name])
     self.start = time.perf_counter() - state["elapsed"]
 
 @patch(as_prop=True)

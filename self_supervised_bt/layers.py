@@ -8,6 +8,7 @@ __all__ = ['PoolingType', 'create_encoder', 'create_mlp_module']
 # %% ../nbs/12_layers.ipynb #2bb51950
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
@@ -18,14 +19,17 @@ import torchvision.models as tvm
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.vision.models import xresnet
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-from .core import check_choice, check_positive_int, undisturbed
+from .core import check_choice, check_positive_int, rng_states, set_rng_states, undisturbed
 
 # %% ../nbs/12_layers.ipynb #01b95d9c
 def encoder_channels(encoder:nn.Module # images to representations
                     )->int|None:       # channels of its first convolution, `None` if it has none
     "How many channels an encoder takes"
     return next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+
+def _height_width(size): return (size, size) if isinstance(size, int) else tuple(size)
 
 def _probe_sizes(encoder):
     "Image sizes to try: those the encoder declares, then common ones"
@@ -34,19 +38,20 @@ def _probe_sizes(encoder):
     declared = [getattr(patch_embed, "img_size", None), getattr(encoder, "image_size", None)]
     pretrained = tuple(cfg.get("input_size", ()))[1:]
     sizes = [*declared, 64, 128, pretrained, 224, 256, 299, 384, 96, 32, 28]
-    return [(s, s) if isinstance(s, int) else tuple(s) for s in sizes if s]
+    return [_height_width(s) for s in sizes if s]
 
 # %% ../nbs/12_layers.ipynb #77dd9a51
-def encoder_width(encoder:nn.Module # images (B,C,H,W) to representations (B,F)
+def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
+                  size:int|tuple=None # of the images, pixels; several are tried if not given
                  )->int:            # F; raises `ValueError`
     "Width of the representation; weights, statistics, modes and random state stay as they are"
     like = next(encoder.parameters(), torch.zeros(()))
     n_in = encoder_channels(encoder)
     channels = (3, 1) if n_in is None else (n_in,)
-    shapes = [(1, c, *size) for c in channels for size in _probe_sizes(encoder)]
+    sizes = _probe_sizes(encoder) if size is None else [_height_width(size)]
     errors = []
     with undisturbed(encoder):
-        for shape in shapes:
+        for shape in [(1, c, *hw) for c in channels for hw in sizes]:
             x = torch.zeros(shape, device=like.device, dtype=like.dtype)
             try: h = encoder(x)
             except Exception as e: errors.append(f"{shape}: {e}")
@@ -80,7 +85,7 @@ def _pool_layer(pool_type):
 
 def _warn_own_pool(arch, pool_type):
     message = f"{arch} cannot pool with PoolingType.{pool_type.name}: its own pooling is used instead"
-    warnings.warn(message, stacklevel=4)   # where `create_encoder` is called
+    warnings.warn(message, stacklevel=5)   # where `create_encoder` is called
 
 # %% ../nbs/12_layers.ipynb #df0ccf8a
 _xresnets = {n: getattr(xresnet, n) for n in xresnet.__all__ if n.startswith("x") and n != "xresnet"}
@@ -88,7 +93,7 @@ _xresnets = {n: getattr(xresnet, n) for n in xresnet.__all__ if n.startswith("x"
 def _fastai_encoder(arch, pretrained, n_in, pool_type, **kwargs):
     make = _xresnets[arch]
     if pretrained and arch != "xresnet50":
-        warnings.warn(f"fastai has no pretrained weights for {arch}: random weights are used instead", stacklevel=3)
+        warnings.warn(f"fastai has no pretrained weights for {arch}: random weights are used instead", stacklevel=4)
         pretrained = False
     if pretrained: body = set_channels(make(pretrained=True, **kwargs), n_in, pretrained=True)
     else: body = make(c_in=n_in, **kwargs)
@@ -113,20 +118,20 @@ def set_channels(model:nn.Module,      # its first convolution takes RGB
     return model
 
 # %% ../nbs/12_layers.ipynb #9a03c9a5
-def _torchvision_encoder(arch, pretrained, n_in, pool_type, **kwargs):
-    if arch in ("googlenet", "inception_v3"): kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
-    model = tvm.get_model(arch, weights="DEFAULT" if pretrained else None, **kwargs)
-    model = set_channels(model, n_in, pretrained)
-    if n_in != 3 and hasattr(model, "transform_input"): model.transform_input = False   # it rescales R, G and B
-    if isinstance(model, tvm.VisionTransformer):
-        model.heads = nn.Identity()
-        _warn_own_pool(arch, pool_type)
-        return model
-    if not hasattr(model, "avgpool"): return _from_parts(model, pool_type)
-    model.avgpool = _pool_layer(pool_type)
-    heads = {"fc", "classifier", "head", "dropout"} & dict(model.named_children()).keys()
-    for head in heads: setattr(model, head, nn.Flatten())
-    return model
+class _HalvesNorm(nn.Module):
+    "A LayerNorm over the channels of pooled maps (B,C) or (B,2C), of averages and maxima each by itself"
+    def __init__(self, norm):
+        super().__init__()
+        self.weight,self.bias,self.eps = norm.weight,norm.bias,norm.eps
+    def forward(self, h):
+        norm = partial(layer_norm, normalized_shape=self.weight.shape, weight=self.weight, bias=self.bias, eps=self.eps)
+        return torch.cat([norm(half) for half in h.split(len(self.weight), dim=1)], dim=1)
+
+def _without_classifier(classifier):
+    "The normalisation of a classifier if it begins with one, under the name it has there, otherwise no layer"
+    layers = classifier.named_children()
+    norms = OrderedDict((name, _HalvesNorm(m)) for name,m in layers if isinstance(m, nn.LayerNorm))
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **norms))
 
 def _from_parts(model, pool_type):
     "Rebuild densenet, mobilenet_v2, mnasnet, shufflenet, squeezenet or maxvit, which pool inside `forward`"
@@ -135,7 +140,41 @@ def _from_parts(model, pool_type):
         if name in ("classifier", "fc"): continue
         parts[name] = nn.Sequential(*m) if isinstance(m, nn.ModuleList) else m
     if isinstance(model, tvm.DenseNet): parts["relu"] = nn.ReLU(inplace=True)
-    return nn.Sequential(OrderedDict(**parts, pool=_pool_layer(pool_type), flatten=nn.Flatten()))
+    head = _without_classifier(getattr(model, "classifier", nn.Identity()))
+    return nn.Sequential(OrderedDict(**parts, pool=_pool_layer(pool_type), classifier=head))
+
+# %% ../nbs/12_layers.ipynb #cde6ed86
+def _torchvision_model(arch, pretrained, **kwargs):
+    "The model of torchvision, without auxiliary classifiers"
+    has_aux = arch in ("googlenet", "inception_v3")
+    if has_aux and not pretrained: kwargs = {"aux_logits": False, "init_weights": False, **kwargs}
+    model = tvm.get_model(arch, weights="DEFAULT" if pretrained else None, **kwargs)
+    if not has_aux: return model
+    model.aux_logits = False
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, name): setattr(model, name, None)
+    return model
+
+def _torchvision_encoder(arch, pretrained, n_in, pool_type, **kwargs):
+    model = set_channels(_torchvision_model(arch, pretrained, **kwargs), n_in, pretrained)
+    if n_in != 3 and hasattr(model, "transform_input"): model.transform_input = False   # it rescales R, G and B
+    if "dropout" in kwargs and not isinstance(model, (tvm.VisionTransformer, tvm.SwinTransformer)):
+        raise ValueError(f"dropout is in {arch}'s classifier, which an encoder does not have: leave dropout out")
+    if isinstance(model, tvm.VisionTransformer):
+        model.heads = nn.Identity()
+        _warn_own_pool(arch, pool_type)
+        return model
+    if not hasattr(model, "avgpool"): return _from_parts(model, pool_type)
+    model.avgpool = _pool_layer(pool_type)
+    heads = {"fc", "classifier", "head", "dropout"} & dict(model.named_children()).keys()
+    for head in heads: setattr(model, head, _without_classifier(getattr(model, head)))
+    return model
+
+def _given_by_weights(encoder):
+    "Arguments that pretrained weights of torchvision set, and that the architecture needs without them as well"
+    if getattr(encoder, "transform_input", False): return {"transform_input": True}
+    if isinstance(encoder, tvm.VisionTransformer): return {"image_size": encoder.image_size}
+    return {}
 
 # %% ../nbs/12_layers.ipynb #31b42cbb
 def _timm_encoder(arch, pretrained, n_in, pool_type, **kwargs):
@@ -152,16 +191,22 @@ def _timm_encoder(arch, pretrained, n_in, pool_type, **kwargs):
     return make(pretrained=True, **pool) if pretrained else encoder
 
 # %% ../nbs/12_layers.ipynb #37f0596d
+def _sources():
+    "Builder, names and look-up of every source"
+    import timm
+    def entry(name): return timm.is_model(name) and timm.model_entrypoint(name)
+    return {"fastai": (_fastai_encoder, _xresnets.__contains__, _xresnets.get),
+            "torchvision": (_torchvision_encoder, set(tvm.list_models(module=tvm)).__contains__, tvm.get_model_builder),
+            "timm": (_timm_encoder, timm.is_model, entry)}
+
 def _source(arch):
     "The function that builds `arch`, and its name there"
     import timm
-    known = {"fastai": (_fastai_encoder, _xresnets.__contains__),
-             "torchvision": (_torchvision_encoder, set(tvm.list_models(module=tvm)).__contains__),
-             "timm": (_timm_encoder, timm.is_model)}
+    known = _sources()
     source,_,name = arch.partition("/")
     if source in known: known,arch = {source: known[source]},name
-    if arch.startswith(("hf-hub:", "hf_hub:", "local-dir:")): return _timm_encoder,arch
-    for build,has in known.values():
+    if arch.startswith(REMOTE): return _timm_encoder,arch
+    for build,has,_ in known.values():
         if has(arch): return build,arch
     names = [*_xresnets, *tvm.list_models(module=tvm), *timm.list_models()]
     near = dict.fromkeys(get_close_matches(arch, names, n=5))
@@ -169,8 +214,26 @@ def _source(arch):
     hint = f", did you mean {', '.join(near)}?" if near else lists
     raise ValueError(f"unknown architecture {arch!r}{hint}")
 
+REMOTE = "hf-hub:","hf_hub:","local-dir:"   # timm reads the architecture itself from another place
+
+# %% ../nbs/12_layers.ipynb #ba3a67e8
+def architecture(arch:str|Callable # name, or a function of fastai, torchvision or timm, also in a `partial`
+                )->tuple:          # its name, and the arguments in the `partial`; raises `TypeError`
+    "An architecture as plain data"
+    if isinstance(arch, str): return arch,{}
+    if isinstance(arch, partial) and not arch.args:
+        name,kwargs = architecture(arch.func)
+        return name,{**kwargs, **arch.keywords}
+    name = getattr(arch, "__name__", "")
+    for source,(_,has,function) in _sources().items():
+        if has(name) and function(name) is arch: return f"{source}/{name}",{}
+    if isinstance(arch, nn.Module): hint = "this one is built already, use it as the encoder"
+    else: hint = "to train an encoder of your own, give bt_learner the network itself, e.g. MyEncoder()"
+    raise TypeError("arch must be the name of an architecture, or its function in torchvision.models, timm.models or "
+                    f"fastai.vision.models.xresnet, got {arch!r:.80}: {hint}")
+
 # %% ../nbs/12_layers.ipynb #ce6f4b49
-STEMS = (False, True, "no pool", "keep pool")
+STEMS = (False, True, "no pool", "keep pool", None)
 
 def is_resnet(encoder:nn.Module # an encoder of `create_encoder`
              )->bool:           # does it have the stem that `small_stem` replaces?
@@ -192,38 +255,116 @@ def _remove_stride(encoder):
     for m in stem.modules():
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
 
-def set_small_stem(encoder:nn.Module,  # of `create_encoder`, with the stem of its architecture
-                   small_stem:bool|str # one of `STEMS`
-                  )->nn.Module:        # the same; raises `ValueError`
-    "Give a ResNet the stem for images up to 64 px"
+def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
+                   small_stem:bool|str, # one of `STEMS`; `None` chooses by `size`
+                   pretrained:bool=False, # has it pretrained weights?
+                   size:int|tuple=None  # of the images, pixels
+                  )->bool|str:          # what was done, one of `STEMS` except `None`; raises `ValueError`
+    "Give a ResNet the stem for images of up to 64 pixels"
+    small = size is not None and max(_height_width(size)) <= 64
+    if small_stem is None: small_stem = small and is_resnet(encoder) and ("no pool" if pretrained else True)
     if small_stem and not is_resnet(encoder):
-        raise ValueError(f"small_stem is for ResNets, and {encoder.created_by['arch']} has no such stem: "
-                         "leave small_stem out")
+        raise ValueError("small_stem is for ResNets, and this architecture has no such stem: leave small_stem out")
     if small_stem in (True, "no pool"): _remove_max_pool(encoder)
-    if small_stem in (True, "keep pool"): _remove_stride(encoder)
-    encoder.created_by["small_stem"] = small_stem
-    return encoder
+    if small_stem not in (True, "keep pool"): return small_stem
+    if pretrained and isinstance(getattr(encoder, "conv1", None), nn.Conv2d):
+        warnings.warn(f"small_stem={small_stem!r} replaces the pretrained first convolution by a random one: "
+                      "small_stem='no pool' keeps it", stacklevel=4)
+    _remove_stride(encoder)
+    return small_stem
 
 # %% ../nbs/12_layers.ipynb #512bf4c2
-def create_encoder(arch:str,            # name known to fastai, torchvision or timm; `'timm/resnet50'` names the source
+_SET_BY = dict(global_pool="pool_type", in_chans="n_in", c_in="n_in", weights="pretrained")
+_NOT_THERE = dict(num_classes="classifier", n_out="classifier", p="classifier", aux_logits="auxiliary classifier",
+                  features_only="list of maps", out_indices="list of maps")
+
+def _check_options(options):
+    "Raise `ValueError` for options of an architecture that would be overridden or ignored"
+    for name in options:
+        if name in _SET_BY: raise ValueError(f"{name} is set by {_SET_BY[name]} here: pass {_SET_BY[name]}= instead")
+        if name in _NOT_THERE:
+            raise ValueError(f"{name} has no effect, an encoder has no {_NOT_THERE[name]}: leave {name} out")
+
+# They say where weights come from, not what is built.
+WEIGHT_SOURCES = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
+                  "pretrained_model_args", "checkpoint_path", "cache_dir", "progress")
+
+# %% ../nbs/12_layers.ipynb #228c8c6f
+def _build(arch, pretrained, n_in, pool_type, small_stem, size, options):
+    "An encoder and the arguments that build it again"
+    build,name = _source(arch)
+    encoder = build(name, pretrained, n_in, pool_type, **options)
+    stem = set_small_stem(encoder, small_stem, pretrained, size)
+    kept = {k: v for k,v in options.items() if k not in WEIGHT_SOURCES}
+    if pretrained: kept = {**_given_by_weights(encoder), **kept}
+    encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=stem, **kept)
+    return encoder
+
+def _try_size(encoder, size):
+    "The representations of two random images; an image that is not a whole number of patches would lose its edge"
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1, 1))
+    if any(pixels % p for pixels,p in zip(size, _height_width(patch))):
+        raise ValueError(f"its patches have {patch} pixels, and the size is no multiple of it")
+    with undisturbed(encoder): return encoder(torch.rand(2, encoder.created_by["n_in"], *size))
+
+def _build_for_size(make, size):
+    "An encoder that takes images of `size`, which it is told if it has to know, and the options for that"
+    encoder = make({})
+    try: return encoder,_try_size(encoder, size),{}
+    except Exception as e: error = e
+    square = size[0] if size[0] == size[1] else size
+    for option in ({"img_size": square}, {"image_size": square}, {"input_size": size}):
+        try:
+            encoder = make(option)
+            return encoder,_try_size(encoder, size),option
+        except TypeError: continue    # no such argument
+        except Exception as e: error = e
+    raise ValueError(f"{encoder.created_by['arch']} does not take images of {size[0]}x{size[1]} pixels "
+                     f"({str(error).splitlines()[0]}): choose another size, or another architecture")
+
+# %% ../nbs/12_layers.ipynb #4c07a63d
+def _sized_encoder(settings, size, pool_type):
+    "An encoder for images of `size`, its pooling chosen by its last map if `pool_type` is None"
+    size = _height_width(size)
+    states = rng_states()
+    pool = pool_type or PoolingType.CatAvgMax
+    def make(option):
+        set_rng_states(states)   # the weights do not depend on what was tried before
+        return _build(**{**settings, "options": {**settings["options"], **option}}, size=size, pool_type=pool)
+    encoder,h,option = _build_for_size(make, size)
+    repeated = pool == PoolingType.CatAvgMax and h.shape[1] % 2 == 0 and torch.equal(*h.chunk(2, dim=1))
+    if not repeated: return encoder
+    if pool_type:
+        warnings.warn(f"the last map of {encoder.created_by['arch']} has one pixel at {size[0]}x{size[1]}, where "
+                      "averages are maxima, so h holds every number twice: pass pool_type='avg'", stacklevel=3)
+        return encoder
+    pool = PoolingType.Avg
+    return make(option)
+
+# %% ../nbs/12_layers.ipynb #6c4ff664
+def create_encoder(arch:str|Callable,   # name known to fastai, torchvision or timm (`'timm/resnet50'`), or its function
                    pretrained:bool=True, # start from pretrained weights?
                    n_in:int=3,          # channels of the images
-                   pool_type:PoolingType=PoolingType.CatAvgMax, # how the last feature map becomes a vector
-                   small_stem:bool|str=False, # for ResNets on images up to 64 px: `True`, "no pool" or "keep pool"
-                   **kwargs             # for the architecture, e.g. `img_size=32` for timm's ViTs
-                  )->nn.Module:         # (B,n_in,H,W) images to (B,F) representations
+                   pool_type:PoolingType=None, # how the last map becomes a vector; averages and maxima if not given
+                   small_stem:bool|str|None=False, # for ResNets: `True`, "no pool", "keep pool", or `None`: by `size`
+                   size:int|tuple=None, # of the images, pixels, if known
+                   **kwargs             # for the architecture, e.g. `patch_size=4` for timm's ViTs
+                  )->nn.Module:         # (B,n_in,H,W) to representations (B,F); raises `TypeError` or `ValueError`
     "An encoder: the architecture without its classifier, pooled to one vector per image"
     check_positive_int("n_in", n_in, "1 for grey images, 3 for RGB")
     check_choice("small_stem", small_stem, STEMS)
-    pool_type = _pooling_type(pool_type)
-    build,name = _source(arch)
-    try: encoder = build(name, pretrained, n_in, pool_type, **kwargs)
+    if pool_type is not None: pool_type = _pooling_type(pool_type)
+    arch,options = architecture(arch)
+    options = {**options, **kwargs}
+    _check_options(options)
+    settings = dict(arch=arch, pretrained=pretrained, n_in=n_in, small_stem=small_stem, options=options)
+    try:
+        if size is not None: return _sized_encoder(settings, size, pool_type)
+        return _build(**settings, size=None, pool_type=pool_type or PoolingType.CatAvgMax)
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise RuntimeError(f"no pretrained weights for {arch} could be loaded ({e}): "
-                           "check the connection, or pass pretrained=False") from e
-    encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=False, **kwargs)
-    return set_small_stem(encoder, small_stem)
+                           "check the connection for the download, or pass pretrained=False") from e
 
 # %% ../nbs/12_layers.ipynb #759bacc8
 def create_mlp_module(dim:int,             # width of the representation

@@ -24,7 +24,7 @@ from torch import nn
 from .augmentations import get_barlow_twins_aug_pipelines
 from .barlow_twins import BarlowTwins, create_barlow_twins_model
 from .core import check_choice, check_positive_int, whole_file
-from .layers import PoolingType, create_encoder, is_resnet, set_small_stem
+from .layers import PoolingType, create_encoder
 from .mixed import MixedBarlowTwins
 from .multiview import training_images
 from .training import LARS, WarmupCosine, split_norm_bias
@@ -45,8 +45,8 @@ class Recipe:
     name:str="mine"
     arch:str="resnet18"         # architecture for `create_encoder`
     arch_args:dict=field(default_factory=dict) # for the architecture, e.g. `stem_width`
-    pool_type:str="catavgmax"   # how the last feature map becomes a vector
-    small_stem:bool|str|None=None # as in `create_encoder`; if None, `True` for ResNets on views up to 64 px
+    pool_type:str|None="catavgmax" # how the last map becomes a vector; None chooses by the last map
+    small_stem:bool|str|None=None # as in `create_encoder`; None chooses by the size of the views
     size:int|None=None          # of the views, pixels; that of the images if None
     views:dict=field(default_factory=dict) # arguments of `get_barlow_twins_aug_pipelines`
     hidden_size:int=1024        # width of the projector's hidden layers
@@ -78,7 +78,7 @@ def check_recipe(r:Recipe # any
     "Refuse settings that do not fit, naming them"
     check_choice("opt", r.opt, tuple(OPTIMIZERS))
     check_choice("schedule", r.schedule, SCHEDULES)
-    check_choice("pool_type", r.pool_type, tuple(p.value for p in PoolingType))
+    check_choice("pool_type", r.pool_type, (None, *(p.value for p in PoolingType)))
     for name in ("hidden_size", "projection_size", "nlayers", "bs", "epochs"):
         check_positive_int(name, getattr(r, name))
     for name in ("lmb", "lmb_reg", "lr", "lr_bias", "wd", "wd_bias", "warmup"):
@@ -133,7 +133,7 @@ _cifar = Recipe(
     size=24, views=dict(recipe="cifar"), hidden_size=512, projection_size=512, lmb=.02, epochs=90, lr=5e-3,
     source="this library, measured on two cores")
 _digits = Recipe(
-    "digits", arch="timm/test_resnet", small_stem=False, size=16, views=dict(recipe="digits"),
+    "digits", arch="timm/test_resnet", pool_type=None, small_stem=False, size=16, views=dict(recipe="digits"),
     hidden_size=256, projection_size=256, bs=128, epochs=60, lr=2e-2, scale_lr=False,
     source="this library, measured on two cores")
 
@@ -173,11 +173,8 @@ def recipe_encoder(recipe:Recipe,
                    **kwargs        # for `create_encoder`
                   )->nn.Module:
     "The encoder of a recipe"
-    args = dict(kwargs, pool_type=recipe.pool_type, **arch_args)
-    largest = max(size) if isinstance(size, tuple) else size
-    encoder = create_encoder(recipe.arch, small_stem=recipe.small_stem or False, **args)
-    if recipe.small_stem is None and largest <= 64 and is_resnet(encoder): set_small_stem(encoder, True)
-    return encoder
+    stem_and_pool = dict(small_stem=recipe.small_stem, pool_type=recipe.pool_type)
+    return create_encoder(recipe.arch, size=size, **stem_and_pool, **kwargs, **arch_args)
 
 def recipe_callback(recipe:Recipe,
                     augs:list,     # two pipelines
@@ -242,7 +239,7 @@ def bt_learner(dls,                      # images, with or without labels
     if not isinstance(arch, nn.Module):
         encoder = recipe_encoder(recipe, size, arch_args, pretrained=pretrained, n_in=n_in or channels)
     widths = recipe.hidden_size,recipe.projection_size
-    model = create_barlow_twins_model(encoder, *widths, bn, recipe.nlayers, recipe.bias)
+    model = create_barlow_twins_model(encoder, *widths, bn, recipe.nlayers, recipe.bias, size=size)
     augs = aug_pipelines or get_barlow_twins_aug_pipelines(size, **recipe.views)
     cbs = [recipe_callback(recipe, augs, loss, terms)] + L(cbs)
     learn = Learner(dls, model, cbs=cbs, **{**recipe_optimizer(recipe), **kwargs})
