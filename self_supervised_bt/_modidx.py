@@ -511,6 +511,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed.cheaper_exchange': ( 'distributed.html#cheaper_exchange',
                                                                                                      'self_supervised_bt/distributed.py'),
+                                                'self_supervised_bt.distributed.end_with_launcher': ( 'distributed.html#end_with_launcher',
+                                                                                                      'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed.exchange_bytes': ( 'distributed.html#exchange_bytes',
                                                                                                    'self_supervised_bt/distributed.py'),
                                                 'self_supervised_bt.distributed.explain_lost_rank': ( 'distributed.html#explain_lost_rank',
