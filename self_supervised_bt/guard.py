@@ -247,14 +247,23 @@ class NonFiniteGuard(Callback):
         every_loss,good = self.agreed(self.bad is None, self.bad is None and self.gradients_finite())
         if good: self.in_row = 0
         else: self.cancel(every_loss)
-    def after_step(self):
-        self.check_scale()
-        self.weights_finite,self.stepped = self.look_at_weights(),(self.train_iter, self.epoch, self.iter)
-    def after_train(self): self.check_weights(True)
-    def after_batch(self):
-        if self.error is not None: raise self.error
-    def after_fit(self):
-        if self.skipped: self.warn_of_skipped()
+
+# %% ../nbs/23_guard.ipynb #08acca05
+@patch
+def after_step(self:NonFiniteGuard):
+    self.check_scale()
+    self.weights_finite,self.stepped = self.look_at_weights(),(self.train_iter, self.epoch, self.iter)
+
+@patch
+def after_train(self:NonFiniteGuard): self.check_weights(averages=True)
+
+@patch
+def after_batch(self:NonFiniteGuard):
+    if self.error is not None: raise self.error
+
+@patch
+def after_fit(self:NonFiniteGuard):
+    if self.skipped: self.warn_of_skipped()
 
 # %% ../nbs/23_guard.ipynb #e0175288
 @patch
