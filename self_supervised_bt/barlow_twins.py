@@ -23,8 +23,9 @@ class BarlowTwinsModel(nn.Module):
                 ):
         super().__init__()
         self.encoder,self.projector,self.predictor = encoder,projector,predictor
-    def forward(self, x, paired=False):
-        z = self.projector(self.encoder(x))
+    def forward(self, x, paired=False, views=1):
+        zs = [self.projector(self.encoder(v)) for v in x.chunk(views)]   # each of the `views` by itself
+        z = zs[0] if views == 1 else torch.cat(zs)
         if self.predictor is None or not paired: return z
         z1,z2 = z.chunk(2)   # a batch of view 1, then one of view 2
         return torch.cat([self.predictor(z1), z2])
@@ -53,19 +54,20 @@ class BarlowTwins(MultiView):
                  lmb:float=5e-3,        # λ, weight of the redundancy term
                  print_augs:bool=False, # print the pipelines?
                  loss:callable=None,    # z1,z2 (B,D) to a scalar; `BarlowTwinsLoss(lmb)` if not given
-                 terms:bool=False       # the loss's terms as columns of the Recorder?
+                 terms:bool=False,      # the loss's terms as columns of the Recorder?
+                 separate_bn:bool=False # each view through the model by itself, as in the authors' code?
                 ):
-        super().__init__(aug_pipelines, check_objective(loss, lmb, terms), terms, print_augs)
+        super().__init__(aug_pipelines, check_objective(loss, lmb, terms), terms, print_augs, separate_bn)
         if len(self.augs) > 2: self.objective = AllPairs(self.objective)
 
     def model_input(self):
-        "All views in one batch; with a predictor also `paired=True`"
-        views = torch.cat(self.views)
-        if getattr(check_model(self.model), "predictor", None) is None: return (views,)
+        "All views in one batch; with a predictor also `paired=True`, with `separate_bn` also how many they are"
+        x,*how = super().model_input()
+        if getattr(check_model(self.model), "predictor", None) is None: return (x, *how)
         if len(self.augs) > 2:
             raise ValueError(f"a predictor needs two views, got {len(self.augs)}: "
                              "pass two pipelines")
-        return views,True
+        return (x, True, *how[1:])
 
     def state_dict(self)->dict: # plain data and tensors
         "State for a resumed run: the past embeddings of a queue"

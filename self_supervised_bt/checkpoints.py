@@ -244,6 +244,7 @@ class Checkpoints(Callback):
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = None
     in_fit,stepped,handlers = False,False,()
+    resume_with = "resume=True"   # how the user resumes, for the message after a signal
     def __init__(self,
                  path:str|Path,      # folder of this run
                  every:int=None,     # batches between checkpoints, beside those after every epoch
@@ -487,5 +488,5 @@ def stop(self:Checkpoints, name:str):
     "End the process; exit status 75 asks for the run to be started again"
     from_all_ranks(None)   # until rank 0 has written: launchers end the other ranks when the first one ends
     if self.failed: raise SystemExit(f"{name}: {self.failed}")
-    if not rank_distrib(): print(f"{name}: checkpoint saved in {self.path}, continue with resume=True")
+    if not rank_distrib(): print(f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}")
     raise SystemExit(75)

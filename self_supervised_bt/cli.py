@@ -6,43 +6,86 @@
 __all__ = ['bt_demo', 'bt_diagnose', 'bt_pretrain', 'bt_evaluate', 'bt_export']
 
 # %% ../nbs/51_cli.ipynb #b8499789
+import inspect
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
-warnings.filterwarnings("ignore", message=".*torch.jit.script.*")   # raised by fastai on every import
-
-import matplotlib
 from fastcore.script import call_parse
 
-from self_supervised_bt.runs import (
-    diagnose_short_run,
-    evaluate,
-    export_run,
-    pretrain,
-    save_evaluation,
-    save_short_run,
-    short_run,
-    short_run_folder,
-    train_and_compare,
-)
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")   # raised by fastai on every import
 
 # %% ../nbs/51_cli.ipynb #02c6751a
 def one_line_errors(f:callable # command
                    )->callable:
-    "Errors that a user can correct end the command with one line and exit status 1"
+    "Errors that a user can correct end the command with one line and exit status 1, signals with one line and theirs"
+    options = set(inspect.signature(f).parameters)
     @wraps(f)
     def command(*args, **kwargs):
-        matplotlib.use("Agg")   # pictures are written to files, no screen is needed
-        try: return f(*args, **kwargs)
+        try:
+            with stoppable():
+                import matplotlib
+                matplotlib.use("Agg")   # pictures are written to files, no screen is needed
+                return f(*args, **kwargs)
+        except Stopped as e:
+            if os.environ.get("RANK", "0") == "0": print(f"\n{f.__name__}: {e}", file=sys.stderr)
+            raise SystemExit(EXIT_STATUS[e.args[0]]) from None
         except (OSError, ValueError, RuntimeError, FloatingPointError) as e:
-            raise SystemExit(f"{f.__name__}: {own_message(e)}") from e
+            raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
 
 def own_message(e:Exception # raised by a command
                )->str:
-    "The message, without the lines that fastai puts before it when a callback raises"
+    "The message in one line, without what fastai puts before it when a callback raises"
     message = str(e)
-    return message.split("\t")[-1] if "Exception occured in" in message else message
+    if "Exception occured in" in message: message = message.split("\t")[-1]
+    return " ".join(message.split())
+
+# %% ../nbs/51_cli.ipynb #d95d1156
+OPTIONS = dict(hidden_size="width", projection_size="width", num_workers="workers", protocols="protocol")
+POSITIONAL = ("data", "run")
+
+def in_shell(message:str,  # of a function
+             options:set   # names of the command's parameters
+            )->str:
+    "The message with arguments as they are typed: `--resume` for `resume=True`, `--lr 9.0` for `lr=9.0`"
+    def typed(name):
+        name = OPTIONS.get(name, name)
+        if name not in options: return None
+        return name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+    def with_value(m):
+        if typed(m[1]) is None: return m[0]
+        return typed(m[1]) if m[2] == "True" else f"{typed(m[1])} {m[2]}"
+    message = re.sub(r"\b(\w+)=('[^']*'|[\w.+-]*\w)", with_value, message)
+    return re.sub(r"^(\w+)(?= (?:must|needs?|is|are|cannot) )", lambda m: typed(m[1]) or m[0], message)
+
+# %% ../nbs/51_cli.ipynb #2f3ef6cd
+EXIT_STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)   # 75 asks a scheduler for another job
+
+class Stopped(KeyboardInterrupt):
+    "A signal asks the command to end"
+    advice = ""
+    def __str__(self): return f"stopped by {self.args[0]}" + (f": {self.advice}" if self.advice else "")
+
+@contextmanager
+def stoppable():
+    "Inside, Ctrl-C, SIGTERM and SIGUSR1 raise `Stopped`; Python allows this in the main thread only"
+    handlers = []
+    def stop(number, frame): raise Stopped(signal.Signals(number).name)
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in EXIT_STATUS if hasattr(signal, name)]
+        numbers = [n for n in numbers if signal.getsignal(n) not in (None, signal.SIG_IGN)]   # as nohup wants it
+        handlers = [(n, signal.signal(n, stop)) for n in numbers]
+    try: yield
+    finally:
+        for n,handler in handlers: signal.signal(n, handler)
 
 # %% ../nbs/51_cli.ipynb #3ee074d5
 @call_parse
@@ -55,6 +98,7 @@ def bt_demo(data:str="",      # folder of images; the embedded digits if not giv
             no_labels:bool=False # ignore class folders?
            ):
     "Train an encoder on images without labels, and show whether it worked"
+    from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data or "digits", not no_labels, epochs=epochs or None, size=size or None)
     folder = short_run_folder(run, out)
     r = run.recipe
@@ -81,6 +125,7 @@ def bt_diagnose(data:str="",    # folder of images; the embedded digits if not g
                 seed:int=0      # of the weights and the views
                ):
     "Run a few batches with these settings, and print the problems found and what to do"
+    from self_supervised_bt.runs import diagnose_short_run, short_run
     run = short_run(data or "digits", labels=False, size=size or None, bs=bs or None, hidden_size=width or None,
                     projection_size=width or None, lr=lr or None, lmb=lmb)
     found = diagnose_short_run(run, batches, seed)
@@ -88,6 +133,25 @@ def bt_diagnose(data:str="",    # folder of images; the embedded digits if not g
     if not found.ok: raise SystemExit(1)
 
 # %% ../nbs/51_cli.ipynb #6de4e856
+def resume_command(out:str, # folder of the run
+                   **kwargs # options that are not kept with the run; `None` for not given
+                  )->str:   # for the shell
+    "The command that resumes a run"
+    options = [o for k,v in kwargs.items() if v is not None for o in (f"--{k}", str(v))]
+    return shlex.join(["bt_pretrain", "--out", str(out), "--resume", *options])
+
+@contextmanager
+def saying_how_to_resume(out:str,  # folder of the run
+                         again:str # from `resume_command`
+                        ):
+    "A signal before training, or while results are written, is answered with what to do"
+    try: yield
+    except Stopped as e:
+        e.advice = f"the checkpoints are complete, continue with {again}"
+        if not any(Path(out).glob("step-*.pt")): e.advice = "there is no checkpoint yet, start the same command again"
+        raise
+
+# %% ../nbs/51_cli.ipynb #42c652f4
 @call_parse(pos=["data"])
 @one_line_errors
 def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100, stl10, tinyimagenet; or none to resume
@@ -101,7 +165,7 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
                 lr:float=None,    # largest learning rate, for 256 images per batch
                 lmb:float=None,   # λ, weight of the redundancy term
                 width:int=None,   # of projector and embedding
-                valid_pct:float=None, # share of the images kept for validation
+                valid_pct:float=None, # share of the images held out, never trained on; .05 if not given
                 workers:int=None, # worker processes that read files
                 bad:str=None,     # broken files: "skip" and list them, or "raise"
                 every:int=None,   # batches between checkpoints, in addition to one per epoch
@@ -112,37 +176,46 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
+    from self_supervised_bt.runs import pretrain
     changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
     changes = {k: v for k,v in changes.items() if v is not None}
     if arch: changes |= dict(arch_args={}, small_stem=None)   # the recipe's are for its own architecture
-    results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None, **changes)
+    again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
+    with saying_how_to_resume(out, again):
+        results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
+                           resume_with=again, **changes)
     if not results: return   # not rank 0
     print(f"\nSaved in {out}/\n")
     for name,value in results.items():
         if not isinstance(value, dict): print(f"  {name:22} {value}")
 
-# %% ../nbs/51_cli.ipynb #42c652f4
+# %% ../nbs/51_cli.ipynb #4fe760c9
 @call_parse
 @one_line_errors
 def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
                 data:str,         # folder with one folder of images per class; several, separated by commas
                 protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
-                test:str=None,    # folder of test images; a fifth of the data is held out if not given
+                test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible
                 k:int=20,         # neighbours that vote
                 workers:int=None  # worker processes that read files
                ):
     "Accuracy of the encoder of a run. Example: bt_evaluate runs/photos labelled --protocol knn,linear,semi-supervised"
+    from self_supervised_bt.runs import evaluate, save_evaluation
     protocols = tuple(protocol.split(","))
     table = evaluate(run, data.split(","), protocols, test, k, workers)
     print(f"Accuracy on the test images, %:\n\n{table.to_string()}")
+    if any(n not in (0, "not known") for n in table["seen in training"]):
+        print("\nImages seen in training, without labels, say little about others: pass unseen ones with --test, "
+              "or hold more out with bt_pretrain --valid-pct")
     save_evaluation(run, table, protocols, test)
 
-# %% ../nbs/51_cli.ipynb #4fe760c9
+# %% ../nbs/51_cli.ipynb #62a9155c
 @call_parse
 @one_line_errors
 def bt_export(run:str,     # folder of a run, or a file from save_encoder
               out:str=None # .safetensors file to write; encoder_timm.safetensors in its folder if not given
              ):
     "Weights for plain timm, and the code that loads them. Example: bt_export runs/photos"
+    from self_supervised_bt.runs import export_run
     file,code = export_run(run, out)
     print(f"{code}\nSaved as {file}, and these lines as {file.with_suffix('.py')}; both were tested.")

@@ -6,12 +6,18 @@
 __all__ = ['tensor_dls', 'digits_images', 'hold_out', 'digits_dls', 'image_files', 'load_images', 'known_images', 'known_dls']
 
 # %% ../nbs/01_data.ipynb #8460440e
+import errno
 import hashlib
 import os
 import sys
+import time
+import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 import numpy as np
 import torch
@@ -92,12 +98,30 @@ def loss_for_labels(y:Tensor # (N,) class indices, (N,classes) zeros and ones, o
     if y is None: return None
     return CrossEntropyLossFlat() if y.ndim == 1 else BCEWithLogitsLossFlat()
 
+# %% ../nbs/01_data.ipynb #a37f1ca4
+def warn_of_empty_images(x:Tensor # (N,C,H,W) some images, uint8 or float in [0,1]
+                        )->None:
+    "Warn if there is nothing to learn from: images of one colour, nearly black, or all the same"
+    if not x.numel(): return
+    flat = x.as_subclass(Tensor).flatten(1).float()*(1 if x.dtype == torch.uint8 else 255)
+    lowest,highest = flat.aminmax(dim=1)
+    one_colour = int((highest - lowest < 3).sum())
+    n = f"{len(x)} images looked at"
+    if 2*one_colour > len(x): warnings.warn(f"{one_colour} of the {n} are of one colour: is this the right data?")
+    elif (highest < 16).all():
+        warnings.warn(f"the {n} are nearly black, with values up to {highest.max():.0f} of 255: "
+                      "were they saved with fewer bits than their files have?")
+    elif len(x) > 1 and (flat == flat[0]).all(): warnings.warn(f"the {n} are all the same: is this the right data?")
+
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
     "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
-    def __iter__(self): return (b for b in super().__iter__() if len(b[0]))   # workers keep their turns
+    def __iter__(self):
+        for b in super().__iter__():
+            if hasattr(self.dataset, "warn_of_broken_files"): self.dataset.warn_of_broken_files()
+            if len(b[0]): yield b   # only here, so that worker processes keep their turns
 
 def split_indices(n:int,           # items
                   valid_pct:float, # share kept for validation
@@ -133,6 +157,7 @@ def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1
               )->DataLoaders:         # training (shuffled, full batches only) and validation
     "`dls` over images held in one tensor on the device, without files or workers"
     data = ImageTensors(x, y)
+    warn_of_empty_images(x[torch.linspace(0, len(x) - 1, min(len(x), 64)).long()])
     idxs = split_indices(len(x), valid_pct, seed)
     device = device_or_default(device)
     to_float = [IntToFloatTensor()] if x.dtype == torch.uint8 else []
@@ -178,30 +203,65 @@ def digits_dls(bs:int=256,        # images per batch
 NOT_EVERYWHERE = {".webp", ".avif", ".jp2"}   # fastai's list comes from the system, which may lack these
 IMAGE_ENDINGS = tuple({e.lower() for e in image_extensions} | NOT_EVERYWHERE)
 
-def walk_images(path:str|Path # folder
-               ):             # yields file names as text
+def is_folder(entry # of `os.scandir`
+             )->bool: # also for a link to a folder
+    "Is it a folder? A link that leads to itself is none"
+    try: return entry.is_dir()
+    except OSError: return False
+
+def holds_run(names:set # of the files in a folder
+             )->bool:
+    "Is it the folder of a run of this library?"
+    steps = any(n.startswith("step-") and n.endswith(".pt") for n in names)
+    if "run.json" in names: return steps or "encoder.safetensors" in names
+    return {"encoder.safetensors", "results.json"} <= names
+
+def walk_images(path:str|Path,  # folder
+                left_out:dict   # is filled: reason to folders
+               ):               # yields file names as text; raises `OSError` if `path` itself cannot be read
     "Image files below a folder, in no particular order; linked folders come last, unless visited before"
     folders,links,seen = [str(path)],[],set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(links.index(min(links)))
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen: continue
-        seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(folder) as entries:
-            for e in entries:
-                if e.name.startswith("."): continue
-                if e.is_dir(): (links if e.is_symlink() else folders).append(e.path)
-                elif e.name.lower().endswith(IMAGE_ENDINGS): yield e.path
+        try: key,entries = entries_of(folder)
+        except OSError:
+            if folder == str(path): raise
+            left_out["cannot be read"].append(folder)
+            continue
+        if key in seen: continue
+        if seen and holds_run({e.name for e in entries}):
+            left_out["hold a run of this library"].append(folder)
+            entries = []
+        seen.add(key)
+        for e in entries:
+            if e.name.startswith("."): continue
+            if is_folder(e): (links if e.is_symlink() else folders).append(e.path)
+            elif e.name.lower().endswith(IMAGE_ENDINGS): yield e.path
+
+# %% ../nbs/01_data.ipynb #0342666a
+def entries_of(folder:str # folder
+              )->tuple:   # what identifies it, and its entries; raises `OSError`
+    "The content of a folder"
+    stat = os.stat(folder)
+    with os.scandir(folder) as entries: return (stat.st_dev, stat.st_ino),list(entries)
 
 def image_names(path:str|Path # folder to search
                )->list:       # file names as text; raises `FileNotFoundError` or `ValueError`
     "All image files below `path`, sorted folder by folder"
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder: pass the folder that holds the images")
-    files = sorted(walk_images(path), key=lambda f: f.replace(os.sep, "\0"))
+    left_out = defaultdict(list)
+    files = sorted(walk_images(path, left_out), key=lambda f: f.replace(os.sep, "\0"))
+    for reason,folders in left_out.items():
+        warnings.warn(f"{len(folders)} folder(s) below {path} {reason} and are left out: {some_names(sorted(folders))}")
     if files: return files
     n = sum(p.is_file() for p in Path(path).rglob("*"))
     raise ValueError(f"no image files below {path}: it has {n} file(s), none with the extension of an image")
+
+def some_names(names:list # of anything
+              )->str:
+    "The first few names in one line"
+    return ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
 
 # %% ../nbs/01_data.ipynb #e31dd069
 def image_files(path:str|Path # folder to search, with its subfolders
@@ -211,6 +271,9 @@ def image_files(path:str|Path # folder to search, with its subfolders
 
 # %% ../nbs/01_data.ipynb #771e72e9
 REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
+ADVICE = {"cannot be opened": "check the name, the permissions and the disk",
+          "too many pixels": "set PIL.Image.MAX_IMAGE_PIXELS higher if you trust the file, or save it smaller",
+          "unknown range": "pass value_range=(black, white), or save it with 8 or 16 bits per channel"}
 
 class BadImage(ValueError):
     "A file that cannot be read as an image; `reason` is one of `REASONS`"
@@ -220,8 +283,9 @@ def bad_image(file:str|Path, # the file
               reason:str,    # one of `REASONS`
               detail         # further information, e.g. Pillow's error
              )->BadImage:
-    "An error that names the file and the reason"
-    e = BadImage(f"{file} cannot be read as an image ({reason}: {detail}): remove or repair it")
+    "An error that names the file, the reason, and what to do"
+    advice = ADVICE.get(reason, "remove or repair it")
+    e = BadImage(f"{file} cannot be read as an image ({reason}: {detail}): {advice}")
     e.reason = reason
     return e
 
@@ -235,25 +299,140 @@ def reason_for(e:Exception,  # raised by Pillow
     return "truncated" if "truncated" in str(e).lower() else "damaged"
 
 # %% ../nbs/01_data.ipynb #c2871eca
+WAITS = (.1, .5, 2., 5.)   # seconds between attempts
+PASSING = {getattr(errno, name, None) for name in ("EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EAGAIN", "EHOSTDOWN")}
+
+class FolderAway(FileNotFoundError):
+    "The folder of a file is not there"
+
+def folder_missing(file)->bool: return not os.path.isdir(os.path.dirname(os.path.abspath(file)))
+
+def with_patience(f:callable,   # called with the file
+                  file:str|Path # image file
+                 ):             # the result; raises `FolderAway`, or what `f` raised
+    "Call `f`, and again after a while if the error may pass"
+    for wait in (*WAITS, None):
+        try: return f(file)
+        except OSError as e:
+            missing = e.errno and folder_missing(file)
+            if wait is None and missing:
+                raise FolderAway(f"the folder of {file} cannot be found, also after {sum(WAITS):.0f} s: make it "
+                                 "available again; a run resumes from its last checkpoint") from e
+            if wait is None or not e.errno or not (missing or e.errno in PASSING): raise
+            time.sleep(wait)
+
+# %% ../nbs/01_data.ipynb #3f3b9b8c
+def png_chunks(f # PNG file, open to read bytes
+              ): # yields kind, start and end of each chunk
+    "The chunks of a PNG file (RFC 2083)"
+    end = 8
+    while True:
+        f.seek(end)
+        head = f.read(8)
+        if len(head) < 8: return
+        start,end = end,end + 12 + int.from_bytes(head[:4], "big")
+        yield head[4:],start,end
+
+def without_notes(file:str|Path # PNG file
+                 )->BytesIO:    # the same image
+    "A PNG file without its colour profile and texts, which may be longer than Pillow allows"
+    with open(file, "rb") as f:
+        spans = [(0, 8), *(span for kind,*span in png_chunks(f) if kind not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"))]
+        f.seek(0)
+        content = f.read()
+    return BytesIO(b"".join(content[start:end] for start,end in spans))
+
+# %% ../nbs/01_data.ipynb #40fe0bc9
+def notes_too_long(e)->bool: return isinstance(e, ValueError) and "MAX_TEXT" in str(e)
+
+def open_file(file:str|Path # image file
+             )->Image.Image: # its header read; raises what Pillow raises
+    "Open an image; a pipe or a device would wait for ever"
+    mode = os.stat(file).st_mode
+    if not (S_ISREG(mode) or S_ISDIR(mode)): raise OSError(errno.EINVAL, "not a regular file")
+    try: return Image.open(file)
+    except ValueError as e:
+        if notes_too_long(e): return Image.open(without_notes(file))
+        raise
+
+def load_pixels(im:Image.Image, # of `open_file`
+                file:str|Path   # its file
+               )->Image.Image:  # with its pixels read
+    "Decode an image"
+    try: im.load()
+    except ValueError as e:
+        if not notes_too_long(e): raise
+        im = Image.open(without_notes(file))
+    return im
+
+# %% ../nbs/01_data.ipynb #3347119a
 @contextmanager
-def open_image(file:str|Path # image file
-              ):             # yields Pillow's image, its header read; raises `BadImage`
+def open_image(file:str|Path,   # image file
+               value_range=None # as for `read_image`
+              ):                # yields Pillow's image, its header read; raises `BadImage` or `FolderAway`
     "Open an image; errors inside the context are raised as `BadImage`"
     try:
-        with Image.open(file) as im:
-            if im.mode == "F" or im.mode == "I" and im.format != "PNG":
-                raise bad_image(file, "unknown range", f"mode {im.mode}, save it with 8 or 16 bits per channel")
+        with with_patience(open_file, file) as im:
+            unknown = im.mode == "F" or im.mode == "I" and im.format not in ("PNG", "PPM")
+            if unknown and not is_pair(value_range): raise bad_image(file, "unknown range", f"mode {im.mode}")
             yield im
-    except (BadImage, MemoryError): raise
+    except (BadImage, MemoryError, FolderAway): raise
     except Exception as e: raise bad_image(file, reason_for(e, file), e) from e
 
-def eight_bit(im:Image.Image, # any mode
+# %% ../nbs/01_data.ipynb #f7f905bb
+def full_scale(value # largest value
+              )->int: # white
+    "The largest value of 8, 10, 12, 14 or 16 bits, the fewest that hold `value`"
+    return next((2**bits - 1 for bits in (8, 10, 12, 14) if value < 2**bits), 65535)
+
+def significant_bits(file)->int: # `None` without
+    "Bits per sample that the sBIT chunk of a PNG file states"
+    with open(file, "rb") as f:
+        for kind,start,_ in png_chunks(f):
+            if kind == b"IDAT": return None
+            if kind == b"sBIT":
+                f.seek(start + 8)
+                return f.read(1)[0]
+
+def is_pair(value_range)->bool: return isinstance(value_range, (tuple, list))
+
+def default_white(value_range)->int: return 65535 if value_range is None or is_pair(value_range) else value_range
+
+def stated_white(im:Image.Image,    # grey, more than 8 bits
+                 file:str|Path,     # its file
+                 pixels:np.ndarray  # its values
+                )->int:             # `None` if the header does not say
+    "The value of white according to the header of a file"
+    if im.format == "PPM": return 65535   # Pillow scales by the file's maximum
+    if im.format == "TIFF":
+        bits,largest = im.tag_v2.get(258, (16,))[0],im.tag_v2.get(281)
+        if largest: return full_scale(np.max(largest))
+        return 2**bits - 1 if bits < 16 else None
+    bits = significant_bits(file) if im.format == "PNG" else None
+    if bits is None or not 8 <= bits < 16: return None
+    low = pixels & (2**(16 - bits) - 1)   # at most 1 in small values that were scaled to 16 bits
+    as_they_were = pixels.max() < 2**bits and (low > 1).any()
+    return 2**bits - 1 if as_they_were else 65535
+
+# %% ../nbs/01_data.ipynb #9d1ff710
+def grey_bytes(im:Image.Image,       # grey, more than 8 bits
+               file:str|Path,        # its file
+               value_range:tuple|int # as for `read_image`
+              )->Image.Image:        # 8 bits
+    "Black to white becomes 0 to 255; values outside are cut off"
+    pixels = np.asarray(im)
+    if is_pair(value_range) and im.format != "PPM": black,white = value_range
+    else: black,white = 0,stated_white(im, file, pixels) or default_white(value_range)
+    if im.format == "TIFF" and im.tag_v2.get(262) == 0: black,white = white,black   # 0 is white
+    wide = np.float32 if pixels.dtype.itemsize == 2 else np.float64
+    scaled = (pixels.astype(wide) - black)*(255/(white - black))
+    return Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8))
+
+# %% ../nbs/01_data.ipynb #2a13e7aa
+def eight_bit(im:Image.Image, # 8 bits per channel
               mode:str        # "RGB" or "L"
              )->Image.Image:  # in that mode
-    "8 bits per channel: 16 bits scaled, transparency blended onto white"
-    if im.mode.startswith("I"):
-        pixels = np.asarray(im).astype(np.uint32)
-        im = Image.fromarray(((pixels + 128)//257).astype(np.uint8))   # 65535/257 = 255, rounded
+    "Convert an image, with transparency blended onto white"
     if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -267,24 +446,61 @@ def centre_square(im:Image.Image # any size
     left,top = (w - m)//2,(h - m)//2
     return im.crop((left, top, left + m, top + m))
 
-# %% ../nbs/01_data.ipynb #3f3b9b8c
-def read_image(file:str|Path, # image file
-               size:int,      # height and width of the result, pixels
-               n_in:int=3     # channels: 3 for RGB, 1 for grey
-              )->Tensor:      # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
+def square_tensor(im:Image.Image, # 8 bits per channel, any size
+                  size:int,       # height and width of the result, pixels
+                  n_in:int        # channels
+                 )->Tensor:       # (n_in,size,size) uint8
+    "The centred square of a decoded image, resized"
+    im = centre_square(eight_bit(im, "RGB" if n_in == 3 else "L"))
+    x = torch.from_numpy(np.array(im)).view(*im.size, n_in).permute(2, 0, 1)
+    if x.shape[-1] == size: return x
+    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+
+# %% ../nbs/01_data.ipynb #b3e3e189
+def read_image(file:str|Path,         # image file
+               size:int,              # height and width of the result, pixels
+               n_in:int=3,            # channels: 3 for RGB, 1 for grey
+               value_range:tuple|int=None # (black, white) of grey above 8 bits, or white where the header has none
+              )->Tensor:              # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
     "The centred square of an image, upright, resized"
-    mode = "RGB" if n_in == 3 else "L"
-    with open_image(file) as im:
-        im.draft(mode, (size, size))
-        im.load()
+    with open_image(file, value_range) as im:
+        im.draft("RGB" if n_in == 3 else "L", (size, size))
+        im = load_pixels(im, file)
         try: ImageOps.exif_transpose(im, in_place=True)
         except Exception: pass   # damaged EXIF data does not harm the pixels
-        im = centre_square(eight_bit(im, mode))
-        x = torch.from_numpy(np.array(im)).view(*im.size, n_in).permute(2, 0, 1)
-        if x.shape[-1] == size: return x
-        return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+        if im.mode[0] in "IF": im = grey_bytes(im, file, value_range)
+        return square_tensor(im, size, n_in)
 
 # %% ../nbs/01_data.ipynb #0c7ec39a
+def evenly_spaced(items:list,  # anything with a length
+                  n:int        # the most to take
+                 )->list:      # `items` if they are fewer
+    "Up to `n` items, evenly spaced from the first to the last"
+    idxs = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
+    return [items[int(i)] for i in idxs]
+
+def value_without_range(file:str|Path # image file
+                       )->int:        # 0 if its header says what is white
+    "The largest value in a file of more than 8 bits that does not say which value is white"
+    with open_image(file) as im:
+        if not im.mode.startswith("I"): return 0
+        pixels = np.asarray(load_pixels(im, file))
+        return 0 if stated_white(im, file, pixels) else int(pixels.max())
+
+def white_of(files:list # image files
+            )->int:     # `None` for the largest of the type
+    "White of 16-bit files that do not say it, from 32 of them, and a warning that says what was taken"
+    largest = 0
+    for f in evenly_spaced(files, 32):
+        try: largest = max(largest, value_without_range(f))
+        except BadImage: continue   # reported when it is read
+    white = full_scale(largest)
+    if not largest or white == 65535: return None
+    warnings.warn(f"the files of 16 bits that were looked at have values up to {largest:,} and do not say what is "
+                  f"white: {white:,} is taken (value_range={white}); pass value_range= for another, e.g. 65535")
+    return white
+
+# %% ../nbs/01_data.ipynb #2820f0ec
 def in_chunks(f:callable,           # called with a list of items
               items:list,           # e.g. files
               num_workers:int=None, # worker processes; as many as cores if there are many items, 0 for none
@@ -306,22 +522,34 @@ def check_size(size, # height and width to check
     if n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
     check_positive_int("size", size)
 
-def read_images(files, size, n_in): # (len(files),n_in,size,size) uint8
-    "`read_image` of each file"
-    return torch.stack([read_image(f, size, n_in) for f in files])
+def check_value_range(value_range # to check
+                     )->None:     # raises `ValueError`
+    "Raise unless `value_range` is `None`, white, or two different numbers"
+    if value_range is None: return
+    numbers = value_range if is_pair(value_range) else (0, value_range)
+    right = len(numbers) == 2 and all(isinstance(v, (int, float)) for v in numbers) and numbers[0] != numbers[1]
+    if not right: raise ValueError(f"value_range must be (black, white) or white, got {value_range!r}")
 
-# %% ../nbs/01_data.ipynb #2820f0ec
+def read_images(files, size, n_in, value_range): # (len(files),n_in,size,size) uint8
+    "`read_image` of each file"
+    return torch.stack([read_image(f, size, n_in, value_range) for f in files])
+
+# %% ../nbs/01_data.ipynb #7eaa35e0
 def load_images(files:list,       # image files
                 size:int,         # height and width of the result, pixels
                 n_in:int=3,       # channels: 3 for RGB, 1 for grey
                 progress:bool=True, # show a progress bar?
-                num_workers:int=None # worker processes; as many as cores if there are many files, 0 for none
+                num_workers:int=None, # worker processes; as many as cores if there are many files, 0 for none
+                value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
                )->Tensor:         # (N,n_in,size,size) uint8; raises `BadImage` naming the file
     "Read images into one tensor, upright, the centred square of each resized to `size`"
     check_size(size, n_in)
+    check_value_range(value_range)
+    if value_range is None: value_range = white_of(files)
     images = torch.empty(len(files), n_in, size, size, dtype=torch.uint8)
     done = 0
-    for x in in_chunks(partial(read_images, size=size, n_in=n_in), files, num_workers, progress):
+    read = partial(read_images, size=size, n_in=n_in, value_range=value_range)
+    for x in in_chunks(read, files, num_workers, progress):
         images[done:done+len(x)] = x
         done += len(x)
     return images

@@ -238,13 +238,27 @@ def look(self:Diagnostics):
 def settle(self:Diagnostics):
     "Move the numbers of the epoch off the device, all at once"
     steps,numbers = zip(*self.pending)
-    names,numbers = (*self.terms, *self.measured),torch.stack(numbers).cpu()
+    names,numbers = (*self.terms, *self.measured),torch.stack([n.cpu() for n in numbers])
     self.rows += [{"step": step, **dict(zip(names, row))} for step,row in zip(steps, numbers.tolist())]
     for name,mean in zip(names, numbers.mean(0).tolist()): self.columns[name].value = mean
-    z = self.zs[0][:512]
+    z = self.zs[0][:512].detach()
     rank = effective_rank(z) if z.isfinite().all() and z.any() else float("nan")
     self.rows[-1]["effective_rank_z"] = self.columns["effective_rank_z"].value = rank
     self.pending = []
+
+# %% ../nbs/32_diagnostics.ipynb #2ef166a7
+@patch
+def state_dict(self:Diagnostics)->dict: # plain values and tensors
+    "What a run resumed within an epoch needs, so that no number of the epoch is lost"
+    pending = [(step, numbers.cpu()) for step,numbers in self.pending]
+    z = self.zs[0][:512].detach().cpu() if pending else None
+    return dict(rows=self.rows, pending=pending, z=z)
+
+@patch
+def load_state_dict(self:Diagnostics, state:dict):
+    "The rows and the numbers of the epoch, from `state_dict`"
+    self.rows,self.pending = state["rows"],[tuple(p) for p in state["pending"]]
+    self.zs = None if state["z"] is None else [state["z"]]
 
 @patch
 def table(self:Diagnostics)->pd.DataFrame: # one row per batch measured, indexed by step

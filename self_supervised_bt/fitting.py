@@ -88,3 +88,16 @@ def images_per_epoch(dl # fastai's loader, or PyTorch's
     if not bs or n is None: return None
     by = dl if hasattr(dl, "bs") else getattr(dl, "batch_sampler", None) or dl
     return n - n % bs if getattr(by, "drop_last", False) else n
+
+# %% ../nbs/03_fitting.ipynb #ed3831aa
+def epoch_values(learn:Learner # after or during a fit
+                )->list:       # a dict per epoch, column to value
+    "What the Recorder holds, by the names of its columns"
+    recorder = getattr(learn, "recorder", None)
+    names = [name for name in getattr(recorder, "metric_names", ()) if name not in ("epoch", "time")]
+    return [dict(zip(_names_of(recorder, names, len(row)), row)) for row in getattr(recorder, "values", ())]
+
+def _names_of(recorder, names, n):
+    "The columns of a row of `n` values: without a training loss if its epoch was ended early"
+    only_training = n == 1 and (len(names) > 2 or getattr(recorder, "cancel_valid", False))
+    return names if n == len(names) else names[:n] if only_training else names[-n:]

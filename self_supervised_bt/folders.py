@@ -27,32 +27,31 @@ from fastcore.foundation import L
 from fastcore.parallel import num_cpus
 from torch import Tensor
 
+# %% ../nbs/02_folders.ipynb #c44902cf
 from .core import check_choice
 from self_supervised_bt.data import (
     REASONS,
     BadImage,
     BatchDL,
     check_size,
+    check_value_range,
     device_or_default,
     digest,
+    evenly_spaced,
     image_files,
     image_names,
     in_chunks,
     loss_for_labels,
     open_image,
     read_image,
+    some_names,
     split_indices,
     train_valid_dls,
+    warn_of_empty_images,
+    white_of,
 )
 
 # %% ../nbs/02_folders.ipynb #03c6d0fa
-def evenly_spaced(items:list,  # anything with a length
-                  n:int        # the most to take
-                 )->list:      # `items` if they are fewer
-    "Up to `n` items, evenly spaced from the first to the last"
-    idxs = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
-    return [items[int(i)] for i in idxs]
-
 GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"}   # Pillow's names
 
 def size_and_channels(files:list # image files
@@ -95,12 +94,6 @@ def check_classes(classes:list, # names of folders
     if {c.lower() for c in classes} <= PARTS:
         raise ValueError(f"{folder} holds {', '.join(classes)}, which are parts of a data set and no classes: pass one "
                          f"of them, e.g. {folder}{classes[0]}, or labels='innermost'")
-
-def some_names(names # of anything
-              )->str:
-    "The first few names in one line"
-    names = list(names)
-    return ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
 
 # %% ../nbs/02_folders.ipynb #fb773e05
 LEVELS = ("outermost", "innermost")
@@ -178,15 +171,16 @@ class ImageReport:
 
 # %% ../nbs/02_folders.ipynb #274bb9c8
 def check_chunk(files:list, # image files
-                full:bool   # decode them?
+                full:bool,  # decode them?
+                value_range # as for `unlabelled_dls`
                )->Tensor:   # (N,) uint8, as in `ImageReport`
     "The reason for each file that cannot be read"
     codes = torch.zeros(len(files), dtype=torch.uint8)
     for i,f in enumerate(files):
         try:
-            if full: read_image(f, 8)   # the smallest scale at which a JPEG decodes
+            if full: read_image(f, 8, value_range=value_range)   # the smallest scale at which a JPEG decodes
             else:
-                with open_image(f): pass
+                with open_image(f, value_range): pass
         except BadImage as e: codes[i] = 1 + REASONS.index(e.reason)
     return codes
 
@@ -199,11 +193,12 @@ def listed_files(items:str|Path|list # folder to search, or image files
 def check_images(items:str|Path|list,   # folder to search, or image files
                  full:bool=False,       # decode them? Only this finds truncated files
                  num_workers:int=None,  # worker processes; as many as cores if there are many files, 0 for none
-                 progress:bool=False    # show a progress bar?
+                 progress:bool=False,   # show a progress bar?
+                 value_range:tuple|int=None # as for `unlabelled_dls`
                 )->ImageReport:
     "Find the files that cannot be read as images"
     files = listed_files(items)
-    codes = list(in_chunks(partial(check_chunk, full=full), files, num_workers, progress))
+    codes = list(in_chunks(partial(check_chunk, full=full, value_range=value_range), files, num_workers, progress))
     return ImageReport(files, torch.cat(codes) if codes else torch.zeros(0, dtype=torch.uint8))
 
 # %% ../nbs/02_folders.ipynb #2c4971e9
@@ -235,21 +230,24 @@ class ImageFiles:
                  y:Tensor=None, # (N,) class indices
                  vocab:list=None, # names of the classes
                  split_idx:int=0, # 0 for training images, which a loader may augment; 1 for validation
-                 bad:str="skip" # broken files: "skip" uses the next file, "raise" stops
+                 bad:str="skip", # broken files: "skip" uses the next file, "raise" stops
+                 value_range:tuple|int=None # black and white of files with more than 8 bits
                 ):
         self.files = files if isinstance(files, FileNames) else FileNames(files)
         self.size,self.n_in,self.y,self.vocab,self.split_idx,self.bad = size,n_in,y,vocab,split_idx,bad
+        self.value_range = value_range
         self.kind = TensorImageBW if n_in == 1 else TensorImage
         self.c = 0 if vocab is None else len(vocab)
         self.loss_func = loss_for_labels(y)
         self.codes = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
+        self.said = False   # that many files are broken
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.files)
     def new_empty(self):
         "The same without files, for an exported Learner"
         y = None if self.y is None else self.y[:0]
-        return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad)
+        return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad, self.value_range)
     def __getitem__(self, i):
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
         x = torch.empty(len(i), self.n_in, self.size, self.size, dtype=torch.uint8)
@@ -275,11 +273,21 @@ def names(self:ImageFiles, idxs:list)->list: # files
     return [self.files[next(self.usable(int(i)), i)] for i in idxs]
 
 @patch
+def warn_of_broken_files(self:ImageFiles)->None:
+    "Warn, once, if many files are broken"
+    n = int(self.codes.count_nonzero())
+    if self.said or n < max(20, len(self)/50): return
+    self.said = True
+    last = int(self.codes.nonzero()[-1])
+    warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. {self.files[last]} "
+                  f"({REASONS[self.codes[last] - 1]})")
+
+@patch
 def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index, or (None, None); raises `BadImage`
     "The image of the first readable file at index i or later; only at index i if broken files are left out"
     for j in self.usable(i):
         if self.bad == "leave out" and j != i: break
-        try: return read_image(self.files[j], self.size, self.n_in),j
+        try: return read_image(self.files[j], self.size, self.n_in, self.value_range),j
         except BadImage as e:
             if self.bad == "raise": raise
             self.codes[j] = 1 + REASONS.index(e.reason)
@@ -320,7 +328,7 @@ def identity(self:ImageFiles)->str:
     "A short digest of the files: their names below their common folder, their sizes in bytes, and how they are read"
     folder = folder_of_all(self.files)
     lines = (f"{f[len(folder):]}\0{bytes_in(f)}\n" for f in self.files)
-    how = f"{self.n_in} {self.size}\n"
+    how = f"{self.n_in} {self.size} {self.value_range}\n"
     return digest(how.encode(), *(os.fsencode(line) for line in lines))
 
 # %% ../nbs/02_folders.ipynb #fb9d96a6
@@ -334,19 +342,24 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
                    bad:str="skip",      # broken files: "skip" lists them and uses the next file, "raise" stops
                    labels:bool|str=False, # with the names of folders as labels? "outermost" (if True) or "innermost"
                    batch_tfms:list=None,# fastai transforms of the batch: for classifiers only
-                   device=None          # where batches go; fastai's default device if not given
+                   device=None,         # where batches go; fastai's default device if not given
+                   value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over image files, read as they are needed; with labels if `labels=True`"
     check_size(size, n_in)
     check_choice("bad", bad, ("skip", "raise"))
+    check_value_range(value_range)
     files,y,vocab = files_and_labels(items, labels)
     names = FileNames(files)
     idxs = split_indices(len(names), valid_pct, seed)
     if len(idxs[0]) < bs:
         raise ValueError(f"bs={bs} is larger than the number of training files ({len(idxs[0])}): pass a smaller bs")
     device = device_or_default(device)
+    if value_range is None: value_range = white_of(names)
+    warn_of_empty_images(some_images(names, size, n_in, value_range))
     def make_dl(idx, split_idx, **kwargs):
-        ds = ImageFiles(names.take(idx), size, n_in, None if y is None else y[idx], vocab, split_idx, bad)
+        part_y = None if y is None else y[idx]
+        ds = ImageFiles(names.take(idx), size, n_in, part_y, vocab, split_idx, bad, value_range)
         workers = workers_for(len(idx), bs) if num_workers is None else num_workers
         return BatchDL(ds, bs=bs, num_workers=workers, after_batch=[IntToFloatTensor(), *(batch_tfms or [])],
                        device=device, pin_memory=device.type == "cuda", **kwargs)
@@ -363,6 +376,11 @@ def files_and_labels(items:str|Path|list, # folder, or image files
     if y is None:
         raise ValueError("labels=True needs images in at least two folders, whose names are the labels: got one")
     return files,y,vocab
+
+def some_images(files, size, n_in, value_range)->Tensor: # (n,n_in,size,size)
+    "The readable ones of 8 images, evenly spaced over the files"
+    ds = ImageFiles(evenly_spaced(files, 8), size, n_in, bad="leave out", value_range=value_range)
+    return ds[list(range(len(ds)))][0]
 
 def workers_for(n:int, # files
                 bs:int # images per batch

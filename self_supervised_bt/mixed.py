@@ -100,12 +100,13 @@ class MixedBarlowTwins(MultiView):
                  per_sample:bool=False,  # a mixing weight per image, instead of one for the batch?
                  target:str="paper",     # "paper": the formula; "script": the authors' ImageNet script
                  print_augs:bool=False,  # print the two pipelines?
-                 terms:bool=False        # the loss's terms as columns of the Recorder?
+                 terms:bool=False,       # the loss's terms as columns of the Recorder?
+                 separate_bn:bool=False  # each view through the model by itself, as in the authors' code?
                 ):
         if not 0 < alpha < float("inf"): raise ValueError(f"alpha must be a finite number > 0, got {alpha}")
         if len(check_pipelines(aug_pipelines)) != 2:
             raise ValueError(f"MixedBarlowTwins mixes two views, got {len(aug_pipelines)} pipelines")
-        super().__init__(aug_pipelines, MixedBarlowTwinsLoss(lmb, lmb_reg, target), terms, print_augs)
+        super().__init__(aug_pipelines, MixedBarlowTwinsLoss(lmb, lmb_reg, target), terms, print_augs, separate_bn)
         self.alpha,self.per_sample = alpha,per_sample
 
     def before_train(self):

@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .augmentations import check_pipelines, clean_pipeline, displayable, fused_views, show_pixels
-from .core import check_positive_int
+from .core import check_positive_int, unwrapped
 from self_supervised_bt.fitting import (
     Column,
     add_columns,
@@ -38,7 +38,7 @@ from .losses import check_lmb, check_loss
 def check_model(model:nn.Module # what the Learner trains
                )->nn.Module:    # the model, unwrapped; raises `ValueError`
     "Raise `ValueError` if the model has no `encoder` or no `projector`"
-    inner = getattr(model, "module", model)   # DistributedDataParallel wraps
+    inner = unwrapped(model)
     missing = [n for n in ("encoder", "projector") if not isinstance(getattr(inner, n, None), nn.Module)]
     if missing:
         raise ValueError(f"the model ({type(inner).__name__}) has no {' and no '.join(missing)}: use "
@@ -104,13 +104,13 @@ class MultiView(Callback):
                  aug_pipelines:list,     # `Pipeline`s with `split_idx=0`, one per view: two, or more
                  objective:callable,     # embeddings (z1,z2,...), each (B,D), to a scalar
                  terms:bool=False,       # the loss's terms as columns of the Recorder?
-                 print_augs:bool=False   # print the pipelines?
+                 print_augs:bool=False,  # print the pipelines?
+                 separate_bn:bool=False  # each view through the model by itself, as in the authors' code?
                 ):
         self.augs = check_pipelines(aug_pipelines)
         self.clean = clean_pipeline(self.augs[0])
-        self.objective,self.terms = objective,terms
+        self.objective,self.terms,self.separate_bn = objective,terms,separate_bn
         if print_augs: print(*self.augs, sep="\n")
-
     def before_fit(self):
         self.swap_loss()
         self.check_ranks()
@@ -141,8 +141,9 @@ def loss(self:MultiView, z:Tensor)->Tensor: # z (n*B,D) embeddings of all views,
 
 @patch
 def model_input(self:MultiView)->tuple: # what the model is called with
-    "All views in one batch"
-    return (torch.cat(self.views),)
+    "All views in one batch; with `separate_bn` also `paired` and `views` of `BarlowTwinsModel`"
+    x = torch.cat(self.views)
+    return (x, False, len(self.views)) if self.separate_bn else (x,)
 
 @patch
 def pictures(self:MultiView, *views:Tensor)->dict: # column title to images (B,C,H,W) in [0,1]
@@ -251,6 +252,7 @@ def train_on(self:MultiView, x:TensorImage):
         raise ValueError(f"the pipelines make views of different shapes, {' and '.join(map(str, sorted(shapes)))}: "
                          "give all of them one size")
     self.learn.xb = self.model_input()
+    if len(self.xb) > 1 and isinstance(self.model, nn.DataParallel): self.refuse_data_parallel()
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
 # %% ../nbs/14_multiview.ipynb #ed4db862
@@ -262,6 +264,12 @@ def refuse_one_image(self:MultiView):
     warnings.warn("a validation batch of one image is left out of the loss: it has no correlation")
     self.learn.yb = ()
     raise CancelBatchException()
+
+@patch
+def refuse_data_parallel(self:MultiView):
+    "Raise `ValueError`: the devices would get other rows than the model expects"
+    raise ValueError("DataParallel divides the batch of views anew, and separate_bn=True and a predictor need to know "
+                     "where each view is: leave both out, or train with learn.distrib_ctx()")
 
 @patch
 def clean_pred(self:MultiView)->Tensor: # (B,D), input of the metrics
@@ -283,6 +291,10 @@ def check_set_up(learn:Learner, # about to fit, validate or predict
     if len(several) > 1:
         raise ValueError(f"the Learner has {len(several)} callbacks that make views, {' and '.join(several)}: "
                          f"learn.remove_cbs({several[0]}), then add one")
+    if cb.separate_bn and "views" not in inspect.signature(check_model(learn.model).forward).parameters:
+        raise ValueError(f"separate_bn=True needs a model that takes each view by itself, and "
+                         f"{type(check_model(learn.model)).__name__}.forward has no argument views: "
+                         "use BarlowTwinsModel, whose forward is (x, paired, views)")
     if any(c.with_loss for c in learn._grab_cbs(GatherPredsCallback)):
         raise ValueError("with_loss=True needs a loss per image, this one is defined per batch: leave with_loss out")
     if any(isinstance(t, Normalize) for t in getattr(getattr(learn.dls.train, "after_batch", None), "fs", [])):

@@ -22,11 +22,12 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore import xml
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 # %% ../nbs/34_reports.ipynb #74d4fd3d
-from .augmentations import fused_views
-from .core import undisturbed
+from .core import check_positive_int, undisturbed
 from self_supervised_bt.diagnostics import (
+    dead_dimensions,
     expected_losses,
     map_2d,
     plot_cross_correlation,
@@ -39,6 +40,7 @@ from self_supervised_bt.diagnostics import (
 )
 from .doctor import diagnose, recorded
 from self_supervised_bt.evaluation import (
+    effective_rank,
     encode,
     encode_views,
     knn_accuracy,
@@ -46,27 +48,64 @@ from self_supervised_bt.evaluation import (
     singular_values,
     unlabelled_table,
 )
+from .fitting import batch_size_of, epoch_values, images_per_epoch, sampled_images
 from .fused import batch_images
 from .layers import encoder_width
 from .losses import cross_correlation
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/34_reports.ipynb #a6df45c1
-def first_images(data,      # a data loader, images (N,C,H,W), or (images, labels)
-                 n:int=1000 # at most so many
-                )->tuple:   # images (n,C,H,W), and labels (n,) or `None`; raises `ValueError` if there is no image
-    "The first images of a loader, as they are before views are made, and their labels if there are any"
-    if isinstance(data, Tensor): return data[:n],None
-    if isinstance(data, tuple): return data[0][:n],data[1][:n]
-    dl = data.new(shuffle=False, drop_last=False) if hasattr(data, "new") else data
+def sample_rows(total:int, # rows there are
+                n:int      # rows wanted
+               )->list:    # min(n,total) different rows, ascending
+    "Rows sampled at random, always the same ones"
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort()[0].tolist()
+
+def loader_of_rows(dl,       # a data loader of fastai or PyTorch
+                   rows:list # of its dataset
+                  ):         # a data loader
+    "A loader of these rows in order, each once; broken files are left out"
+    if not hasattr(dl, "new"):
+        return torch.utils.data.DataLoader(Subset(dl.dataset, rows), batch_size_of(dl), collate_fn=dl.collate_fn)
+    ds = dl.dataset.leaving_out() if hasattr(dl.dataset, "leaving_out") else dl.dataset
+    return dl.new(ds, get_idxs=lambda: rows, n=len(rows), shuffle=False, drop_last=False)
+
+def class_names(data          # a data loader, or anything else
+               )->list|None:  # the names, or `None`
+    "Names of the classes of a loader"
+    vocab = getattr(getattr(data, "dataset", None), "vocab", None)
+    if vocab is None: return None
+    names = [str(name) for name in vocab]
+    return names if len(names) > 1 else None
+
+# %% ../nbs/34_reports.ipynb #8549e310
+def read_batches(dl,   # a data loader
+                 n:int # stop after so many images
+                )->tuple: # images (N,C,H,W), and labels (N,) or `None`; raises `ValueError`
+    "Images as they are before views are made, and their labels if there are any"
     x,y = [],[]
     for batch in dl:
         x.append(batch_images(to_device(batch, "cpu")).as_subclass(Tensor))
         labelled = isinstance(batch, (tuple, list)) and len(batch) > 1
-        if labelled: y.append(batch[1].as_subclass(Tensor).cpu())
+        if labelled: y.append(torch.as_tensor(batch[1]).as_subclass(Tensor).cpu())
         if sum(map(len, x)) >= n: break
-    if not x: raise ValueError("data holds no images, nothing to report: pass a loader or a tensor with images")
+    if not sum(map(len, x)):
+        raise ValueError("data holds no images, nothing to report: pass a loader or a tensor with images")
     return torch.cat(x)[:n],torch.cat(y)[:n] if y else None
+
+def random_images(data,      # a data loader, images (N,C,H,W), or (images, labels)
+                   n:int=1000 # at most so many
+                  )->tuple:   # images (n,C,H,W), labels (n,) or `None`, and how they were chosen
+    "Images sampled at random from the data, and their labels if there are any"
+    if isinstance(data, Tensor): data = (data, None)
+    source = data[0] if isinstance(data, tuple) else getattr(data, "dataset", None)
+    if not hasattr(source, "__len__"): return *read_batches(data, n),"the first of a stream"
+    rows = sample_rows(len(source), n)
+    how = f"sampled at random from {len(source):,}" if len(rows) < len(source) else "all there are"
+    if not isinstance(data, tuple): return *read_batches(loader_of_rows(data, rows), n),how
+    x,y = data
+    if not len(x): raise ValueError("data holds no images, nothing to report: pass a loader or a tensor with images")
+    return x[rows],None if y is None else torch.as_tensor(y)[rows],how
 
 # %% ../nbs/34_reports.ipynb #a3c50099
 def projector_widths(projector:nn.Module # of a model
@@ -78,16 +117,18 @@ def run_summary(learn:Learner # with a `BarlowTwins` callback
                )->dict:       # name to text
     "The settings of a run"
     bt,model = multiview_of(learn),check_model(learn.model)
-    n,bs = len(learn.dls.train.dataset),learn.dls.train.bs
+    train = learn.dls.train
     widths = "-".join(map(str, projector_widths(model.projector)))
-    lmb = "" if bt.lmb is None else f", lmb = {bt.lmb:g}"
+    views = {f"view {i}": _steps_of(aug) for i,aug in enumerate(bt.augs, 1)}
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("torch", "fastai", "timm", "kornia")]
+    recipe = getattr(learn, "recipe", None)
     return {"encoder": f"{_arch(model.encoder)}, {_size(model.encoder)}, h is {encoder_width(model.encoder)} wide",
             "projector": f"{widths}, {_size(model.projector)}",
-            "loss": f"{type(bt.objective).__name__}{lmb}",
-            "views": "; ".join(_steps_of(aug) for aug in bt.augs),
-            "images": f"{n:,} to train on, in batches of {bs}",
-            "training": _training(learn),
+            "loss": type(bt.objective).__name__ + _values(bt.objective),
+            "images": f"{sampled_images(train):,} to train on, in batches of {batch_size_of(train)}", **_shared(views),
+            "training": _training(learn), "schedule": _schedule(learn),
+            "recipe": _values(recipe).strip("()") if recipe else "none: the Learner was made without a recipe",
+            "random seed": f"{torch.initial_seed()} (the last one given to PyTorch)",
             "device": f"{next(model.parameters()).device}, {os.cpu_count()} processor cores",
             "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
             "written": datetime.now().strftime("%Y-%m-%d %H:%M")}
@@ -95,61 +136,120 @@ def run_summary(learn:Learner # with a `BarlowTwins` callback
 def _arch(encoder): return getattr(encoder, "created_by", {}).get("arch", type(encoder).__name__)
 def _size(module): return f"{sum(p.numel() for p in module.parameters())/1e6:.1f} M weights"
 
-def _training(learn):
-    "Epochs, optimizer and learning rate of the last fit"
-    opt = getattr(learn.opt_func, "func", learn.opt_func)
-    lrs = recorded(learn, "lrs") or [learn.lr]
-    name = getattr(opt, "__name__", opt)
-    return f"{len(recorded(learn, 'values'))} epochs, {name}, largest learning rate {max(map(float, lrs)):.2g}"
+# %% ../nbs/34_reports.ipynb #7914cd5f
+PLAIN = (int, float, str, bool, tuple, list, dict)
+
+def _values(o):
+    "The plain attributes of an object, as (name=value, ...)"
+    plain = {k: v for k,v in vars(o).items() if k[0] != "_" and k not in ("shifts", "name") and type(v) in PLAIN}
+    plain = {k: f"{v:.4g}" if isinstance(v, float) else v for k,v in plain.items()}
+    return "(" + ", ".join(f"{k}={v}" for k,v in plain.items()) + ")" if plain else ""
+
+def _shared(views):
+    "One row if all views are made alike"
+    return {f"views ({len(views)})": views["view 1"]} if len({*views.values()}) == 1 else views
 
 def _steps_of(aug):
-    "The steps of a pipeline, with their probabilities"
-    views = fused_views(aug)
-    if not views: return ", ".join(t.name for t in aug.fs)
-    steps = [(type(step).__name__.removesuffix("Step"), getattr(step, "p", 1)) for step in (views.crop, *views.steps)]
-    return ", ".join(f"{name} ({p:g})" if p < 1 else name for name,p in steps)
+    "The steps of a pipeline with their parameters"
+    return ", ".join(text for transform in getattr(aug, "fs", [aug]) for text in _steps_in(transform))
+
+def _steps_in(transform):
+    "The steps of one transform; a fused one holds several"
+    if not hasattr(transform, "crop"): return [str(getattr(transform, "aug", getattr(transform, "name", transform)))]
+    steps = [type(step).__name__.removesuffix("Step") + _values(step) for step in (transform.crop, *transform.steps)]
+    return steps + ([] if transform.norm is None else [f"Normalise{_values(transform.norm)}"])
+
+def _training(learn):
+    "Epochs, optimizer and its settings in the last fit"
+    opt = getattr(learn.opt_func, "func", learn.opt_func)
+    text = f"{len(recorded(learn, 'values'))} epochs, {getattr(opt, '__name__', opt)}"
+    if learn.opt is None: return text
+    groups = [{k: v for k,v in h.items() if k not in ("lr", "mom")} for h in learn.opt.hypers]
+    return "; ".join([text, *dict.fromkeys(", ".join(f"{k}={v}" for k,v in group.items()) for group in groups)])
+
+def _schedule(learn):
+    "The learning rate over the last fit"
+    lrs = [float(lr) for lr in recorded(learn, "lrs")]
+    if not lrs: return f"not trained; lr={learn.lr:g}"
+    peak = max(range(len(lrs)), key=lrs.__getitem__)
+    at = {0: lrs[0], peak: lrs[peak], len(lrs)-1: lrs[-1]}
+    return "learning rate " + ", ".join(f"{lr:.2g} at step {step}" for step,lr in at.items())
 
 # %% ../nbs/34_reports.ipynb #39e7efae
-def measure(learn:Learner, # with a `BarlowTwins` callback
-            x:Tensor,      # (N,C,H,W) images
-            y:Tensor       # (N,) labels, or `None`
-           )->SimpleNamespace: # learn, bt, x, y, h, h1, h2, z1, z2
+def measure(learn:Learner,  # with a `BarlowTwins` callback
+            x:Tensor,       # (N,C,H,W) images
+            y:Tensor,       # (N,) labels, or `None`
+            names:list=None # of the classes
+           )->SimpleNamespace: # learn, bt, x, y, names, h, h1, h2, z1, z2
     "Representations and embeddings of the images of a report"
     h,(h1,h2,z1,z2) = encode(learn, x)[0],encode_views(learn, x)
-    return SimpleNamespace(learn=learn, bt=multiview_of(learn), x=x, y=y, h=h, h1=h1, h2=h2, z1=z1, z2=z2)
+    bt = multiview_of(learn)
+    return SimpleNamespace(learn=learn, bt=bt, x=x, y=y, names=names, h=h, h1=h1, h2=h2, z1=z1, z2=z2)
 
 def _losses(run):
-    losses,lmb = recorded(run.learn, "losses"),run.bt.lmb
-    if not len(losses): raise ValueError("the model has not been trained")
-    if lmb is None: return plot_losses(losses)
+    losses,lmb = [float(loss) for loss in recorded(run.learn, "losses")],run.bt.lmb
+    if not losses: raise ValueError("the model has not been trained")
     width = projector_widths(check_model(run.learn.model).projector)[-1]
-    return plot_losses(losses, expected_losses(run.learn.dls.train.bs, width, lmb))
+    known = lmb is not None and type(run.bt.objective).__name__ == "BarlowTwinsLoss"
+    expected = expected_losses(batch_size_of(run.learn.dls.train), width, lmb) if known else None
+    facts = f"from {losses[0]:.4g} to {losses[-1]:.4g} in {len(losses)} steps"
+    return plot_losses(losses, expected),facts + (f"; independent views give {expected[0]:.4g}" if known else "")
 
 def _terms(run):
     diagnostics = getattr(run.learn, "diagnostics", None)
     if not getattr(diagnostics, "rows", None):
         raise ValueError("train with the callback Diagnostics() to see the terms")
-    return plot_terms(diagnostics.table(), run.bt.lmb or 1.)[0]
+    table = diagnostics.table()
+    last = {k: v for k,v in table.iloc[-1].items() if k in TERMS}
+    return plot_terms(table, run.bt.lmb or 1.)[0],"at the end " + ", ".join(f"{k} {v:.3g}" for k,v in last.items())
 
-def _matrix(run): return plot_cross_correlation(cross_correlation(run.z1, run.z2, eps=1e-12))
-def _spectra(run):
-    return plot_spectrum({"representation h": singular_values(run.h1), "embedding z": singular_values(run.z1)})
-def _std(run): return plot_std(run.z1.std(0))
-def _views(run):
-    with undisturbed(run.learn.model): return run.bt.show(4, original=True)[0]
+TERMS = ("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
 
 # %% ../nbs/34_reports.ipynb #99a15103
-def _map(run): return plot_map(map_2d(run.h), run.y)
-def _neighbours(run):
-    nearest = neighbours(run.h, k=min(7, len(run.h)-1))[1][:6]
-    return plot_neighbours(run.x[:6], run.x[nearest])[0]
+def _matrix(run):
+    c = cross_correlation(run.z1, run.z2, eps=1e-12)
+    rest = c[~torch.eye(len(c), dtype=torch.bool)].square().mean().sqrt()
+    facts = f"the mean of the diagonal is {c.diagonal().mean():.2f}, the RMS of the other entries {rest:.2f}"
+    return plot_cross_correlation(c),facts
 
-FIGURES = {  # file: caption, and the function that returns an axis
+def _spectra(run):
+    pairs = {"representation h": run.h1, "embedding z": run.z1}
+    facts = [f"effective rank of the {k} {effective_rank(v):.0f} of {min(v.shape)}" for k,v in pairs.items()]
+    return plot_spectrum({k: singular_values(v) for k,v in pairs.items()}),", ".join(facts)
+
+def _std(run):
+    std = run.z1.std(0)
+    return plot_std(std),f"median {std.median():.2g}, {int(dead_dimensions(std))} of {len(std)} dimensions dead"
+
+def _views(run):
+    with undisturbed(run.learn.model): axes = run.bt.show(4, original=True)
+    return axes[0],f"images with {len(run.bt.augs)} views each"
+
+def _map(run):
+    classes = f", {len(run.y.unique())} classes" if is_one_class(run.y) else ""
+    y = run.y if is_one_class(run.y) else None
+    return plot_map(map_2d(run.h), y, run.names),f"{len(run.h):,} images{classes}"
+
+def _neighbours(run):
+    queries = sample_rows(len(run.h), 6)
+    nearest = neighbours(run.h, k=min(7, len(run.h)-1))[1][queries]
+    axis = plot_neighbours(run.x[queries], run.x[nearest])[0]
+    if not is_one_class(run.y): return axis,f"{len(queries)} images with {nearest.shape[1]} neighbours each"
+    alike = int((run.y[nearest] == run.y[queries][:,None]).sum())
+    return axis,f"{alike} of {nearest.numel()} neighbours have the class of their query"
+
+# %% ../nbs/34_reports.ipynb #c9173560
+def is_one_class(y:Tensor|None # labels
+                )->bool:
+    "Does every image have one class?"
+    return y is not None and y.ndim == 1 and not y.is_floating_point()
+
+FIGURES = {  # file: caption, and the function that returns an axis and what it shows in numbers
     "loss": ("Training loss, and the loss to expect of independent and of identical views", _losses),
     "terms": ("Terms of the loss, and entries of the cross-correlation matrix", _terms),
     "cross_correlation": ("Cross-correlation of the embeddings of two views. Aim: 1 (red) on the diagonal, 0 (white) "
                           "elsewhere", _matrix),
-    "spectrum": ("Singular values. After a steep drop, dimensions are hardly used", _spectra),
+    "spectrum": ("Singular values of h and z, each with its effective rank", _spectra),
     "std": ("Standard deviation of each dimension of the embedding", _std),
     "views": ("Views, one row per image", _views),
     "neighbours": ("Images, and those with the closest representations", _neighbours),
@@ -159,101 +259,174 @@ FIGURES = {  # file: caption, and the function that returns an axis
 def _figure(out, name, run):
     "A figure with its caption, also written as a file; or why it could not be made"
     caption,draw = FIGURES[name]
-    try: figure = draw(run).figure
+    try: axis,facts = draw(run)
     except Exception as e: return xml.Figure(xml.P(f"No figure: {e}", cls="none"), xml.Figcaption(caption))
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, format="png")
-    plt.close(figure)
+    axis.figure.savefig(buffer, dpi=100, format="png")
+    plt.close(axis.figure)
     png = buffer.getvalue()
     (out/f"{name}.png").write_bytes(png)
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return xml.Figure(xml.Img(src=source, alt=caption), xml.Figcaption(caption))
+    return xml.Figure(xml.Img(src=source, alt=f"{caption}: {facts}"), xml.Figcaption(f"{caption}: {facts}."))
 
 def _section(title, *content): return xml.H2(title),*content
-def _rows(items): return xml.Table(*[xml.Tr(xml.Th(k), xml.Td(v)) for k,v in items.items()])
-def _frame(df): return xml.Div(xml.NotStr(df.to_html(border=0, na_rep="")), cls="wide")
+def _rows(items): return xml.Table(*[xml.Tr(xml.Th(k), xml.Td(v)) for k,v in items.items()], cls="settings")
+def _frame(df):
+    df = df.rename(columns=lambda c: str(c).replace("_", " "))   # a heading may break where it has a space
+    return xml.Div(xml.NotStr(df.to_html(border=0, na_rep="")), cls="wide")
 
 # %% ../nbs/34_reports.ipynb #cd2e1c36
+STYLE = """
+:root{color-scheme:light dark; --text:#222; --page:#fff; --soft:#666; --line:#ddd; --box:#f6f6f4}
+@media (prefers-color-scheme:dark){:root{--text:#ddd; --page:#1b1b1d; --soft:#aaa; --line:#444; --box:#26262a}}
+body{font:15px/1.45 system-ui,sans-serif; color:var(--text); background:var(--page);
+     max-width:1060px; margin:2em auto; padding:0 1em}
+h1{margin-bottom:.1em}
+h2{margin-top:1.6em; border-bottom:1px solid var(--line); padding-bottom:.15em}
+table{border-collapse:collapse}
+th,td{text-align:left; vertical-align:top; padding:.2em .9em .2em 0; overflow-wrap:anywhere}
+.settings th{white-space:nowrap}
+tbody tr{border-top:1px solid var(--line)}
+.wide{overflow-x:auto; font-size:12.5px}
+.wide th,.wide td{padding-right:.7em; text-align:right; overflow-wrap:normal; vertical-align:bottom}
+.wide th:first-child{text-align:left; position:sticky; left:0; background:var(--page)}
+.verdict{font-size:17px}
+pre{background:var(--box); padding:.8em 1em; white-space:pre-wrap; font-size:13px; overflow-wrap:anywhere}
+.ok{border-left:4px solid #2a2}
+.bad{border-left:4px solid #c33}
+.figures{display:flex; flex-wrap:wrap; gap:1.2em; align-items:flex-start}
+figure{margin:0; max-width:100%}
+img{max-width:100%; height:auto; max-height:480px; background:#fff}
+figcaption{font-size:13px; color:var(--soft); max-width:34em}
+.none{color:var(--soft); font-style:italic; padding:2em; border:1px dashed var(--line)}
+@media (max-width:600px){body{font-size:14px; margin:1em auto} .settings th,.settings td{display:block}}
+@media print{
+  :root{color-scheme:light; --text:#000; --page:#fff; --soft:#444; --line:#bbb; --box:#f4f4f4}
+  body{max-width:none; margin:0; font-size:10pt}
+  .wide{overflow:visible; font-size:7.5pt}
+  .wide th,.wide td{padding-right:.35em}
+  .wide th:first-child{position:static}
+  figure,tr,pre{break-inside:avoid}
+  h2{break-after:avoid}
+  img{max-height:8cm}
+}
+"""
+
+# %% ../nbs/34_reports.ipynb #322cafa2
 def _diagnosis(learn):
     "The text of `diagnose`"
     try: found = diagnose(learn)
     except Exception as e: return xml.P(f"No diagnosis: {e}", cls="none")
     return xml.Pre(repr(found), cls="ok" if found.ok else "bad")
 
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif; color:#222; max-width:1060px; margin:2em auto; padding:0 1em}
-h1{margin-bottom:.1em}
-h2{margin-top:1.6em; border-bottom:1px solid #ddd; padding-bottom:.15em}
-table{border-collapse:collapse}
-th,td{text-align:left; vertical-align:top; padding:.2em .9em .2em 0}
-tbody tr{border-top:1px solid #eee}
-.wide{overflow-x:auto; font-size:12.5px}
-.wide th,.wide td{padding-right:.7em; text-align:right}
-.wide th:first-child{text-align:left}
-pre{background:#f6f6f4; padding:.8em 1em; white-space:pre-wrap; font-size:13px}
-.ok{border-left:4px solid #2a2}
-.bad{border-left:4px solid #c33}
-.figures{display:flex; flex-wrap:wrap; gap:1.2em; align-items:flex-start}
-figure{margin:0; max-width:100%}
-img{max-width:100%; height:auto; max-height:480px}
-figcaption{font-size:13px; color:#555; max-width:34em}
-.none{color:#888; font-style:italic; padding:2em; border:1px dashed #ccc}
-"""
+def _knn(run):
+    "A table of the kNN accuracy of `h` and what to compare it with, or `None` without labels of several classes"
+    y = run.y
+    if not is_one_class(y) or len(y.unique()) < 2: return None
+    k = min(20, len(y)-1)
+    accuracy = {"representation h": knn_accuracy(run.h, y, k=k), "raw pixels": knn_accuracy(_pixels(run.x), y, k=k),
+                "always the largest class": float(y.unique(return_counts=True)[1].max()/len(y))}
+    column = f"kNN top-1 (k={k}), each image among the other {len(y)-1:,}"
+    return pd.DataFrame({column: [f"{100*float(a):.1f} %" for a in accuracy.values()]}, index=[*accuracy])
 
-# %% ../nbs/34_reports.ipynb #322cafa2
+def _pixels(x): return x.flatten(1).float()
+
+def _watched(learn):
+    "A table of what `OnlineEvaluation` measured before the training and last, or `None`"
+    watch = getattr(learn, "online_evaluation", None)
+    if not getattr(watch, "epochs_measured", None): return None
+    last = {column.name: column.value for column in watch.columns}
+    rows = {"before training": watch.before, f"after epoch {watch.epochs_measured[-1]}": last}
+    rows = {name: {k: f"{100*float(v):.1f} %" for k,v in row.items()} for name,row in rows.items()}
+    return pd.DataFrame(rows).T
+
+# %% ../nbs/34_reports.ipynb #8b860eee
 def _results(run):
     "Tables of what the images tell: title to `DataFrame`"
     title = "Two views of each image: positive pairs found among all images, and effective rank of h"
     tables = {title: unlabelled_table({"representation h": (run.h1, run.h2)})}
-    y = run.y
-    if y is None or y.ndim > 1 or len(y.unique()) < 2: return tables
-    k = min(20, len(y)-1)
-    accuracy,chance = knn_accuracy(run.h, y, k=k),float(y.bincount().max()/len(y))
-    row = {"kNN top-1": f"{accuracy:.1%}", "chance": f"{chance:.1%}"}
-    title = f"Labels by {k} nearest neighbours, each image among the others"
-    return {**tables, title: pd.DataFrame(row, index=["representation h"])}
+    more = {"Images labelled by their nearest neighbours": _knn(run), "OnlineEvaluation": _watched(run.learn)}
+    return {**tables, **{title: df for title,df in more.items() if df is not None}}
 
-def _epochs(learn):
+def verdict(results:dict # from `_results`
+           )->str:       # one or two sentences
+    "What the results say, in words"
+    pairs = next(iter(results.values())).iloc[0]
+    found,chance,rank,width = pairs.iloc[:4]
+    text = (f"The nearest of all second views is the one of the same image in {found} (chance {chance}); "
+            f"the effective rank of h is {rank}, its width {width}.")
+    knn = results.get("Images labelled by their nearest neighbours")
+    if knn is None: return text
+    h,pixels,chance = knn.iloc[:, 0]
+    gain = float(h[:-2]) - float(pixels[:-2])
+    compared = "better than" if gain > 1 else "worse than" if gain < -1 else "as good as"
+    return f"kNN top-1 is {h}, {compared} raw pixels ({pixels}); always the largest class gives {chance}. {text}"
+
+# %% ../nbs/34_reports.ipynb #94d7d631
+def epochs_frame(learn:Learner # after a fit
+                )->pd.DataFrame: # of texts; empty where a column was not measured in an epoch
     "The Recorder's table, at most about 20 rows of it"
-    values = recorded(learn, "values")
-    if not len(values): return []
-    df = pd.DataFrame([list(v) for v in values], columns=list(learn.recorder.metric_names[1:-1])).rename_axis("epoch")
+    df = pd.DataFrame(epoch_values(learn))
+    for name,epochs in measured_epochs(learn).items(): df[name] = df[name].where(df.index.isin(epochs))
     last,step = len(df)-1,-(-len(df)//20)
-    return [_frame(df.iloc[[*range(0, last, step), last]].map(_short))]
+    return df.iloc[[*range(0, last, step), last]].map(_short).rename_axis("epoch", axis=1)
 
-def _short(v): return f"{v:.3g}" if isinstance(v, (int, float)) else str(v)
+def measured_epochs(learn:Learner # after a fit
+                   )->dict:       # column -> epochs in which it was measured; in the others it repeats the last value
+    "The columns that are not measured in every epoch"
+    cbs = [cb for cb in learn.cbs if hasattr(type(cb), "epochs_measured")]
+    return {column.name: cb.epochs_measured for cb in cbs for column in cb.columns}
+
+def _short(v): return "" if pd.isna(v) else f"{v:.3g}" if isinstance(v, (int, float)) else str(v)
 
 def _content(run, out, tables):
     "The sections of the page"
     def figures(*names): return xml.Div(*[_figure(out, name, run) for name in names], cls="figures")
-    results = [o for title,df in {**_results(run), **tables}.items() for o in (xml.P(title), _frame(df))]
-    return [*_section("Diagnosis", _diagnosis(run.learn)),
-            *_section("Results", *results),
-            *_section("Training", figures("loss", "terms"), *_epochs(run.learn)),
+    epochs = [_frame(epochs_frame(run.learn))] if epoch_values(run.learn) else []
+    results = _results(run)
+    shown = [o for title,df in {**results, **tables}.items() for o in (xml.P(title), _frame(df))]
+    return [xml.P(verdict(results), cls="verdict"),
+            *_section("Diagnosis", _diagnosis(run.learn)),
+            *_section("Results", *shown),
+            *_section("Training", figures("loss", "terms"), *epochs),
             *_section("Embeddings", figures("cross_correlation", "spectrum", "std")),
             *_section("Views", figures("views")),
             *_section("Representations", figures("neighbours", "map")),
             *_section("Settings", _rows(run_summary(run.learn)))]
 
-# %% ../nbs/34_reports.ipynb #94d7d631
+# %% ../nbs/34_reports.ipynb #07e9fa38
 def report(learn:Learner,    # with a `BarlowTwins` callback
            out:str|Path,     # folder to write to
            data=None,        # a loader, images (N,C,H,W), or (images, labels); validation images if not given
            tables:dict=None, # title -> `DataFrame` with results of your own, e.g. of `label_table`
            title:str="Barlow Twins: a run", # of the page
-           n:int=1000        # images used, at most
+           n:int=1000,       # images used, at most, sampled at random
+           names:list=None   # of the classes; those of the loader if not given
           )->Path:           # the page, `report.html`
     "Write one self-contained page about a run, and its figures as files; raises `ValueError` without such a callback"
     if multiview_of(learn) is None:
         raise ValueError("the Learner has no BarlowTwins callback, nothing to report: add one, or use bt_learner")
+    check_positive_int("n", n)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if data is None: data = learn.dls.valid if len(learn.dls.valid.dataset) > 7 else learn.dls.train
-    run = measure(learn, *first_images(data, n))
-    labelled = "labelled " if run.y is not None else ""
-    about = f"Measured on {len(run.x):,} {labelled}images."
-    head = xml.Head(xml.Meta(charset="utf-8"), xml.Title(title), xml.Style(STYLE))
-    page = xml.Html(head, xml.Body(xml.H1(title), xml.P(about), *_content(run, out, tables or {})))
+    data,which = report_data(learn, data)
+    with undisturbed(learn.model):
+        x,y,how = random_images(data, n)
+        run = measure(learn, x, y, names or class_names(data))
+    about = f"Measured on {len(x):,} {which} ({how})."
+    head = xml.Head(xml.Meta(charset="utf-8"), xml.Meta(name="viewport", content="width=device-width, initial-scale=1"),
+                    xml.Title(title), xml.Style(STYLE))
+    page = xml.Html(head, xml.Body(xml.H1(title), xml.P(about), *_content(run, out, tables or {})), lang="en")
     file = out/"report.html"
     file.write_text(xml.to_xml(page), encoding="utf-8")
     return file
+
+# %% ../nbs/34_reports.ipynb #704cbd93
+def report_data(learn:Learner, # with dls
+                data           # given by the caller, or `None`
+               )->tuple:       # the data, and a word for them
+    "The images of a report: those given, otherwise the validation images if there are at least 8"
+    if data is not None: return data,"images"
+    valid = learn.dls.valid
+    if (images_per_epoch(valid) or 0) > 7: return valid,"validation images"
+    return learn.dls.train,"training images"

@@ -7,13 +7,19 @@ __all__ = ['ProgressLogger', 'pretrain', 'evaluate']
 
 # %% ../nbs/50_runs.ipynb #a2f30ea5
 import json
+import os
+import signal
+import socket
 import sys
 import time
-from contextlib import ExitStack
+import warnings
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from fastai.callback import progress  # noqa: F401 (gives Learners `no_bar`)
@@ -25,18 +31,23 @@ from fastcore.basics import first
 from fastcore.foundation import L
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError: fcntl = None   # Windows
+
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, semi_supervised
-from .core import check_choice, undisturbed
+from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
-    data_as_text,
     digits_dls,
     digits_images,
     image_files,
+    in_chunks,
     known_dls,
     load_images,
     named_data,
+    split_indices,
     tensor_dls,
 )
 from self_supervised_bt.diagnostics import (
@@ -63,6 +74,7 @@ from self_supervised_bt.evaluation import (
     unlabelled_table,
 )
 from self_supervised_bt.folders import (
+    ImageFiles,
     bad_images,
     check_images,
     class_folders,
@@ -109,39 +121,154 @@ def run_settings(out:Path,    # folder of the run
                  resume:bool, # resume it?
                  **kwargs     # settings; `None` for not given
                 )->dict:      # all settings; raises `ValueError`
-    "Settings of a run: the saved ones when it resumes, otherwise new ones, which are saved"
+    "Settings of a run: the saved ones when it resumes, otherwise new ones"
     file = out/"run.json"
     given = {k: v for k,v in kwargs.items() if v is not None}
-    if resume and file.exists(): return saved_settings(file, given)
+    if resume and os.path.lexists(file): return saved_settings(file, given)
     if not given.get("data"):
         raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
     name,changes = given.pop("recipe", "cifar"),given.pop("changes", {})
     defaults = dict(valid_pct=.05, seed=0, bad="skip", half=False)
-    settings = {**defaults, **given, "base_recipe": name, "recipe": get_recipe(name, **changes)}
-    if not checkpoints_in(out) and not rank_distrib():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**settings, "data": str(settings["data"]), "recipe": vars(settings["recipe"])})
-    return settings
+    return {**defaults, **given, "base_recipe": name, "recipe": get_recipe(name, **changes)}
 
 def saved_settings(file:Path, # of a run's settings
                    given:dict # settings given by the caller
                   )->dict:    # all settings; raises `ValueError`
-    "Read the settings of a run; raise `ValueError` if a given setting differs"
-    saved = json.loads(file.read_text())
-    was = {**saved["recipe"], **saved, "recipe": saved["base_recipe"]}
+    "Read the settings of a run; raise `ValueError` if a given setting differs; other data are compared later"
+    saved = read_settings(file)
+    was = {**vars(saved["recipe"]), **saved, "recipe": saved["base_recipe"]}
     given = {**given, **given.get("changes", {})}
     given.pop("changes", None)
+    data = given.pop("data", None) or moved_data(file, saved["data"])
     differ = [f"{k}={v!r} (was {was.get(k)!r})" for k,v in given.items() if was.get(k) != v]
     if differ:
         raise ValueError(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
                          "Leave them out to resume it, or choose another folder")
-    return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
+    return {**saved, "data": data}
 
-def write_json(file:Path,  # to write
-               values:dict # plain data
-              )->None:
-    "Plain data as a JSON file"
-    file.write_text(json.dumps(values, indent=2) + "\n")
+def moved_data(file:Path, # of a run's settings
+               data:str   # name or folder of its images
+              )->str:     # the same
+    "Raise `ValueError` if the folder is no longer there"
+    if os.path.isabs(data) and not os.path.isdir(data) and not has_ended(file.parent):
+        raise ValueError(f"{data}, which holds the images of the run in {file.parent}, is no longer a folder: if it "
+                         "was moved, pass its new place as data together with resume=True")
+    return data
+
+# %% ../nbs/50_runs.ipynb #86184fc6
+SETTINGS = dict(data=str, base_recipe=str, recipe=dict, valid_pct=(int, float), seed=int, bad=str, half=bool)
+
+def read_json(file:Path # to read
+             )->dict:   # raises `ValueError`
+    "The content of a JSON file that this library wrote"
+    try:
+        if not file.is_file(): raise ValueError("it is no regular file")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict): raise ValueError(f"it holds a {type(values).__name__}, not an object")
+    except (ValueError, OSError, RecursionError) as e: raise ValueError(f"{file} cannot be read ({e})") from e
+    return values
+
+def read_settings(file:Path # a run.json
+                 )->dict:   # `recipe` is a `Recipe`; raises `ValueError`
+    "The settings of a run, each of its type"
+    advice = ("restore the file from a copy, or remove it and give all settings of the run again, with resume=True: "
+              "they are compared with the checkpoints")
+    try:
+        saved = read_json(file)
+        for name,kind in SETTINGS.items():
+            if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
+        check_choice("bad", saved["bad"], ("skip", "raise"))
+        return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
+
+# %% ../nbs/50_runs.ipynb #f55064ea
+OUTPUTS = ("run.json", "trained_on.npy", "results.json", "history.csv", "skipped.csv", "encoder.safetensors", "best.pt")
+
+def files_in(folder:Path,  # that a run may use
+             names:tuple   # files it would write
+            )->list:       # those that exist
+    "Which of these files a folder holds already"
+    return [name for name in names if os.path.lexists(folder/name)]
+
+def check_free(out:Path # folder of a new run
+              )->None:  # raises `ValueError`
+    "Refuse to overwrite a run, or files of others; a run that never reached its first checkpoint may start again"
+    steps = [f.name for f in checkpoints_in(out)]
+    if steps:
+        raise ValueError(f"{out} holds a run up to {steps[0]}: resume it with resume=True, or choose another folder")
+    found = files_in(out, OUTPUTS)
+    if set(found) <= {"run.json", "trained_on.npy"}:
+        if "run.json" in found: read_settings(out/"run.json")   # not another program's
+        found = []
+    if found:
+        raise ValueError(f"{out} holds {', '.join(found)}, which a new run would overwrite: choose another folder")
+
+# %% ../nbs/50_runs.ipynb #5bab31c2
+@contextmanager
+def run_lock(out:Path # folder of a run; it is made
+            ):        # raises `ValueError` if another process trains there
+    "Let one process at a time train into a folder; a lock ends with its process"
+    out.mkdir(parents=True, exist_ok=True)
+    if rank_distrib() or fcntl is None:   # rank 0 has it for all
+        yield
+        return
+    file = out/".lock"
+    with open(file, "a+", encoding="utf-8") as f:
+        try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            f.seek(0)
+            raise ValueError(f"{out} is in use by {f.read().strip() or 'another process'}, which trains there: "
+                             "wait for its end, or choose another folder") from e
+        except OSError: pass              # a disk without locks
+        f.truncate(0)
+        print(f"process {os.getpid()} of {socket.gethostname()}", file=f, flush=True)
+        try: yield
+        finally: file.unlink(missing_ok=True)
+
+# %% ../nbs/50_runs.ipynb #4f164c2f
+def file_digest(file:str|Path # image file
+               )->int:        # 64 bits, 0 for a file that cannot be read
+    "A digest of the size of a file, and of its first and last 4 kB"
+    try:
+        with open(file, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            h = blake2b(f"{size} ".encode() + f.read(4096), digest_size=8)
+            f.seek(max(4096, size - 4096))
+            h.update(f.read(4096))
+    except OSError: return 0
+    return int.from_bytes(h.digest(), "big", signed=True)
+
+def chunk_digests(files): return np.array([file_digest(f) for f in files], dtype=np.int64)
+
+def file_digests(files,                # image files
+                 num_workers:int=None  # worker processes
+                )->np.ndarray:         # (N,) int64
+    "`file_digest` of each file"
+    chunks = [np.asarray(c) for c in in_chunks(chunk_digests, list(files), num_workers)]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+
+# %% ../nbs/50_runs.ipynb #834b3b78
+def save_digests(out:Path,            # folder of a run
+                 files,               # its training images
+                 num_workers:int=None # worker processes
+                )->None:
+    "Record which images a run is trained on"
+    digests = np.unique(file_digests(files, num_workers))
+    with whole_file(out/"trained_on.npy") as part, open(part, "wb") as f: np.save(f, digests[digests != 0])
+
+def seen_in_training(run:Path,            # folder of a run, or a file from `save_encoder` in it
+                     files,               # image files
+                     num_workers:int=None # worker processes
+                    )->np.ndarray:        # (N,) bool, or `None` if it was not recorded
+    "Which images a run was trained on"
+    file = encoder_file(run).with_name("trained_on.npy")
+    if not file.is_file(): return None
+    try: digests = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        warnings.warn(f"{file} cannot be read ({e}): which images were seen in training is not known")
+        return None
+    return np.isin(file_digests(files, num_workers), digests)
 
 # %% ../nbs/50_runs.ipynb #2e2d9b66
 class ProgressLogger(Callback):
@@ -150,8 +277,12 @@ class ProgressLogger(Callback):
     shown = ("train_loss","valid_loss","effective_rank_z","gradient_norm")
     def __init__(self, live:bool=None # show the position within the epoch? In a terminal if not given
                 ): self.live = sys.stdout.isatty() if live is None else live
+    start = took = None   # of a fit that runs, and its duration when it has ended
+    earlier = 0.          # seconds before the run was resumed
     def before_fit(self):
-        self.start = time.perf_counter()
+        self.resumed_at = time.perf_counter()
+        self.start = self.resumed_at - self.earlier
+        self.earlier = 0.
         self.first_step = None
         self.names = [n for n in self.shown if n in self.recorder.metric_names[1:]]
         print(f"{'epoch':>9} " + " ".join(f"{n:>16}" for n in self.names) + f" {'time':>9}")
@@ -161,15 +292,23 @@ class ProgressLogger(Callback):
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         cells = [" "*16 if values.get(n) is None else f"{values[n]:16.4g}" for n in self.names]
-        time_so_far = hours_minutes_seconds(time.perf_counter() - self.start)
+        time_so_far = hours_minutes_seconds(self.seconds())
         line = " ".join([f"{self.epoch + 1:5}/{self.n_epoch:<3}", *cells, f"{time_so_far:>9}"])
         print("\r" + line + " "*20 if self.live else line, flush=True)   # overwrites the position
     def position(self):
-        seconds = time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.resumed_at
         steps = self.learn.train_iter - self.first_step
         left = seconds/steps*(self.n_epoch*self.n_iter - self.learn.train_iter)
         return (f"{self.epoch + 1:5}/{self.n_epoch}: {self.iter + 1}/{self.n_iter} batches, "
                 f"{steps*find_bs(self.yb)/seconds:,.0f} images/s, {hours_minutes_seconds(left)} left")
+    def seconds(self)->float:
+        "Duration of the run so far, with the time before it was resumed"
+        return self.took if self.start is None else time.perf_counter() - self.start
+    def release(self):
+        "After every fit, however it ended"
+        if self.start is not None: self.took,self.start = self.seconds(),None
+    def state_dict(self)->dict: return dict(seconds=self.earlier if self.start is None else self.seconds())
+    def load_state_dict(self, state:dict): self.earlier = state["seconds"]
 
 # %% ../nbs/50_runs.ipynb #46595984
 def hours_minutes_seconds(seconds:float # a duration
@@ -191,64 +330,186 @@ def run_learner(dls:DataLoaders,  # from `run_dls`
     return bt_learner(dls, recipe=recipe, cbs=cbs)
 
 def fit_run(learn:Learner # from `run_learner`
-           )->float:      # seconds
+           )->float:      # seconds, in rank 0
     "Fit as the recipe defines, on all ranks if a launcher such as torchrun started several"
     with ExitStack() as stack:
         stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         if num_distrib() > 1: stack.enter_context(learn.distrib_ctx())
-        start = time.perf_counter()
         learn.fit_recipe()
-        return time.perf_counter() - start
+        return 0. if rank_distrib() else learn.progress_logger.seconds()
 
 # %% ../nbs/50_runs.ipynb #4be33061
+def data_identity(dls:DataLoaders # from `run_dls`
+                 )->str:          # `None` if a dataset does not say it
+    "What the images of a run are, independent of where they lie"
+    sets = [dl.dataset for dl in dls.loaders]
+    if not all(hasattr(ds, "identity") for ds in sets): return None
+    return " ".join(ds.identity() for ds in sets)
+
+def begin_run(out:Path,        # folder of the run
+              s:dict,          # from `run_settings`
+              dls:DataLoaders, # from `run_dls`
+              resume:bool      # is the run resumed?
+             )->dict:          # the settings with what the images are; raises `ValueError`
+    "Refuse other images than those of a run to resume, and files in the way; write run.json"
+    now = dict(images=sum(len(dl.dataset) for dl in dls.loaders), identity=data_identity(dls))
+    if s.get("identity") not in (None, now["identity"]):
+        raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out}: {now['images']:,} "
+                         f"images now, {s.get('images')} then, or other names or sizes of files. "
+                         "Restore the images, or train into another folder")
+    s = {**s, **now}
+    if rank_distrib() or has_ended(out) and resume: return s
+    resuming = resume and bool(checkpoints_in(out))
+    if not resuming: check_free(out)
+    write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
+    files = getattr(dls.train.dataset, "files", None)
+    if files is not None and not (resuming and (out/"trained_on.npy").exists()): save_digests(out, files)
+    return s
+
+# %% ../nbs/50_runs.ipynb #71175e22
+def has_ended(out:Path # folder of a run
+             )->bool:
+    "Are the results of a whole run there?"
+    try: return read_json(out/"results.json").get("state") == "ended" and (out/"encoder.safetensors").is_file()
+    except ValueError: return False
+
+def ended_results(out:Path # folder of a run that has ended
+                 )->dict:  # the content of results.json
+    "Say that there is nothing to resume"
+    results = read_json(out/"results.json")
+    if not rank_distrib(): print(f"The run in {out} has ended after {results.get('epochs')} epochs: nothing to resume")
+    return {} if rank_distrib() else results
+
+# %% ../nbs/50_runs.ipynb #d434dccf
+class RunFiles(Callback):
+    "Writes history and results of a run after every epoch; its settings are kept in the checkpoints"
+    order,run_valid = 990,False   # before the checkpoint, after which a signal may end the run
+    kept = ("valid_pct", "seed", "bad", "half")
+    def __init__(self,
+                 out:Path, # folder of the run
+                 s:dict    # its settings
+                ): self.out,self.s = out,s
+    def after_epoch(self):
+        try: write_results(self.learn, self.out, run_results(self.learn, self.s, "running"))
+        except OSError as e: warnings.warn(f"{e}. Training continues")
+    def state_dict(self)->dict: return {k: self.s[k] for k in self.kept}
+    def load_state_dict(self, state:dict):
+        differ = [f"{k}={self.s[k]!r} (was {v!r})" for k,v in state.items() if self.s.get(k) != v]
+        if differ:
+            raise ValueError(f"{self.out/'run.json'} was edited, or the checkpoints are another run's: "
+                             f"{', '.join(differ)}. Restore it, or choose another folder")
+
+def write_results(learn:Learner, # in or after a fit
+                  out:Path,      # folder of the run
+                  results:dict   # from `run_results`
+                 )->None:        # raises `OSError`
+    "Write history, list of broken files and results"
+    write_csv(history_table(learn), out/"history.csv", index_label="epoch")
+    if results["skipped"]: write_csv(bad_images(learn.dls), out/"skipped.csv")
+    write_json(out/"results.json", results)
+
+def write_csv(table,     # with a method `to_csv`
+              file:Path, # to write
+              **kwargs   # for `to_csv`
+             )->None:    # raises `OSError`
+    "A table as a file, complete or not at all"
+    with whole_file(file) as part: table.to_csv(part, **kwargs)
+
+# %% ../nbs/50_runs.ipynb #f9276b68
 def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOWN`; not needed to resume
              recipe:str=None,      # name, one of `RECIPES`; "cifar" if not given
              out:str|Path="runs/pretrain", # folder of the run
              resume:bool=False,    # resume the run in `out`, if there is one?
-             valid_pct:float=None, # share of the images kept for validation; .05 if not given
+             valid_pct:float=None, # share of the images held out, never trained on; .05 if not given
              num_workers:int=None, # worker processes that read files
              bad:str=None,         # broken files: "skip" (if not given) or "raise"
              every:int=None,       # batches between checkpoints, in addition to one per epoch
              keep:int=3,           # number of checkpoints to keep
              seed:int=None,        # of the split, the weights and the views; 0 if not given
              half:bool=None,       # bfloat16 in the model?
+             resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # the content of results.json
     "Train an encoder without labels, with checkpoints from which the run can resume"
     out = Path(out)
+    check_workers(num_workers)
     setup_ranks()
-    data = data and data_as_text(data)
-    s = run_settings(out, resume, data=data, recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
+    s = run_settings(out, resume, data=data and as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
                      half=half, changes=kwargs)
+    if resume and not data and has_ended(out): return ended_results(out)
     set_seed(s["seed"])
     dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"])
-    monitor = "valid_loss" if s["valid_pct"] else None
-    checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor)
-    learn = run_learner(dls, s["recipe"], s["half"], checkpoints)
-    seconds = fit_run(learn)
-    return {} if rank_distrib() else save_results(learn, out, s["data"], s["seed"], seconds)
+    with run_lock(out):
+        s = begin_run(out, s, dls, resume)
+        if resume and has_ended(out): return ended_results(out)
+        monitor = "valid_loss" if len(dls.valid.dataset) else None
+        checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
+        checkpoints.resume_with = resume_with
+        files = [] if rank_distrib() else [RunFiles(out, s)]
+        learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
+        with exit_status_of(checkpoints): fit_run(learn)
+        return {} if rank_distrib() else save_results(learn, out, s)
 
-# %% ../nbs/50_runs.ipynb #d434dccf
+# %% ../nbs/50_runs.ipynb #84481da2
+def stop_signals()->tuple: # names
+    "Signals that save a checkpoint and end a run: Ctrl-C, and those of schedulers, unless they are ignored as by nohup"
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    return tuple(name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
+
+@contextmanager
+def exit_status_of(checkpoints:Checkpoints # of a run
+                  ):
+    "After Ctrl-C and SIGTERM a run ends with the shell's exit status; with SIGUSR1, 75 asks for another job"
+    try: yield
+    except SystemExit as e:
+        status = dict(SIGINT=130, SIGTERM=143).get(checkpoints.stop_signal)
+        if e.code != 75 or status is None: raise
+        raise SystemExit(status) from None
+
+def check_workers(num_workers:int # or `None`
+                 )->None:         # raises `ValueError`
+    "Refuse a negative number of worker processes"
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be an int >= 0, got {num_workers}: 0 reads files in this process")
+
+def as_data(data:str|Path # folder, or name of a data set
+           )->str:        # an absolute path for a folder
+    "The images of a run as they are recorded: another working directory resumes it, too"
+    return named_data(data) or os.path.abspath(data)
+
 def save_results(learn:Learner, # after a fit
                  out:Path,      # folder of the run
-                 data:str|Path, # name or folder of the images
-                 seed:int,      # of the run
-                 seconds:float  # duration of the fit
+                 s:dict,        # settings: data and seed
+                 kind:str="pretrain" # or "demo"
                 )->dict:        # the content of results.json
     "Write encoder, history, list of broken files and results of a run"
-    history = history_table(learn)
-    skipped = bad_images(learn.dls) if hasattr(learn.dls.train.dataset, "codes") else ()   # a tensor has none
-    save_encoder(learn, out/"encoder.safetensors")
-    history.to_csv(out/"history.csv", index_label="epoch")
-    if len(skipped): skipped.to_csv(out/"skipped.csv")
-    losses = {k: history[k].iloc[-1] for k in ("train_loss", "valid_loss") if k in history and len(history)}
-    results = dict(kind="pretrain", data=str(data), images=len(learn.dls.train.dataset), skipped=len(skipped),
-                   seed=seed, recipe=vars(learn.recipe), steps=learn.train_iter, seconds=round(seconds, 1),
-                   **losses, **unlabelled_scores(learn), versions=package_versions())
-    write_json(out/"results.json", results)
+    try:
+        save_encoder(learn, out/"encoder.safetensors")
+        results = {**run_results(learn, s, "ended", kind), **unlabelled_scores(learn)}
+        write_results(learn, out, results)
+    except OSError as e:
+        again = "" if kind == "demo" else f". The last checkpoint in {out} is complete: resume=True writes the results"
+        raise OSError(f"{e}{again}") from e
     return results
 
+# %% ../nbs/50_runs.ipynb #195bc337
+def run_results(learn:Learner, # in or after a fit
+                s:dict,        # settings: data and seed
+                state:str,     # "running" or "ended"
+                kind:str="pretrain" # or "demo"
+               )->dict:        # plain data
+    "What is known of a run so far, without its scores"
+    history = history_table(learn)
+    codes = [dl.dataset.codes for dl in learn.dls.loaders if hasattr(dl.dataset, "codes")]   # a tensor has none
+    last = history.iloc[-1].dropna() if len(history) else {}
+    losses = {k: last[k] for k in ("train_loss", "valid_loss") if k in last}
+    return dict(kind=kind, state=state, data=str(s["data"]), images=len(learn.dls.train.dataset),
+                skipped=sum(int(c.count_nonzero()) for c in codes), seed=s["seed"], recipe=vars(learn.recipe),
+                epochs=len(history), steps=learn.train_iter, seconds=round(learn.progress_logger.seconds(), 1),
+                **losses, versions=package_versions())
+
+# %% ../nbs/50_runs.ipynb #5866c75c
 def history_table(learn:Learner # after a fit
                  )->pd.DataFrame: # one row per epoch
     "The Recorder's table"
@@ -265,24 +526,28 @@ def unlabelled_scores(learn:Learner # after a fit
     return dict(held_out=len(x), positive_pair_accuracy=round(float(positive_pair_accuracy(h1, h2)), 4),
                 effective_rank_h=round(float(effective_rank(h1)), 1), width=h1.shape[1])
 
-# %% ../nbs/50_runs.ipynb #f9276b68
+# %% ../nbs/50_runs.ipynb #759803f1
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
 
 def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
-                )->Path:
+                )->Path:      # raises `ValueError` if the run has none
     "The file of a run's encoder"
-    return Path(run)/"encoder.safetensors" if Path(run).is_dir() else Path(run)
+    if not Path(run).is_dir(): return Path(run)
+    file = Path(run)/"encoder.safetensors"
+    if file.exists() or not checkpoints_in(Path(run)): return file
+    raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
 
 def evaluate_on(encoder:nn.Module, # from `load_encoder`
-                dls:DataLoaders,   # from `labelled_dls`
+                dls:DataLoaders,   # from `evaluation_dls`
                 protocols:tuple,   # of `EVALUATIONS`
                 k:int,             # neighbours that vote
-                name:str           # of the data set
+                name:str,          # of the data set
+                n_seen:int|str     # how many of the test images were seen in training
                )->dict:            # column to number
     "Scores of an encoder on one data set, in percent"
     h,y = encode(encoder, dls.train)
     h_test,y_test = encode(encoder, dls.valid)
-    row = {"images": len(h), "test images": len(h_test), "classes": int(y.max()) + 1}
+    row = {"images": len(h), "test images": len(h_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
     if "knn" in protocols:
         row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=min(k, len(h)))), 1)
     if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
@@ -293,7 +558,49 @@ def evaluate_on(encoder:nn.Module, # from `load_encoder`
         row["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
     return row
 
-# %% ../nbs/50_runs.ipynb #84481da2
+# %% ../nbs/50_runs.ipynb #b603173e
+ENOUGH = 50   # test images, with which an accuracy of 50 % has a standard error of 7 %
+
+def test_indices(n:int,                # images
+                 seen:np.ndarray=None, # (N,) bool, were they trained on? `None` if that is not known
+                 share:float=.2        # of the images to test on
+                )->Tensor:             # in order
+    "Images to test on: a random share, unseen ones if there are enough"
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    unseen = shuffled if seen is None else shuffled[~torch.from_numpy(seen)[shuffled]]
+    candidates = unseen if len(unseen) >= ENOUGH else shuffled
+    return candidates[:round(n*share)].sort()[0]
+
+def evaluation_dls(folder:str|Path,      # one folder of images per class
+                   run:str|Path,         # folder of a run, or a file from `save_encoder`
+                   size:int,             # height and width, pixels
+                   n_in:int,             # channels
+                   num_workers:int=None  # worker processes
+                  )->DataLoaders:        # images to learn from, and images to test on
+    "The images of a folder, divided into some to learn from and some to test on"
+    dl = labelled_dls(folder, size, n_in, valid_pct=0, num_workers=num_workers).train
+    ds = dl.dataset
+    test = test_indices(len(ds), seen_in_training(run, ds.files, num_workers))
+    is_test = torch.zeros(len(ds), dtype=torch.bool)
+    is_test[test] = True
+    def part(idx, split_idx, **kwargs):
+        some = ImageFiles(ds.files.take(idx), size, n_in, ds.y[idx], ds.vocab, split_idx, ds.bad)
+        return dl.new(some, **kwargs)
+    bs = min(dl.bs, max(1, len(ds) - len(test)))
+    train = part((~is_test).nonzero()[:,0], 0, bs=bs)
+    return DataLoaders(train, part(test, 1, shuffle=False, drop_last=False), device=dl.device)
+
+def names_of(folders:list # paths
+            )->list:      # of text, in their order
+    "A name per folder: the shortest end of its path that no other has"
+    parts = [Path(f).resolve().parts for f in folders]
+    longest = max(map(len, parts))
+    names = ["/".join(p[-1:]) for p in parts]
+    for n in range(2, longest + 1):
+        names = [name if names.count(name) == 1 else "/".join(p[-n:]) for name,p in zip(names, parts)]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i,name in enumerate(names)]
+
+# %% ../nbs/50_runs.ipynb #449a25e8
 def evaluate(run:str|Path,        # folder of a run, or a file from `save_encoder`
              data:str|Path|list,  # folder with one folder of images per class; several folders for one row each
              protocols:tuple=("knn", "linear"), # of "knn", "linear", "semi-supervised", "transfer"
@@ -301,21 +608,25 @@ def evaluate(run:str|Path,        # folder of a run, or a file from `save_encode
              k:int=20,            # neighbours that vote
              num_workers:int=None # worker processes that read files
             )->pd.DataFrame:      # one row per data set, percent
-    "Accuracy of an encoder on labelled images; these may be images it was trained on without labels"
+    "Accuracy of an encoder on labelled images, and how many of the test images it was trained on without labels"
     for p in protocols: check_choice("protocol", p, EVALUATIONS)
+    check_positive_int("k", k)
+    check_workers(num_workers)
     folders = [data] if isinstance(data, (str, Path)) else list(data)
     encoder = load_encoder(encoder_file(run))
     if test and len(folders) > 1:
         raise ValueError(f"test is for one data set, got {len(folders)}: evaluate them one by one")
     trained_on = encoder.clean_pipeline.fs
     size = max(trained_on[0].size) if trained_on else None
-    rows = {}
-    for folder in folders:
-        name = Path(folder).resolve().name
-        side,_ = size_and_channels(image_files(folder))
-        dls = labelled_dls(folder, kept_size(size, side), encoder.created_by["n_in"], test, num_workers=num_workers)
-        rows[name] = evaluate_on(encoder, dls, protocols, k, name)
-    return pd.DataFrame(rows).T
+    n_in,names,rows = encoder.created_by["n_in"],names_of(folders),[]
+    for folder,name in zip(folders, names):
+        kept = kept_size(size, size_and_channels(image_files(folder))[0])
+        if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers)
+        else: dls = evaluation_dls(folder, run, kept, n_in, num_workers)
+        seen = seen_in_training(run, dls.valid.dataset.files, num_workers)
+        n_seen = "not known" if seen is None else int(seen.sum())
+        rows.append(evaluate_on(encoder, dls, protocols, k, name, n_seen))
+    return pd.DataFrame(rows, index=names)
 
 # %% ../nbs/50_runs.ipynb #1ecd6d7d
 def save_evaluation(run:str|Path,       # as for `evaluate`
@@ -449,8 +760,9 @@ def save_figure(ax,       # axes of the figure
                 file:Path # to write
                )->Path:   # the file
     "Write a figure and close it"
-    ax.figure.savefig(file, dpi=110)
-    plt.close(ax.figure)
+    try:
+        with whole_file(file) as part: ax.figure.savefig(part, dpi=110, format="png")
+    finally: plt.close(ax.figure)
     return file
 
 def plot_before_after(before:Tensor, # (D,D) cross-correlation before training
@@ -485,14 +797,20 @@ def save_pictures(compared:Comparison, # from `train_and_compare`
         save_figure(plot_nearest(learn)[0], out/"neighbours.png")]
 
 # %% ../nbs/50_runs.ipynb #a1c6919b
+SHORT_RUN_FILES = ("table.csv", "views.png", "loss.png", "cross_correlation.png", "neighbours.png")
+
 def short_run_folder(run:ShortRun,     # from `short_run`
                      out:str|Path=None # folder; runs/NAME if not given
                     )->Path:           # raises `ValueError`
-    "The folder of a short run; raise `ValueError` if it holds checkpoints"
+    "The folder of a short run; raise `ValueError` if it holds anything but an earlier short run on the same images"
     out = Path(out or Path("runs")/run.name)
-    if checkpoints_in(out):
-        raise ValueError(f"{out} holds a run with checkpoints, which would be overwritten: choose another folder")
-    return out
+    found = [f.name for f in checkpoints_in(out)][:1] + files_in(out, (*OUTPUTS, *SHORT_RUN_FILES, "report"))
+    if not found: return out
+    try: earlier = read_json(out/"results.json")
+    except ValueError: earlier = {}
+    if (earlier.get("kind"), earlier.get("data")) == ("demo", as_data(run.data)): return out
+    of = f", of {earlier['data']}" if "data" in earlier else ""
+    raise ValueError(f"{out} holds {', '.join(found)}{of}, which would be overwritten: choose another folder with out")
 
 def save_short_run(run:ShortRun,        # from `short_run`
                    compared:Comparison, # from `train_and_compare`
@@ -501,9 +819,11 @@ def save_short_run(run:ShortRun,        # from `short_run`
                   )->list:              # files
     "Write the files of a run, the table, the pictures and the report, which is the last of the files returned"
     out.mkdir(parents=True, exist_ok=True)
-    save_results(compared.learn, out, run.data, seed, compared.seconds)
+    save_results(compared.learn, out, dict(data=as_data(run.data), seed=seed), "demo")
+    if isinstance(run.images, list):
+        save_digests(out, [run.images[i] for i in split_indices(run.n, run.n_test/run.n, seed)[0]])
     pictures = save_pictures(compared, out)
-    compared.table.to_csv(out/"table.csv")
+    write_csv(compared.table, out/"table.csv")
     tables = {f"On {run.n_test:,} held-out images": compared.table}
     page = report(compared.learn, out/"report", tables=tables, title=f"Barlow Twins: {run.name}")
     names = ("encoder.safetensors", "results.json", "history.csv", "table.csv")

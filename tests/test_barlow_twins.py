@@ -1,8 +1,10 @@
 "Losses, predictor and more than two views"
+from copy import deepcopy
+
 import pytest
 import torch
 from callbacks import DoAt, RecordBatches, record_calls
-from conftest import small_model
+from conftest import same, small_model
 from fastai.learner import Learner
 from test_multiview import AUGS
 
@@ -62,6 +64,37 @@ def test_predictor_is_applied_to_view_1_only(make_dls):
         assert torch.equal(model(x), z)
         assert torch.equal(model(x, True), torch.cat([model.predictor(z[:len(z)//2]), z[len(z)//2:]]))
     assert learn.get_preds()[0].shape == (20, 16)
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+def test_separate_bn_passes_each_view_by_itself(make_dls, predictor):
+    "As the authors' code does: the embeddings, and a running mean that has seen one view after the other"
+    model = create_barlow_twins_model(small_model().encoder, 32, 16, predictor=predictor)
+    by_hand = deepcopy(model).train()
+    spy = RecordBatches()
+    bt = BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), separate_bn=True)
+    learn = Learner(make_dls(n=16), model, lr=0., wd=0., cbs=[bt, spy])
+    keep_z = DoAt("after_pred", lambda learn: seen.append(learn.pred.detach().clone()))
+    seen = []
+    learn.fit(1, cbs=keep_z)
+    with torch.no_grad():
+        z1, z2 = (by_hand.projector(by_hand.encoder(v)) for v in spy.inputs[0].chunk(2))
+        if predictor: z1 = by_hand.predictor(z1)
+    assert torch.equal(seen[0], torch.cat([z1, z2]))
+    assert same(dict(model.named_buffers()), dict(by_hand.named_buffers()))
+    with torch.no_grad(): assert not torch.allclose(seen[0], by_hand(spy.inputs[0], predictor), atol=1e-3)
+
+
+def test_separate_bn_needs_a_model_that_can(make_dls):
+    class OneBatch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.projector = small_model().encoder, torch.nn.Linear(8, 16)
+        def forward(self, x): return self.projector(self.encoder(x))
+    learn = Learner(make_dls(), OneBatch(), cbs=BarlowTwins(get_barlow_twins_aug_pipelines(**AUGS), separate_bn=True))
+    with pytest.raises(ValueError, match="separate_bn=True needs a model"): learn.fit(1)
+    learn.model = torch.nn.DataParallel(small_model())
+    with pytest.raises(ValueError, match="DataParallel divides"): learn.fit(1)
 
 
 # More than two views

@@ -9,6 +9,7 @@ import socketserver
 import struct
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -36,11 +37,12 @@ from self_supervised_bt.data import (
     known_images,
     load_images,
     named_data,
+    open_image,
     read_image,
     tensor_dls,
 )
 from self_supervised_bt.evaluation import encode
-from self_supervised_bt.folders import labelled_files
+from self_supervised_bt.folders import check_images, labelled_files, size_and_channels, unlabelled_dls
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
 
@@ -210,12 +212,14 @@ def test_transparency_is_blended_onto_white(tmp_path, kind):
     assert np.abs(read_whole(file) - centre(expected)).max() <= 1
 
 
-def png(w, h, bits, colour, rows):
-    "A PNG file from its definition (RFC 2083)"
+def png(w, h, bits, colour, rows, before=(), after=()):
+    "A PNG file from its definition (RFC 2083), with further chunks before and after the pixels"
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     header = struct.pack(">IIBBBBB", w, h, bits, colour, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    before, after = ([chunk(*o) for o in more] for more in (before, after))
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    chunks = [chunk(b"IHDR", header), *before, pixels, *after, chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -232,6 +236,135 @@ def test_sixteen_bits(tmp_path):
     colour = pixels(9, 9, dtype=np.uint16)
     (tmp_path/"rgb.png").write_bytes(png(9, 9, 16, 2, b"".join(b"\0" + r.astype(">u2").tobytes() for r in colour)))
     assert (read_whole(tmp_path/"rgb.png") == colour >> 8).all()
+
+
+def tiff(w, h, bits, photometric, data, more=()):
+    "A TIFF file of one strip from its definition (TIFF 6.0)"
+    tags = [(256, 3, w), (257, 3, h), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (277, 3, 1), (278, 3, h),
+            (279, 4, len(data)), *more]
+    tags = sorted([*tags, (273, 4, 8 + 2 + 12*(len(tags) + 1) + 4)])
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+def grey_rows(a): return b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
+
+
+def test_white_of_more_than_eight_bits_is_that_of_the_header(tmp_path):
+    v = np.array([[0, 137, 800, 3200, 4095, 11, 22, 33]]*8)
+    bits = "".join(format(i, "012b") for i in v.flat)
+    packed = bytes(int(bits[i:i+8], 2) for i in range(0, len(bits), 8))
+    short = v.astype("<u2").tobytes()
+    files = {"12.tif": tiff(8, 8, 12, 1, packed),
+             "largest.tif": tiff(8, 8, 16, 1, short, [(281, 3, 4095)]),
+             "about.tif": tiff(8, 8, 16, 1, short, [(281, 3, 2900)]),             # of the values used, not of white
+             "a.pgm": b"P5\n8 8\n4095\n" + v.astype(">u2").tobytes(),
+             "low.png": png(8, 8, 16, 0, grey_rows(v), [(b"sBIT", b"\x0c")]),
+             "shift.png": png(8, 8, 16, 0, grey_rows(v << 4), [(b"sBIT", b"\x0c")]),   # as RFC 2083 demands
+             "linear.png": png(8, 8, 16, 0, grey_rows(np.round(v*(65535/4095))), [(b"sBIT", b"\x0c")])}
+    for name, data in files.items():
+        (tmp_path/name).write_bytes(data)
+        assert np.abs(read_whole(tmp_path/name, 1)[..., 0] - v*255/4095).max() <= .6, name
+    dark = png(8, 8, 16, 0, grey_rows(v//16 << 4), [(b"sBIT", b"\x0c")])         # scaled, but no value is large
+    (tmp_path/"dark.png").write_bytes(dark)
+    assert np.abs(read_whole(tmp_path/"dark.png", 1)[..., 0] - v/257).max() <= .6
+
+
+def test_16_bits_of_which_0_is_white(tmp_path):
+    v = np.array([[10, 200]*4]*8)
+    (tmp_path/"8.tif").write_bytes(tiff(8, 8, 8, 0, v.astype(np.uint8).tobytes()))
+    (tmp_path/"16.tif").write_bytes(tiff(8, 8, 16, 0, (v*257).astype("<u2").tobytes()))
+    for name in ("8.tif", "16.tif"): assert (read_whole(tmp_path/name, 1)[..., 0] == 255 - v).all(), name
+
+
+def test_12_bits_in_files_of_16_that_do_not_say_so(tmp_path):
+    rng = np.random.default_rng(0)
+    files = [tmp_path/f"{i}.png" for i in range(9)]
+    for f in files: Image.fromarray(rng.integers(0, 3000, (8, 8)).astype(np.uint16)).save(f)
+    v = np.stack([np.asarray(Image.open(f)) for f in files])
+    def read(**kwargs): return load_images(files, 8, 1, progress=False, **kwargs)[:, 0].numpy().astype(int)
+    with pytest.warns(UserWarning, match=r"4,095 is taken \(value_range=4095\)"): x = read()
+    assert np.abs(x - v*(255/4095)).max() <= .6 and len(np.unique(x)) > 100
+    assert np.abs(read(value_range=65535) - v/257).max() <= .6
+    assert np.abs(read(value_range=(1000, 2000)) - ((v - 1000.)*.255).clip(0, 255)).max() <= .6
+    with pytest.warns(UserWarning, match="4,095 is taken"):
+        dls = unlabelled_dls(files, 8, bs=9, n_in=1, valid_pct=0, num_workers=0, device="cpu")
+    assert dls.train_ds.value_range == 4095 and (dls.train_ds[[3]][0][0, 0].numpy() == x[3]).all()
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(files[4])     # then all 16 bits are used
+    v[4] = 20000
+    with warnings.catch_warnings(action="error"): assert np.abs(read() - v/257).max() <= .6
+    for wrong in ((1, 1), "12", (0, 1, 2)):
+        with pytest.raises(ValueError, match="value_range must be"): read(value_range=wrong)
+
+
+def test_floats_are_read_if_their_range_is_given(tmp_path):
+    Image.fromarray(np.array([[-1, 0], [.5, np.nan]], np.float32)).save(tmp_path/"a.tif")
+    assert read_image(tmp_path/"a.tif", 2, 1, value_range=(-1., 1.))[0].tolist() == [[0, 128], [191, 0]]
+    with pytest.raises(BadImage, match="pass value_range="): read_image(tmp_path/"a.tif", 2, 1, value_range=7)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_long_notes_in_a_png_are_no_damage(tmp_path, where):
+    long = zlib.compress(bytes(2 << 20))
+    note = dict(before=(b"iCCP", b"p\0\0" + long), after=(b"zTXt", b"Comment\0\0" + long))[where]
+    rows = b"".join(b"\0" + bytes([50, 60, 70]*8) for _ in range(8))
+    (tmp_path/"a.png").write_bytes(png(8, 8, 8, 2, rows, **{where: [note]}))
+    assert read_image(tmp_path/"a.png", 8)[:, 3, 3].tolist() == [50, 60, 70]
+    assert size_and_channels([tmp_path/"a.png"]) == (8, 3)
+
+
+def test_advice_for_a_large_image_works(tmp_path, monkeypatch):
+    Image.new("1", (14000, 14000)).save(tmp_path/"map.png")
+    with pytest.raises(BadImage, match="MAX_IMAGE_PIXELS higher"): read_image(tmp_path/"map.png", 8, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with open_image(tmp_path/"map.png") as im: assert im.size == (14000, 14000)
+
+
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path/"a.png")
+    with pytest.raises(BadImage, match="not a regular file"): read_image(tmp_path/"a.png", 8)
+
+
+def test_a_folder_that_is_away_for_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr("self_supervised_bt.data.WAITS", (.01, .02))
+    (tmp_path/"a").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path/"a/1.png")
+    (tmp_path/"a").rename(tmp_path/"b")
+    waited = []
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 2: (tmp_path/"b").rename(tmp_path/"a")
+    monkeypatch.setattr("self_supervised_bt.data.time.sleep", wait)
+    assert read_image(tmp_path/"a/1.png", 8).shape == (3, 8, 8) and waited == [.01, .02]
+    (tmp_path/"a").rename(tmp_path/"b")
+    for f in (lambda: read_image(tmp_path/"a/1.png", 8), lambda: check_images([tmp_path/"a/1.png"])):
+        with pytest.raises(FileNotFoundError, match="the folder of .* cannot be found"): f()
+    waited.clear()
+    with pytest.raises(BadImage, match="cannot be opened"): read_image(tmp_path/"b/2.png", 8)   # only the file is gone
+    assert waited == []
+
+
+def test_a_disk_that_fails_for_a_moment(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path/"1.png")
+    monkeypatch.setattr("self_supervised_bt.data.WAITS", (0., 0.))
+    errors, opened = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")], Image.open
+    def fails_twice(file):
+        if errors: raise errors.pop()
+        return opened(file)
+    monkeypatch.setattr(Image, "open", fails_twice)
+    assert read_image(tmp_path/"1.png", 8).shape == (3, 8, 8) and errors == []
+
+
+@pytest.mark.parametrize("kind", ["black", "dark", "same"])
+def test_images_without_content_are_said(tmp_path, kind):
+    words = dict(black="of one colour", dark="nearly black", same="all the same")[kind]
+    x = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    shown = {"black": x*0, "dark": x//16, "same": x[:1].expand(20, -1, -1, -1)}[kind]
+    for i, im in enumerate(shown): Image.fromarray(im.permute(1, 2, 0).numpy()).save(tmp_path/f"{i}.png")
+    for make in (lambda: tensor_dls(shown, bs=4, device="cpu"), lambda: tensor_dls(shown/255, bs=4, device="cpu"),
+                 lambda: unlabelled_dls(tmp_path, 8, bs=4, num_workers=0, device="cpu")):
+        with pytest.warns(UserWarning, match=words): make()
+    with warnings.catch_warnings(action="error"): tensor_dls(x, bs=4, device="cpu")
 
 
 def test_other_modes(tmp_path):
@@ -293,9 +426,36 @@ def test_image_files_in_a_tree_of_folders(tmp_path):
     (tmp_path/"elsewhere/8.png").touch()
     (tmp_path/"t/linked").symlink_to(tmp_path/"elsewhere")   # new
     (tmp_path/"t/9.jpg").symlink_to(tmp_path/"nowhere")      # a broken link
+    (tmp_path/"t/loop").symlink_to("loop")                   # leads to itself
     found = [str(f.relative_to(tmp_path/"t")) for f in image_files(tmp_path/"t")]
     expected = ["b/1.png", "b/c/d/2.JPG", "a-b/3.jpeg", "a/4.webp", "b.png", "linked/8.png", "9.jpg"]
     assert found == sorted(expected, key=Path)
+
+
+def test_folders_that_cannot_be_read_are_left_out_and_said(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"1.png").touch()
+    scandir = os.scandir
+    def refuses(folder):
+        if folder.endswith("b"): raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.warns(UserWarning, match=r"1 folder\(s\) below .* cannot be read and are left out: .*b"):
+        assert [f.parent.name for f in image_files(tmp_path)] == ["a", "c"]
+    with pytest.raises(PermissionError): image_files(tmp_path/"b")
+
+
+def test_pictures_of_own_runs_are_not_trained_on(tmp_path):
+    runs = {"runs/a": ["run.json", "step-0000000003.pt"], "runs/b": ["run.json", "encoder.safetensors"],
+            "runs/demo": ["results.json", "encoder.safetensors"], "notes": ["run.json"], "photos": ["results.json"]}
+    for run, names in runs.items():
+        for name in (*names, "views.png", "report/loss.png"):
+            (tmp_path/run/name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/run/name).touch()
+    with pytest.warns(UserWarning, match=r"3 folder\(s\) below .* hold a run of this library and are left out"):
+        found = {f.relative_to(tmp_path).parts[0] for f in image_files(tmp_path)}
+    assert found == {"notes", "photos"} and len(image_files(tmp_path/"runs/a")) == 2   # asked for, it is searched
 
 
 def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick_end):
@@ -440,7 +600,7 @@ def test_invalid_folders_and_tensors_raise(tmp_path, folder):
 
 # Weights
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
     augs = get_barlow_twins_aug_pipelines(16, stats=imagenet_stats)

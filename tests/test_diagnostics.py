@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from callbacks import RaiseAt
+from callbacks import KillAfter, Killed, RaiseAt
 from conftest import quiet, small_model
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -15,6 +15,7 @@ from fastai.torch_core import set_seed
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
+from self_supervised_bt.checkpoints import Checkpoints
 from self_supervised_bt.diagnostics import (
     Diagnostics,
     ImageLogger,
@@ -149,6 +150,21 @@ def test_no_step_waits_for_the_device(make_learner, monkeypatch):
             monkeypatch.undo()
             assert not read, read
     make_learner(cbs=[Watched(every=1)]).fit(1, 1e-3)
+
+
+def test_an_epoch_that_was_resumed_has_all_its_numbers(make_learner, make_dls, tmp_path):
+    "A run that ends within an epoch, after its only measurement, and goes on from there"
+    def learner(name, *cbs, resume=False):
+        set_seed(0)
+        checkpoints = Checkpoints(tmp_path/name, every=1, resume=resume)
+        return make_learner(make_dls(n=96, bs=16), cbs=[Diagnostics(every=4), checkpoints, *cbs])
+    whole = learner("whole")
+    whole.fit(3, 1e-3)
+    with pytest.raises(Killed): learner("killed", KillAfter(9)).fit(3, 1e-3)
+    resumed = learner("killed", resume=True)
+    resumed.fit(3, 1e-3)
+    pd.testing.assert_frame_equal(whole.diagnostics.table(), resumed.diagnostics.table())
+    assert list(whole.recorder.values) == list(resumed.recorder.values)
 
 
 def test_dead_dimensions_are_counted():

@@ -1,5 +1,7 @@
 "Folders of images with broken files"
 import csv
+import functools
+import io
 import pickle
 import random
 import warnings
@@ -30,26 +32,34 @@ from self_supervised_bt.folders import (
 )
 
 
-def spoil(root, files):
-    "Replace some files by eight kinds of broken files"
-    png, jpg = root/"whole.png", root/"whole.jpg"
+def saved(im, kind):
+    "An image as the bytes of a file"
+    file = io.BytesIO()
+    im.save(file, kind)
+    return file.getvalue()
+
+
+@functools.cache
+def broken_contents():
+    "Eight kinds of broken files"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    for f in (png, jpg): noise.save(f)
-    Image.new("1", (14000, 14000)).save(root/"bomb.png")
-    Image.new("F", (9, 9)).save(root/"float.tif")
-    contents = {"empty file": b"",
-                "not an image": b"just text",
-                "not an image, html": b"<html>not found</html>",
-                "truncated": jpg.read_bytes()[:-300],
-                "truncated, png": png.read_bytes()[:-300],
-                "too many pixels": (root/"bomb.png").read_bytes(),
-                "unknown range": (root/"float.tif").read_bytes(),
-                "cannot be opened": None}
+    return {"empty file": b"",
+            "not an image": b"just text",
+            "not an image, html": b"<html>not found</html>",
+            "truncated": saved(noise, "jpeg")[:-300],
+            "truncated, png": saved(noise, "png")[:-300],
+            "too many pixels": saved(Image.new("1", (14000, 14000)), "png"),
+            "unknown range": saved(Image.new("F", (9, 9)), "tiff"),
+            "cannot be opened": None}
+
+
+def spoil(root, files):
+    "Replace some files by broken ones"
+    contents = broken_contents()
     for f, data in zip(files, contents.values(), strict=True):
         f.unlink()
         if data is None: f.symlink_to(root/"nowhere")
         else: f.write_bytes(data)
-    for name in ("whole.png", "whole.jpg", "bomb.png", "float.tif"): (root/name).unlink()
     return {str(f): reason.split(",")[0] for f, reason in zip(files, contents)}
 
 
@@ -123,6 +133,23 @@ def test_broken_files_are_in_the_state_of_the_dataset(wild, tmp_path):
     assert torch.equal(ds.codes, again.codes) and ds.codes.count_nonzero() == 8 and again.codes.data_ptr() == shared
     fewer = unlabelled_dls(wild[0], 8, bs=16, device="cpu").train_ds
     with pytest.raises(ValueError, match="160 files, and there are 144"): fewer.load_state_dict(ds.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_many_broken_files_are_said_at_once(folder, workers):
+    for f in sorted(folder.rglob("*.png"))[:30]: f.write_bytes(b"")
+    dls = unlabelled_dls(folder, 8, bs=5, valid_pct=0, num_workers=workers, device="cpu")
+    with pytest.warns(UserWarning, match=r"\d\d of 40 files cannot be read so far .*png .empty file") as said:
+        for _ in range(2): list(dls.train)
+    assert len([w for w in said if "so far" in str(w.message)]) == 1
+
+
+def test_a_folder_that_is_away_stops_the_run(wild, monkeypatch):
+    monkeypatch.setattr("self_supervised_bt.data.WAITS", (.01,))
+    dls = unlabelled_dls(wild[0], 8, bs=16, num_workers=2, device="cpu")
+    (wild[0]/"a").rename(wild[0]/"c")
+    with pytest.raises(FileNotFoundError, match="the folder of .* cannot be found"): list(dls.train)
+    assert "cannot be opened" not in bad_images(dls).counts
 
 
 def test_identity_is_of_names_and_sizes_not_of_places(wild, tmp_path, monkeypatch):
