@@ -22,8 +22,11 @@ def machine(*packages):
     return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
-def class_folders(path, per_class, held_out):
-    "uint8 images of 32 px and labels: the first of every class by file name to train with, the last to test with"
+def class_folders(path, per_class, held_out, spare=0):
+    """uint8 images of 32 px and labels: of every class the first by file name to train with, the last to test with
+
+    `spare` leaves so many of the last files of a class out, which are for another test.
+    """
     import torch
 
     from self_supervised_bt.data import load_images
@@ -31,7 +34,7 @@ def class_folders(path, per_class, held_out):
     folders = sorted(p for p in Path(path).iterdir() if p.is_dir())
     for label, folder in enumerate(folders):
         files = sorted(folder.iterdir())
-        for (paths, labels), some in ((train, files[:per_class]), (test, files[-held_out:])):
+        for (paths, labels), some in ((train, files[:per_class]), (test, files[-held_out - spare:len(files) - spare])):
             paths.extend(some)
             labels.extend([label]*len(some))
     tensors = []

@@ -1,6 +1,7 @@
 "Several ranks train as one: losses, gradients, weights, bytes, and what happens when a rank is killed"
 import importlib
 import itertools
+import multiprocessing
 import os
 import pickle
 import re
@@ -40,8 +41,10 @@ from self_supervised_bt.distributed import (
     GlobalBatch,
     GlobalLoss,
     cheaper_exchange,
+    end_with_launcher,
     exchange_bytes,
     explaining_lost_rank,
+    gather_embeddings,
     on_rank0,
     over_ranks,
     seed_ranks,
@@ -669,6 +672,37 @@ def test_a_lost_rank_ends_the_others(world, kind, limit):
         says = r"rank \d of \d lost contact with another rank.*in batch \d of epoch 0"
         assert name == "RankLost" and re.search(says, message, re.S), o
         assert seconds < limit
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    "A rank whose parent is gone gets SIGTERM, on which `Checkpoints` saves and ends the run"
+    ended = tmp_path/"ended"
+    def rank():
+        signal.signal(signal.SIGTERM, lambda *_: ended.write_text("SIGTERM"))
+        end_with_launcher(every=.05)
+        for _ in range(200):
+            time.sleep(.05)
+            if ended.exists(): os._exit(0)
+        os._exit(1)
+    def launcher():
+        if os.fork() == 0: rank()
+        time.sleep(60)
+    process = multiprocessing.get_context("fork").Process(target=launcher)
+    process.start()
+    time.sleep(.5)
+    assert not ended.exists(), "the launcher is alive"
+    process.kill()
+    process.join()
+    for _ in range(100):
+        if ended.exists(): break
+        time.sleep(.05)
+    assert ended.read_text() == "SIGTERM"
+
+
+def test_embeddings_of_one_rank_need_no_process_group():
+    z = torch.randn(4, 3, requires_grad=True)
+    gathered, = gather_embeddings(z)
+    assert gathered is z
 
 
 def test_other_errors_stay_what_they_are():
