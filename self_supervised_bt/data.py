@@ -55,7 +55,7 @@ class ImageTensors:
         self.y = labels_tensor(y, x.device)
         self.kind = TensorImageBW if x.shape[1] == 1 else TensorImage
         self.c = c or len(vocab or ()) or number_of_classes(self.y)
-        self.vocab = CategoryMap(vocab or range(self.c), sort=False) if self.c else None
+        self.vocab = CategoryMap(vocab or range(self.c), sort=False)
         self.loss_func = loss_for_labels(self.y)
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)

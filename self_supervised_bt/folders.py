@@ -239,21 +239,18 @@ class ImageFiles:
                  value_range:tuple|int=None # black and white of files with more than 8 bits
                 ):
         self.files = files if isinstance(files, FileNames) else FileNames(files)
-        self.size,self.n_in,self.vocab,self.split_idx,self.bad = size,n_in,vocab,split_idx,bad
+        self.size,self.n_in,self.split_idx,self.bad = size,n_in,split_idx,bad
+        self.vocab = CategoryMap(vocab or [], sort=False)
         self.y = labels_tensor(y, "cpu")
         self.value_range = value_range
         self.kind = TensorImageBW if n_in == 1 else TensorImage
-        self.c = 0 if vocab is None else len(vocab)
+        self.c = len(self.vocab)
         self.loss_func = loss_for_labels(self.y)
         self.codes = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
         self.said = False   # that many files are broken
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.files)
-    def new_empty(self):
-        "The same without files, for an exported Learner"
-        y = None if self.y is None else self.y[:0]
-        return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad, self.value_range)
     def __getitem__(self, i):
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
         x = torch.empty(len(i), self.n_in, self.size, self.size, dtype=torch.uint8)
@@ -301,6 +298,12 @@ def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index,
     raise BadImage(f"none of the {len(self)} files can be read as an image, e.g. {self.files[i]}: pass image files")
 
 # %% ../nbs/02_folders.ipynb #eb6fcbbf
+@patch
+def new_empty(self:ImageFiles):
+    "The same without files, for an exported Learner"
+    y = None if self.y is None else self.y[:0]
+    return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad, self.value_range)
+
 @patch
 def leaving_out(self:ImageFiles):
     "The same files and the same list of broken ones, but a batch has no row for a broken file"

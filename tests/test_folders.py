@@ -7,6 +7,7 @@ import random
 import warnings
 from pathlib import Path
 
+import fastai.vision.learner  # noqa: F401 (how fastai shows results on images)
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from fastai.distributed import DistributedDL
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
-from fastai.vision import learner as _  # noqa: F401 (how fastai shows results on images)
 from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
