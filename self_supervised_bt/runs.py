@@ -112,9 +112,9 @@ def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or 
     size = kept_size(recipe.size, side)
     if not in_memory:
         return unlabelled_dls(files, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
-    files,y,_ = files_and_labels(files, labels)
+    files,y,vocab = files_and_labels(files, labels)
     x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
-    return tensor_dls(x, y, **args)
+    return tensor_dls(x, y, vocab=vocab, **args)
 
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run
@@ -462,9 +462,9 @@ def exit_status_of(checkpoints:Checkpoints # of a run
                   ):
     "After Ctrl-C and SIGTERM a run ends with the shell's exit status; with SIGUSR1, 75 asks for another job"
     try: yield
-    except SystemExit as e:
+    except (SystemExit, KeyboardInterrupt) as e:
         status = dict(SIGINT=130, SIGTERM=143).get(checkpoints.stop_signal)
-        if e.code != 75 or status is None: raise
+        if not checkpoints.stopped or status is None or getattr(e, "code", 75) != 75: raise
         raise SystemExit(status) from None
 
 def check_workers(num_workers:int # or `None`
