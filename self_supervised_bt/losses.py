@@ -51,6 +51,13 @@ def check_lmb(lmb:float,      # λ, weight of the redundancy term
         raise ValueError(f"{name} must be a finite number >= 0, of at most 1e6, got {lmb!r} (the paper's lmb is 5e-3)")
     return float(lmb)
 
+class HasLmb:
+    "Has an attribute `lmb`, λ, which is checked whenever it is set"
+    @property
+    def lmb(self): return vars(self)["lmb"]
+    @lmb.setter
+    def lmb(self, value): vars(self)["lmb"] = check_lmb(value)
+
 def set_lmb(objective, # loss
             lmb:float  # λ, weight of its redundancy term
            )->None:    # raises `ValueError`
@@ -401,7 +408,7 @@ def _count(name, z, rows):
     return f"{name} has {int(z.isnan().sum())} nan and {int(z.isinf().sum())} inf, in {rows} of {len(z)} rows"
 
 # %% ../nbs/13_losses.ipynb #fab316ea
-class BarlowTwinsLoss:
+class BarlowTwinsLoss(HasLmb):
     "Barlow Twins loss of two embeddings: invariance + `lmb` * redundancy (Zbontar et al. 2021, eq. 1)"
     terms = None
     term_names = ("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
@@ -420,11 +427,6 @@ class BarlowTwinsLoss:
         self.scale = check_lmb(scale, "scale")
         if not self.scale: raise ValueError("scale must be > 0: with 0 the loss has no gradient")
         self.form,self.eps,self.check_finite = form,eps,check_finite
-
-    @property
-    def lmb(self): return vars(self)["lmb"]
-    @lmb.setter
-    def lmb(self, value): vars(self)["lmb"] = check_lmb(value)
     def __call__(self, z1:Tensor, z2:Tensor)->Tensor: # scalar
         check_embeddings(z1, z2)
         loss = self.weigh(self.terms_of(z1, z2))
