@@ -1566,6 +1566,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.runs.exit_status_of': ( 'runs.html#exit_status_of',
                                                                                      'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.export_run': ('runs.html#export_run', 'self_supervised_bt/runs.py'),
+                                         'self_supervised_bt.runs.few_label_scores': ( 'runs.html#few_label_scores',
+                                                                                       'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.file_digest': ('runs.html#file_digest', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.file_digests': ('runs.html#file_digests', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.files_in': ('runs.html#files_in', 'self_supervised_bt/runs.py'),

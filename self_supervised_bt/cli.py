@@ -204,6 +204,8 @@ def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
     protocols = tuple(protocol.split(","))
     table = evaluate(run, data.split(","), protocols, test, k, workers)
     print(f"Accuracy on the test images, %:\n\n{table.to_string()}")
+    if "semi-supervised" in protocols:
+        print("\nWith 1 and 10 % of the labels: mean ± standard deviation over five samples of them")
     if any(n not in (0, "not known") for n in table["seen in training"]):
         print("\nImages seen in training, without labels, say little about others: pass unseen ones with --test, "
               "or hold more out with bt_pretrain --valid-pct")

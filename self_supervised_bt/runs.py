@@ -37,7 +37,7 @@ except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
-from .classifiers import linear_transfer, semi_supervised
+from .classifiers import linear_transfer, subset_probe
 from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     digits_dls,
@@ -71,6 +71,7 @@ from self_supervised_bt.evaluation import (
     linear_probe,
     neighbours,
     positive_pair_accuracy,
+    sample_labels,
     unlabelled_table,
 )
 from self_supervised_bt.folders import (
@@ -528,6 +529,7 @@ def unlabelled_scores(learn:Learner # after a fit
 
 # %% ../nbs/50_runs.ipynb #759803f1
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
+SEEDS = range(5)   # of the labels sampled
 
 def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
                 )->Path:      # raises `ValueError` if the run has none
@@ -536,6 +538,13 @@ def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
     file = Path(run)/"encoder.safetensors"
     if file.exists() or not checkpoints_in(Path(run)): return file
     raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
+
+def few_label_scores(h, y, h_test, y_test)->dict: # column to text
+    "Accuracy of a linear probe with 1 and 10 % of the labels: mean ± standard deviation over the samples of `SEEDS`"
+    def scores(share): return [100*subset_probe(h[i], y[i], h_test, y_test) for i in samples(share)]
+    def samples(share): return (sample_labels(y, share, seed) for seed in SEEDS)
+    def text(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    return {f"{share:.0%} of the labels".replace("%", " %"): text(scores(share)) for share in (.01, .1)}
 
 def evaluate_on(encoder:nn.Module, # from `load_encoder`
                 dls:DataLoaders,   # from `evaluation_dls`
@@ -548,12 +557,10 @@ def evaluate_on(encoder:nn.Module, # from `load_encoder`
     h,y = encode(encoder, dls.train)
     h_test,y_test = encode(encoder, dls.valid)
     row = {"images": len(h), "test images": len(h_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
-    if "knn" in protocols:
-        row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=min(k, len(h)))), 1)
+    k = min(k, len(h))
+    if "knn" in protocols: row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=k)), 1)
     if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
-    if "semi-supervised" in protocols:
-        scores = semi_supervised(encoder, dls, methods=("linear",))["linear"]
-        row.update({f"{share} of the labels": score for share,score in scores.items()})
+    if "semi-supervised" in protocols: row.update(few_label_scores(h, y, h_test, y_test))
     if "transfer" in protocols:
         row["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
     return row
@@ -637,7 +644,7 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     "Write evaluation.json into the folder of a run; for a file of weights, do nothing"
     if not Path(run).is_dir(): return
     rows = json.loads(table.to_json(orient="index"))
-    results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), rows=rows)
+    results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), seeds=list(SEEDS), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
 
 def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
