@@ -8,11 +8,16 @@ __all__ = ['encode', 'neighbours', 'knn_predict', 'knn_accuracy', 'linear_probe'
            'OnlineEvaluation']
 
 # %% ../nbs/30_evaluation.ipynb #39f6596c
+import re
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
+from pathlib import Path
+from types import MethodType
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -21,15 +26,16 @@ from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastcore.basics import patch
+from fastcore.basics import first, patch
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .core import check_positive_int, undisturbed
-from .fitting import Column, add_columns
-from .fused import CentreResize, batch_images
+from .core import check_positive_int, undisturbed, unwrapped
+from .fitting import Column, add_columns, sampled_images
+from .fused import CentreResize, batch_images, check_pixels
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
@@ -37,7 +43,7 @@ def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need
     "The encoder, and the transforms that turn images into what it was trained on"
     net = model.model if isinstance(model, Learner) else model
-    net = getattr(net, "module", net)   # DistributedDataParallel wraps
+    net = unwrapped(net)
     encoder = getattr(net, "encoder", net)
     views = multiview_of(model) if isinstance(model, Learner) else None
     if views is not None: return encoder,views.clean
@@ -52,7 +58,7 @@ def at_size(clean:Pipeline, # size and normalisation of an encoder's images
             size:int|tuple  # height and width, pixels
            )->Pipeline:     # the same at the other size
     "Replace the size of a clean pipeline"
-    height,width = size if isinstance(size, tuple) else (size, size)
+    height,width = size if isinstance(size, (tuple, list)) else (size, size)
     if min(height, width) < 1: raise ValueError(f"size must be positive, got {size!r}")
     return Pipeline([CentreResize((height, width)), *unsized(clean)], split_idx=1)
 
@@ -61,10 +67,10 @@ def transforms_in(o # a data loader, a dataset, or something that holds transfor
                  ):  # yields transforms
     "The transforms of a loader's items and batches, where fastai's and torchvision's classes keep them"
     yield o
-    parts = [getattr(o, name, None) for name in ("dataset", "transform", "after_item", "after_batch")]
-    for part in parts:
-        if part is not None: yield from transforms_in(part)
-    for part in [*getattr(o, "fs", []), *(getattr(o, "transforms", None) or [])]: yield from transforms_in(part)
+    places = ("dataset", "transform", "transforms", "after_item", "after_batch", "fs")
+    for part in [getattr(o, place, None) for place in places]:
+        for t in part if isinstance(part, (list, tuple, L)) else [part]:
+            if t is not None: yield from transforms_in(t)
 
 def normalises(o # a data loader, fastai's or PyTorch's, or a `Pipeline`
               )->bool:
@@ -80,29 +86,108 @@ def check_not_normalised(dl,            # data loader
                          "take Normalize out of the dls (ImageDataLoaders: normalize=False)")
 
 # %% ../nbs/30_evaluation.ipynb #8cd0fb91
-def is_pair(data): return isinstance(data, tuple) and len(data) == 2
+def as_images(images # tensor, NumPy array, or a list of images of one shape
+             )->Tensor: # raises `ValueError`
+    "Images as one tensor"
+    if isinstance(images, Tensor): return images
+    items = images if isinstance(images, (list, L)) else []
+    shapes = {tuple(o.shape) for o in items if isinstance(o, (Tensor, np.ndarray))}
+    if len(shapes) == 1 and all(hasattr(o, "shape") for o in items):
+        return torch.stack([torch.as_tensor(o) for o in items])
+    if isinstance(images, np.ndarray):
+        if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+            raise ValueError(f"data must be images (N,C,H,W), got {images.shape}: use data.transpose(0, 3, 1, 2)")
+        return torch.as_tensor(images)
+    of = f" of {type(items[0]).__name__}" if len(items) else ""
+    shapes = f" of {len(shapes)} shapes" if len(shapes) > 1 else ""
+    raise ValueError(f"data must be images (N,C,H,W), got a {type(images).__name__}{of}{shapes}: read files with "
+                     "load_images(files, size), or pass a loader, e.g. unlabelled_dls(files, size).valid")
 
-def count_images(data     # as for `encode`
+# %% ../nbs/30_evaluation.ipynb #93b60423
+def as_labels(y # tensor, NumPy array or list
+             )->Tensor: # raises `ValueError`
+    "Labels as one tensor"
+    if isinstance(y, Tensor): return y.as_subclass(Tensor)
+    try: return torch.as_tensor(np.asarray(y))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"labels must be numbers, got a {type(y).__name__} that no tensor can hold ({e}): "
+                         "pass class indices (N,)") from e
+
+def as_data(data # as for `encode`
+           ):    # images, (images, labels), or a loader; raises `ValueError`
+    "Arrays and lists as tensors, loaders as they are"
+    if isinstance(data, tuple) and len(data) == 2:
+        return as_images(data[0]) if data[1] is None else (as_images(data[0]), as_labels(data[1]))
+    if hasattr(data, "loaders"): raise ValueError("data is a DataLoaders: pass one of its loaders, e.g. dls.valid")
+    if isinstance(data, (str, Path, dict)) or not hasattr(data, "__iter__"):
+        raise ValueError(f"data must be a loader, images (N,C,H,W) or (images, labels), got a {type(data).__name__}: "
+                         "for a folder unlabelled_dls(folder, size).valid, for a dataset DataLoader(dataset, 64)")
+    return as_images(data) if isinstance(data, (Tensor, np.ndarray, list, L)) else data
+
+def is_pair(data): return isinstance(data, tuple)
+
+# %% ../nbs/30_evaluation.ipynb #d42d7031
+def check_not_empty(n):
+    "Raises ValueError if there are no images"
+    if n == 0: raise ValueError("data holds no images, there is nothing to encode")
+
+def count_images(data     # from `as_data`, a loader from `in_order`
                 )->int|None: # `None` for a stream, which has no length
     "The number of images; raises ValueError if there are none, or another number of labels"
-    images = data[0] if is_pair(data) else getattr(data, "dataset", data)
-    n = len(images) if hasattr(images, "__len__") else None
-    if n == 0: raise ValueError("data holds no images, there is nothing to encode")
+    if is_pair(data) or isinstance(data, Tensor): n = len(data[0] if is_pair(data) else data)
+    else: n = sampled_images(data)
+    check_not_empty(n)
     if is_pair(data) and len(data[1]) != n:
         raise ValueError(f"data has {n} images and {len(data[1])} labels, one label per image is needed")
     return n
 
+# %% ../nbs/30_evaluation.ipynb #6d64ce9c
+AUGMENTS = re.compile(r"torchvision\..*(Random|ColorJitter|AutoAugment|RandAugment|TrivialAugment|AugMix)")
+
+def torch_in_order(dl, dataset): # PyTorch's loader; the images it reads
+    "A PyTorch loader of all images in order; raises ValueError if its sampler has an order of its own"
+    loaders = torch.utils.data
+    if isinstance(dataset, loaders.IterableDataset): return dl
+    batches = dl.batch_sampler
+    sampler = dl.sampler if batches is None else getattr(batches, "sampler", batches)
+    all_images = isinstance(sampler, (loaders.SequentialSampler, loaders.RandomSampler)) and \
+        len(sampler) == len(dataset) and not getattr(sampler, "replacement", False)
+    if type(dl) is not loaders.DataLoader or type(batches) not in (loaders.BatchSampler, type(None)) or not all_images:
+        raise ValueError(f"the images of this loader ({type(dl).__name__} with a {type(sampler).__name__}) have no "
+                         "order that could be kept: pass DataLoader(Subset(dataset, indices), shuffle=False)")
+    random = [type(t).__name__ for t in transforms_in(dl) if AUGMENTS.match(f"{type(t).__module__}.{type(t).__name__}")]
+    if random: warnings.warn(f"the dataset augments its images at random ({', '.join(random)}), which cannot be "
+                             "switched off from here: pass a loader of a dataset without these transforms")
+    return loaders.DataLoader(dataset, batch_size=dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
+                              pin_memory=dl.pin_memory, timeout=dl.timeout, worker_init_fn=dl.worker_init_fn,
+                              generator=torch.Generator())   # so that no generator of the user's is used
+
+# %% ../nbs/30_evaluation.ipynb #b31e5cb9
+def in_order(dl # a loader, fastai's or PyTorch's, or a stream of batches
+            ):  # one that gives all its images once and in order; raises `ValueError`
+    "A copy of a loader without shuffling, without dropping, that leaves out broken files"
+    if hasattr(dl, "world_size") and hasattr(dl, "dl"): dl = dl.dl   # fastai's, divided among ranks
+    dataset = getattr(dl, "dataset", None)
+    check_not_empty(sampled_images(dl))
+    if hasattr(dataset, "leaving_out") and dataset.bad != "raise": dataset = dataset.leaving_out()
+    if isinstance(dl, torch.utils.data.DataLoader): return torch_in_order(dl, dataset)
+    if not hasattr(dl, "new"): return dl
+    order = dict(shuffle=False, drop_last=False)
+    if not isinstance(dl.get_idxs, MethodType):   # a function of the user's, e.g. some of the images
+        rows = sorted(dl.get_idxs())
+        order.update(n=len(rows), get_idxs=lambda: rows)
+    return dl.new(dataset, **order)
+
 @contextmanager
-def ordered_batches(data,      # as for `encode`
+def ordered_batches(data,      # from `as_data`, a loader from `in_order`
                     bs:int=512 # images per batch, of tensors
                    ):
-    "The batches of `data` in order, none dropped, and with fastai's random transforms switched off"
+    "The batches of `data` that hold images, with fastai's random transforms switched off"
     if is_pair(data): yield list(zip(*(t.split(bs) for t in data)))
     elif isinstance(data, Tensor): yield data.split(bs)
     else:
-        dl = data.new(shuffle=False, drop_last=False) if hasattr(data, "new") else data
-        as_valid = getattr(dl.dataset, "set_split_idx", lambda split_idx: nullcontext())
-        with as_valid(1): yield dl
+        as_valid = getattr(getattr(data, "dataset", None), "set_split_idx", lambda split_idx: nullcontext())
+        with as_valid(1): yield data
 
 # %% ../nbs/30_evaluation.ipynb #a04f7023
 class RowBuffer:
@@ -122,25 +207,77 @@ class RowBuffer:
     def rows(self): return None if self.buffer is None else self.buffer[:self.filled]
 
 # %% ../nbs/30_evaluation.ipynb #c06d952f
+def images_in(b): return b[0] if isinstance(b, (tuple, list)) else b
+
+def labels_in(b # batch of a loader
+             )->Tensor: # `None` if it has none; raises `ValueError`
+    "The labels of a batch, on the CPU"
+    if not isinstance(b, (tuple, list)) or len(b) < 2: return None
+    if isinstance(b[1], Tensor): return b[1].as_subclass(Tensor).cpu()
+    of = f" of {type(b[1][0]).__name__}" if isinstance(b[1], (tuple, list)) and len(b[1]) else ""
+    raise ValueError(f"the labels of a batch must be a tensor, got a {type(b[1]).__name__}{of}: "
+                     "let the dataset return (image, class index), or (image,) alone")
+
+def placement(net:nn.Module # perhaps without parameters
+             )->tuple:      # device and dtype
+    "Where a model expects its images, and in which precision"
+    p = first(p for p in net.parameters() if p.is_floating_point())
+    return (torch.device("cpu"), torch.float32) if p is None else (p.device, p.dtype)
+
+# %% ../nbs/30_evaluation.ipynb #033f7837
+def expects_unit_range(model,         # a Learner, a `BarlowTwinsModel` or an encoder
+                       clean:Pipeline # size and normalisation of its images
+                      )->bool:
+    "Was a model trained on images in [0,1], by its statistics or its views?"
+    stats = [t.mean for t in clean.fs if isinstance(t, Normalize)]
+    views = multiview_of(model) if isinstance(model, Learner) else None
+    steps = [step for aug in views.augs for t in aug.fs for step in getattr(t, "steps", [])] if views else []
+    return any(float(mean.max()) <= 1 for mean in stats) or any(step.unit_range for step in steps)
+
+# %% ../nbs/30_evaluation.ipynb #055fbfc8
+class BatchEncoder:
+    "What `encode` calls for each batch: images to representations"
+    def __init__(self, model, size):
+        self.encoder,self.clean = encoder_of(model)
+        self.unit = expects_unit_range(model, self.clean)
+        if size is not None: self.clean = at_size(self.clean, size)
+        self.device,self.dtype = placement(self.encoder)
+
+    def takes(self, data): # as for `encode`
+        "The data ready to be read in order, if this encoder can see it; else raises ValueError"
+        data = as_data(data)
+        check_not_normalised(data, self.clean)
+        return data if is_pair(data) or isinstance(data, Tensor) else in_order(data)
+
+    def __call__(self, b): # batch; (B,F) float32 on the CPU
+        x = batch_images(to_device(b, self.device))
+        check_pixels(x, self.unit)
+        h = self.encoder(self.clean(x).as_subclass(Tensor).to(self.dtype))
+        if isinstance(h, Tensor) and h.ndim == 2: return h.float().cpu()
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(f"the encoder must give representations (B,F), got {got}: pool and flatten its output")
+
+# %% ../nbs/30_evaluation.ipynb #4ef28547
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
-           data,              # a data loader of images, with or without labels; images (N,C,H,W); or (images, labels)
+           data,              # a loader of images, with or without labels; images (N,C,H,W); or (images, labels)
            size:int|tuple=None, # height and width of the images, pixels; that of the views if not given
            progress:bool=False # show a progress bar?
           )->tuple:           # h (N,F) float32 and y (N,) or `None`, both on the CPU
     "Representations of all images, in order, un-augmented, normalised as the encoder was trained to see them"
-    encoder,clean = encoder_of(model)
-    if size is not None: clean = at_size(clean, size)
-    check_not_normalised(data, clean)
+    encoder = BatchEncoder(model, size)
+    data = encoder.takes(data)
     n = count_images(data)
-    device = next(encoder.parameters()).device
-    h = RowBuffer(n)
-    y = RowBuffer(n)
-    with undisturbed(encoder), ordered_batches(data) as batches:
+    h,y = RowBuffer(n),RowBuffer(n)
+    with undisturbed(encoder.encoder), ordered_batches(data) as batches:
         for b in progress_bar(batches, leave=False) if progress else batches:
-            x = clean(batch_images(to_device(b, device))).as_subclass(Tensor)
-            h.add(encoder(x).float().cpu())
-            if isinstance(b, (tuple, list)) and len(b) > 1: y.add(b[1].as_subclass(Tensor).cpu())
+            if not len(images_in(b)): continue   # none of its files can be read
+            h.add(encoder(b))
+            labels = labels_in(b)
+            if labels is not None: y.add(labels)
     if not h.filled: raise ValueError("data gave no images, there is nothing to encode")
+    if n is not None and h.filled < n:
+        warnings.warn(f"{n - h.filled} of {n} images have no row: their files cannot be read (bad_images(dls) lists "
+                      "them), or the loader leaves them out")
     return h.rows(),y.rows()
 
 # %% ../nbs/30_evaluation.ipynb #7cf0ccba
@@ -175,22 +312,37 @@ def check_same_rows(name:str, h:Tensor, y:Tensor):
     "Raises ValueError if there is not one label per row"
     if len(y) != len(h): raise ValueError(f"{name} has {len(h)} rows and {len(y)} labels, one label per row is needed")
 
-def check_class_indices(name:str, # of the argument
-                        y):       # what came
-    "Raises ValueError if `y` is not a vector (N,) of class indices"
+def class_indices(name:str, # of the argument
+                  y         # whole numbers of any width, or booleans: tensor, NumPy array or list
+                 )->Tensor: # (N,) int64; raises `ValueError`
+    "Labels as class indices, whole numbers from 0 on"
     if y is None: raise ValueError(f"{name} is None: this needs labels, encode a dl that has them, or pass your own")
-    vector = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool
-    if vector and (y >= 0).all(): return
-    got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    y = as_labels(y)
+    if y.ndim == 1 and not y.is_floating_point() and (y >= 0).all(): return y.long()
+    least = f", the least {y.min()}" if y.numel() else ""
+    got = f"{y.dtype} {tuple(y.shape)}{least}"
     raise ValueError(f"{name} must be class indices (N,), whole numbers from 0 on, got {got}")
 
-def check_several_classes(name:str, # of the argument
-                          y):       # what came
-    "Raises ValueError if `y` does not hold class indices of at least two classes"
-    check_class_indices(name, y)
+def several_classes(name:str, # of the argument
+                    y         # as for `class_indices`
+                   )->Tensor: # (N,) int64; raises `ValueError`
+    "Class indices of at least two classes"
+    y = class_indices(name, y)
     classes = y.unique().tolist()
-    if len(classes) > 1: return
+    if len(classes) > 1: return y
     raise ValueError(f"{name} has {len(classes)} class {classes} in all {len(y)} rows, at least 2 classes are needed")
+
+# %% ../nbs/30_evaluation.ipynb #8d086f20
+def classes_of(y): return set(y.unique().tolist() if y.ndim == 1 else (y > 0).any(0).nonzero()[:,0].tolist())
+
+def check_known_classes(name:str, y:Tensor, other:str, y2:Tensor):
+    "Raises ValueError if `y2` has a class that no row of `y` has"
+    unknown = sorted(classes_of(y2) - classes_of(y))
+    if not unknown: return
+    c = unknown[0]
+    rows = int((y2 == c).sum() if y2.ndim == 1 else (y2[:,c] > 0).sum())
+    raise ValueError(f"{other} has class {c} in {rows} row(s), and {name} in none: it cannot be learned. "
+                     f"Leave out the rows of such classes ({len(unknown)} in all), or split by class")
 
 # %% ../nbs/30_evaluation.ipynb #6d1c3b7e
 def merge_nearest(best, top, idx, k):
@@ -211,7 +363,7 @@ class NeighbourSearch:
         if not self.leave_one_out: check_representations("bank_h", bank)
         self.h = h.detach()
         self.bank = bank.detach()
-        self.k,self.chunk = k,chunk
+        self.k,self.chunk = k,chunk   # k may be one of NumPy's numbers
         self.check_k()
         check_positive_int("chunk", chunk)
         norms = [part.float().norm(dim=1) for part in self.bank.split(8192)]
@@ -221,7 +373,7 @@ class NeighbourSearch:
 
     def check_k(self):
         most = len(self.bank) - self.leave_one_out
-        if isinstance(self.k, int) and 0 < self.k <= most: return
+        if isinstance(self.k, Integral) and 0 < self.k <= most: return
         rows = "other rows of h" if self.leave_one_out else "rows of bank_h"
         raise ValueError(f"k must be in 1..{most}, the {rows}, got {self.k!r}: use a smaller k or a larger bank")
 
@@ -261,11 +413,11 @@ def knn_votes(h:Tensor,        # (N,F) representations to label
               chunk:int=512    # rows compared at a time
              )->Tensor:        # (N,classes) sum of the weights, the nearest neighbour's being 1
     "Votes of the k nearest neighbours of each row for each class"
-    check_class_indices("bank_y", bank_y)
+    bank_y = class_indices("bank_y", bank_y)
     if not temperature > 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     search = NeighbourSearch(h, bank_h, k, chunk)
     check_same_rows("bank_h", search.bank, bank_y)
-    y = bank_y.to(h.device).long()
+    y = bank_y.to(h.device)
     votes = h.new_zeros(len(h), int(y.max())+1, dtype=torch.float32)
     for i in range(0, len(h), chunk):
         similarity,idx = search(i)
@@ -290,6 +442,9 @@ def topk_accuracy(scores:Tensor, # (N,classes)
                   k:int=1        # the true class must be among the k best
                  )->float:       # share of rows
     "Share of rows whose true class is among the `k` best scores (all of them, if there are fewer)"
+    bad = int(scores.isnan().any(1).sum())
+    if bad: raise ValueError(f"scores has {bad} row(s) with NaN, which no class can win: look at the classifier")
+    check_positive_int("k", k)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == y.to(scores.device)[:, None]).any(1).float().mean().item()
 
@@ -302,11 +457,15 @@ def knn_accuracy(h:Tensor,           # (N,F) representations to label
                  **kwargs            # for the vote: `k`, `temperature`, `chunk`
                 )->float:            # share labelled correctly
     "Accuracy of the weighted k-nearest-neighbour vote"
-    check_class_indices("y", y)
+    y = class_indices("y", y)
     check_representations("h", h)
     check_same_rows("h", h, y)
+    check_positive_int("top", top)
     if bank_h is None and bank_y is not None: raise ValueError("bank_y needs bank_h: give both, or neither")
     if bank_h is None: bank_y = y
+    unknown = classes_of(y) - classes_of(class_indices("bank_y", bank_y))
+    if unknown: warnings.warn(f"bank_y has no row of class {min(unknown)} ({len(unknown)} such in all), and y has: "
+                              "these rows count as labelled wrongly")
     return topk_accuracy(knn_votes(h, bank_h, bank_y, **kwargs), y, top)
 
 # %% ../nbs/30_evaluation.ipynb #931bedef
@@ -316,8 +475,8 @@ class Probe(NamedTuple):
     top1:float           # share of `h_val` labelled correctly, `None` with several labels per row
     top5:float           # share with the true class among the best five, `None` with several labels per row
     mean_ap:float        # mean average precision with several labels per row, else `None`
-    C:float              # inverse weight of the regularisation, chosen on a part of the training rows
-    tried:dict           # loss on that part by `C`
+    C:float              # inverse weight of the regularisation, chosen on held-out training rows
+    tried:dict           # loss on held-out training rows by `C`
 
 # %% ../nbs/30_evaluation.ipynb #7d20026a
 def mean_average_precision(scores:Tensor, # (N,classes)
@@ -325,11 +484,17 @@ def mean_average_precision(scores:Tensor, # (N,classes)
                           )->float:       # mean over the classes that occur in `y`
     "Area under the precision-recall curve, averaged over classes (scikit-learn's)"
     from sklearn.metrics import average_precision_score
+    check_zeros_and_ones("y", y)
+    if scores.isnan().any(): raise ValueError("scores must be numbers, got NaN: look at the classifier")
     present = (y > 0).any(0)
     truth = y[:, present].cpu().numpy() > 0
     return float(average_precision_score(truth, scores[:, present].detach().cpu().numpy(), average="macro"))
 
 # %% ../nbs/30_evaluation.ipynb #1b18e174
+def check_C(C):
+    "Raises ValueError unless `C` is a positive number"
+    if not 0 < C < float("inf"): raise ValueError(f"C must be a positive number, got {C}: the smaller, the simpler")
+
 def count_classes(y): return int(y.max()) + 1 if y.ndim == 1 else y.shape[1]
 
 def logits(w, h): return torch.addmm(w[:,-1], h, w[:,:-1].T)
@@ -347,69 +512,105 @@ def fit_logistic(h:Tensor,           # (N,F) rows, standardised
                  max_iter:int=200    # steps of L-BFGS at most
                 )->Tensor:           # (classes,F+1) weights, the last column the bias
     "Logistic regression, solved by L-BFGS; the bias is not regularised"
+    check_C(C)
     if start is None: start = h.new_zeros(n_classes or count_classes(y), h.shape[1]+1)
+    two_classes = y.ndim == 1 and len(start) == 2
+    strength = (2 if two_classes else 1)/(2*C*len(h))   # scikit-learn has one row of weights there, their difference
     w = start.clone().requires_grad_()
     opt = torch.optim.LBFGS([w], max_iter=max_iter, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-7,
                             line_search_fn="strong_wolfe")
     def closure():
         opt.zero_grad()
-        value = logistic_loss(logits(w, h), y) + w[:,:-1].square().sum()/(2*C*len(h))
+        value = logistic_loss(logits(w, h), y) + strength*w[:,:-1].square().sum()
         value.backward()
         return value
     with torch.enable_grad(): opt.step(closure)
     return w.detach()
 
 # %% ../nbs/30_evaluation.ipynb #159111e5
-def search_C(h, y, Cs, held_out):
-    "The best of `Cs` and of its neighbours half a power of ten away, by the loss on `held_out`; and all losses"
+def held_out_parts(y,   # labels
+                   part, # share of the rows to hold out
+                   seed  # of the parts
+                  ):     # list of row indices
+    "One random part of the rows; if it has less than 50, five parts with every row in one, each class spread evenly"
+    if not 0 < part < 1: raise ValueError(f"part must be between 0 and 1, got {part}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    n = round(part*len(y))
+    if n >= 50: return [order[:n]]
+    if y.ndim == 1: order = order[y.cpu()[order].argsort(stable=True)]
+    return [order[i::5] for i in range(5)]
+
+def split_rows(h, y, held_out): # (fit_h, fit_y, val_h, val_y)
+    held_out = held_out.to(h.device)
     keep = torch.ones(len(h), dtype=torch.bool, device=h.device).index_fill_(0, held_out, False)
-    fit_h,fit_y = (t[keep] for t in (h, y))
-    val_h,val_y = (t[held_out] for t in (h, y))
+    return h[keep],y[keep],h[held_out],y[held_out]
+
+# %% ../nbs/30_evaluation.ipynb #59ae4a86
+def search_C(h, y, Cs, parts):
+    "The best of `Cs` and of its neighbours half a power of ten away, by the loss on held-out parts; and all losses"
     n = count_classes(y)
+    splits = [split_rows(h, y, held_out) for held_out in parts]
     tried = {}
-    def attempt(C, start=None):
-        w = fit_logistic(fit_h, fit_y, C, start, n)
-        tried[C] = float(logistic_loss(logits(w, val_h), val_y))
-        return w
-    w = None
+    def attempt(C, starts):
+        ws = [fit_logistic(fit_h, fit_y, C, w, n) for (fit_h,fit_y,_,_),w in zip(splits, starts)]
+        losses = [float(logistic_loss(logits(w, val_h), val_y))*len(val_h) for w,(_,_,val_h,val_y) in zip(ws, splits)]
+        tried[C] = sum(losses)/sum(map(len, parts))
+        return ws
+    cold = [None]*len(parts)
+    ws = cold
     for C in sorted(Cs):
-        w = attempt(C, w)
+        ws = attempt(C, ws)
         rising = min(list(tried.values())[-2:]) > min(tried.values())   # twice in a row above the best
         if len(tried) > 2 and rising: break
     best = min(tried, key=tried.get)
-    for C in (best*10**-.5, best*10**.5): attempt(C)
+    for C in (best*10**-.5, best*10**.5): attempt(C, cold)
     return min(tried, key=tried.get),tried
 
 def choose_C(h, y, Cs, part, seed):
-    "The only one of `Cs`, or the best on a random part of the rows; and the losses there by `C`"
+    "The only one of `Cs`, or the best on held-out rows; and the losses there by `C`"
+    Cs = [float(C) for C in np.ravel(Cs)]
+    if not Cs: raise ValueError("Cs is empty: give at least one number, e.g. Cs=(1.,)")
+    for C in Cs: check_C(C)
     if len(Cs) == 1: return Cs[0],{}
     n = len(h)
     if n < 20: raise ValueError(f"h has {n} rows, too few to choose C on a part of them: give one, e.g. Cs=(1.,)")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return search_C(h, y, Cs, order[:max(2, round(part*n))].to(h.device))
+    return search_C(h, y, Cs, held_out_parts(y, part, seed))
 
-# %% ../nbs/30_evaluation.ipynb #59ae4a86
-def check_probe_labels(name, y):
-    "Raises ValueError if `y` is neither class indices (N,) nor zeros and ones (N,classes)"
-    multilabel = isinstance(y, Tensor) and y.ndim == 2
-    if not multilabel: return check_class_indices(name, y)
+# %% ../nbs/30_evaluation.ipynb #ec65d5b7
+def check_zeros_and_ones(name, y):
+    "Raises ValueError if `y` (N,classes) holds anything but zeros and ones, or no 1"
     if ((y != 0) & (y != 1)).any():
-        raise ValueError(f"{name} (N,classes) must be zeros and ones, got values from {y.min()} to {y.max()}")
+        raise ValueError(f"{name} (N,classes) must be zeros and ones, got values from {y.min()} to {y.max()}: "
+                         "leave out the rows whose labels are not known")
     if not y.any(): raise ValueError(f"{name} has no 1 in it: no row belongs to any class")
 
+def probe_labels(name, y): # class indices (N,) int64, or zeros and ones (N,classes); raises ValueError
+    "Labels of a linear probe"
+    y = None if y is None else as_labels(y)
+    if y is None or y.ndim != 2: return class_indices(name, y)
+    check_zeros_and_ones(name, y)
+    return y
+
+# %% ../nbs/30_evaluation.ipynb #0a25aec0
 def check_probe_rows(h, y, h_val, y_val):
     "Raises ValueError if a linear probe cannot learn from `(h, y)`, or be tested on `(h_val, y_val)`"
-    for n_h,rows,n_y,labels in (("h", h, "y", y), ("h_val", h_val, "y_val", y_val)):
-        check_probe_labels(n_y, labels)
-        check_representations(n_h, rows)
-        check_same_rows(n_h, rows, labels)
+    for name,rows,labels in (("h", h, y), ("h_val", h_val, y_val)):
+        check_representations(name, rows)
+        check_same_rows(name, rows, labels)
     check_comparable("h", h, "h_val", h_val)
     if y.shape[1:] != y_val.shape[1:]:
         raise ValueError(f"y is {tuple(y.shape)} and y_val {tuple(y_val.shape)}: label both alike")
-    if y.ndim == 2: return
-    check_several_classes("y", y)
-    if y_val.max() > y.max():
-        raise ValueError(f"y_val has class {int(y_val.max())}, and y none above {int(y.max())}: it cannot be learned")
+    if y.ndim == 1: several_classes("y", y)
+    check_known_classes("y", y, "y_val", y_val)
+
+def with_absent_classes(w,      # (K,F+1) weights of the classes that occur
+                        classes # (K,) their indices, in order
+                       ):       # (classes,F+1)
+    "A row of weights for every index; a class that does not occur has a bias of minus infinity: it is never predicted"
+    out = w.new_zeros(int(classes[-1])+1, w.shape[1])
+    out[:,-1] = -torch.inf
+    out[classes] = w
+    return out
 
 def unstandardised(w, mean, std):
     "A linear layer on raw rows, of the weights (classes,F+1) for standardised rows"
@@ -424,85 +625,110 @@ def linear_probe(h:Tensor,      # (N,F) training representations
                  y:Tensor,      # (N,) their class indices, or (N,classes) zeros and ones
                  h_val:Tensor,  # (M,F) representations to test on, used once
                  y_val:Tensor,  # their labels
-                 Cs:tuple=tuple(10.**p for p in range(-5, 3)), # inverse weights of the regularisation to try
-                 part:float=.1, # share of the training rows they are tried on
+                 Cs:tuple=tuple(10.**p for p in range(-5, 3)), # inverse weights of the regularisation to try, or one
+                 part:float=.1, # share of the training rows they are tried on; all in turn where that is less than 50
                  seed:int=0     # of that part
                 )->Probe:       # the classifier and its scores
     "Logistic regression on frozen representations, its regularisation chosen on a part of the training rows"
+    y,y_val = probe_labels("y", y),probe_labels("y_val", y_val)
     check_probe_rows(h, y, h_val, y_val)
     mean = h.float().mean(0)
     std = h.float().std(0, correction=0)
     std = torch.where(std > 1e-6*std.max(), std, 1.)   # a constant dimension stays 0
     rows = (h.float() - mean)/std
     y = y.to(h.device)
-    C,tried = choose_C(rows, y, Cs, part, seed)
-    classifier = unstandardised(fit_logistic(rows, y, C), mean, std)
+    several_labels = y.ndim == 2
+    classes,index = (None,y) if several_labels else y.unique(return_inverse=True)
+    C,tried = choose_C(rows, index, Cs, part, seed)
+    w = fit_logistic(rows, index, C)
+    classifier = unstandardised(w if several_labels else with_absent_classes(w, classes), mean, std)
     with torch.no_grad(): scores = classifier(h_val.float())
-    if y.ndim == 2: return Probe(classifier, None, None, mean_average_precision(scores, y_val), C, tried)
+    if several_labels: return Probe(classifier, None, None, mean_average_precision(scores, y_val), C, tried)
     return Probe(classifier, topk_accuracy(scores, y_val), topk_accuracy(scores, y_val, 5), None, C, tried)
 
 # %% ../nbs/30_evaluation.ipynb #ac101039
+def is_share(n): return not isinstance(n, Integral)
+
+# %% ../nbs/30_evaluation.ipynb #acb001e1
 def sample_labels(y:Tensor,    # (N,) class indices
-                  n:int|float, # labels per class, or a share of each class below 1
+                  n:int|float, # an int is a number of labels per class, a float a share of each class: 1.0 for all
                   seed:int=0   # the same seed samples the same rows
                  )->Tensor:    # (rows,) indices into `y`
     "Indices of some rows of each class, sampled without replacement, at least one per class; raises ValueError"
-    check_several_classes("y", y)
-    if not n > 0 or (n >= 1 and int(n) != n):
-        raise ValueError(f"n must be a whole number of labels per class, or a share between 0 and 1, got {n}")
+    y = several_classes("y", y)
+    share = is_share(n)
+    if isinstance(n, bool) or not n > 0 or share and n > 1:
+        raise ValueError("n must be a whole number of labels per class, e.g. 10, or a share from 0 to 1, e.g. .1, "
+                         f"with 1.0 for all labels; got {n!r}")
     g = torch.Generator().manual_seed(seed)
     rows = [(y == c).nonzero()[:, 0] for c in y.unique()]
-    counts = [max(1, round(n*len(r))) if n < 1 else int(n) for r in rows]
+    counts = [max(1, round(n*len(r))) if share else int(n) for r in rows]
     short = [f"class {int(y[r[0]])} has {len(r)}" for r,count in zip(rows, counts) if len(r) < count]
     if short: raise ValueError(f"n={n} labels per class were requested, but {', '.join(short[:5])}: use a smaller n")
     return torch.cat([r[torch.randperm(len(r), generator=g)[:count]] for r,count in zip(rows, counts)])
 
-# %% ../nbs/30_evaluation.ipynb #acb001e1
+# %% ../nbs/30_evaluation.ipynb #fb31282b
 def k_shot_accuracy(h:Tensor,      # (N,F) training representations
                     y:Tensor,      # (N,) their class indices
                     h_test:Tensor, # (M,F) held-out representations
                     y_test:Tensor, # (M,) their class indices
-                    n:int,         # labels per class
+                    n:int|float,   # labels per class, or a share of each class, as for `sample_labels`
                     samples:int=10, # times the labels are sampled
                     seed:int=0,    # of the first sample
                     C:float=10.    # inverse weight of the regularisation
                    )->Tensor:      # (samples,) accuracies
     "Accuracy of a logistic regression on `n` labels per class, one number per sample"
     from sklearn.linear_model import LogisticRegression
-    check_several_classes("y", y)
-    check_class_indices("y_test", y_test)
+    y,y_test = several_classes("y", y),class_indices("y_test", y_test)
     for name,rows,labels in (("h", h, y), ("h_test", h_test, y_test)):
         check_representations(name, rows)
         check_same_rows(name, rows, labels)
     check_comparable("h", h, "h_test", h_test)
+    check_known_classes("y", y, "y_test", y_test)
+    check_positive_int("samples", samples)
+    check_C(C)
     mean = h.mean(0)
-    a,b = (F.normalize(t - mean, dim=1).numpy() for t in (h, h_test))
+    a,b = (F.normalize(t - mean, dim=1).cpu().numpy() for t in (h, h_test))
+    y,y_test = y.cpu(),y_test.cpu()
     def accuracy(idx):
         return LogisticRegression(C=C, max_iter=1000).fit(a[idx], y[idx].numpy()).score(b, y_test.numpy())
     return torch.tensor([accuracy(sample_labels(y, n, seed+i).numpy()) for i in range(samples)])
 
 # %% ../nbs/30_evaluation.ipynb #80ee2130
+def mean_and_spread(shares # of one, a number per sample
+                   )->str: # in percent
+    "Mean ± standard deviation over samples; the mean alone of a single sample"
+    percent = 100*torch.as_tensor(shares).double()
+    spread = f" ± {percent.std():.1f}" if len(percent) > 1 else ""
+    return f"{percent.mean():.1f}{spread}"
+
+def with_number_of_samples(table, samples): # the same table
+    "Percent, and over how many samples, above the names of the rows"
+    return table.rename_axis(columns=f"% (mean ± std of {samples} samples)" if samples > 1 else "% (1 sample)")
+
+# %% ../nbs/30_evaluation.ipynb #536e1fa8
 def label_row(h, h_test, y, y_test, labels, samples, k):
     "kNN and k-shot accuracy of one representation, in percent; more labels than the smallest class has are left out"
     row = {f"kNN (k={k})": f"{100*knn_accuracy(h_test, y_test, h, y, k=k):.1f}"}
+    smallest = int(y.unique(return_counts=True)[1].min())
     for n in labels:
-        if n > int(y.bincount().min()): continue
-        acc = 100*k_shot_accuracy(h, y, h_test, y_test, n, samples)
-        plural = "s" if n > 1 else ""
-        row[f"{n} label{plural} per class"] = f"{acc.mean():.1f} ± {acc.std():.1f}"
+        if not is_share(n) and n > smallest: continue
+        name = f"{100*n:g} % of the labels" if is_share(n) else f"{n} label{'s' if n > 1 else ''} per class"
+        row[name] = mean_and_spread(k_shot_accuracy(h, y, h_test, y_test, n, samples))
     return row
 
 # %% ../nbs/30_evaluation.ipynb #043ec053
 def label_table(reps:dict,         # name -> (h, h_test)
                 y:Tensor,          # (N,) class indices of the training images
                 y_test:Tensor,     # (M,) class indices of the held-out images
-                labels:tuple=(1,5,20), # labels per class, a column each
+                labels:tuple=(1,5,20), # labels per class, or shares as floats, a column each
                 samples:int=10,    # times the labels are sampled
                 k:int=20           # neighbours that vote
                )->pd.DataFrame:    # a row per representation; k-shot as "mean ± standard deviation" over samples
     "kNN and k-shot accuracy of several representations, in percent"
+    y = several_classes("y", y)
     rows = {name: label_row(*hs, y, y_test, labels, samples, k) for name,hs in reps.items()}
-    return pd.DataFrame(rows).T
+    return with_number_of_samples(pd.DataFrame(rows).T, samples)
 
 # %% ../nbs/30_evaluation.ipynb #f5768348
 def positive_pair_accuracy(h1:Tensor, # (N,F) representations of view 1
@@ -511,7 +737,7 @@ def positive_pair_accuracy(h1:Tensor, # (N,F) representations of view 1
     "Share of first views whose nearest neighbour among the second views is their positive pair (cosine similarity)"
     check_representations("h1", h1)
     check_representations("h2", h2)
-    check_same_rows("h2", h2, h1)
+    if len(h1) != len(h2): raise ValueError(f"h1 has {len(h1)} rows and h2 {len(h2)}: give views of the same images")
     nearest = neighbours(h1, h2, k=1)[1][:,0]
     return (nearest == torch.arange(len(h1), device=h1.device)).float().mean().item()
 
@@ -552,15 +778,16 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
     views = multiview_of(learn)
     if views is None: raise ValueError("the Learner has no callback that makes views: add one, e.g. BarlowTwins(augs)")
     model = check_model(learn.model)
-    device = next(model.encoder.parameters()).device
-    check_not_normalised(data, views.clean)
+    encoder = BatchEncoder(learn, None)
+    data = encoder.takes(data)
     count_images(data)
     out = []
     with undisturbed(learn.model), ordered_batches(data) as batches:
         torch.manual_seed(seed)   # `undisturbed` restores the random state
         for b in batches:
-            x = batch_images(to_device(b, device))
-            hs = [model.encoder(aug(x).as_subclass(Tensor)) for aug in views.augs[:2]]
+            if not len(images_in(b)): continue
+            x = batch_images(to_device(b, encoder.device))
+            hs = [model.encoder(aug(x).as_subclass(Tensor).to(encoder.dtype)) for aug in views.augs[:2]]
             zs = [model.projector(h) for h in hs]
             out.append([o.float().cpu() for o in hs + zs])
     return tuple(torch.cat(o) for o in zip(*out))
@@ -590,17 +817,19 @@ class OnlineEvaluation(Callback):
                  C:float=.01      # inverse weight of the probe's regularisation
                 ):
         check_positive_int("every", every)
+        check_C(C)
         self.data,self.every,self.probe = data,every,probe
         self.k,self.temperature,self.C = k,temperature,C
         self.columns = [Column("knn_accuracy")]
         if probe: self.columns.append(Column("linear_accuracy"))
+        self.seconds = []
+        self.start = time.perf_counter()
     def before_fit(self):
         self.run = not self.learn._grab_cbs((LRFinder, GatherPredsCallback))
         if not self.run: return
+        self.measure()   # raises before the training what would fail after an epoch
         self.seconds,self.epochs_measured = [],[]
         self.start = time.perf_counter()
-        self.measure()   # raises before the training what would fail after an epoch
-        self.seconds.clear()
         self.before = {column.name: float(column.value) for column in self.columns}
         add_columns(self.learn, self.columns)
     def after_train(self):
@@ -616,21 +845,37 @@ class OnlineEvaluation(Callback):
 # %% ../nbs/30_evaluation.ipynb #026618c1
 def half_probe(h, y, C):
     "Top-1 accuracy of a linear probe that learns from one half of the rows and is tested on the other"
+    _,index,counts = y.unique(return_inverse=True, return_counts=True)
+    h,y = (t[counts[index] > 1] for t in (h, y))   # a class of one row can only be learned or tested
     by_class = y.argsort(stable=True)   # every other row: each half has every class
     one = by_class[::2]
     two = by_class[1::2]
-    return linear_probe(h[one], y[one], h[two], y[two], Cs=(C,)).top1
+    return linear_probe(h[one], y[one], h[two], y[two], Cs=C).top1
 
 @patch
 def measure(self:OnlineEvaluation):
     "Encode the subset, and set the columns"
     start = time.perf_counter()
     h,y = encode(self.learn, self.data)
-    check_several_classes("the labels of data", y)
+    y = several_classes("the labels of data", y)
     values = [knn_accuracy(h, y, k=self.k, temperature=self.temperature)]
     if self.probe: values.append(half_probe(h, y, self.C))
     for column,value in zip(self.columns, values): column.value = value
     self.seconds.append(time.perf_counter() - start)
+
+@patch
+def state_dict(self:OnlineEvaluation)->dict: # for a run's checkpoint
+    "The last values of the columns, and the time that measuring took so far"
+    elapsed = time.perf_counter() - self.start
+    return dict(values=[c.value for c in self.columns], before=dict(self.before), seconds=list(self.seconds),
+                epochs_measured=list(self.epochs_measured), elapsed=elapsed)
+
+@patch
+def load_state_dict(self:OnlineEvaluation, state:dict): # from `state_dict`
+    "Continue the columns and the clock of a fit that resumes"
+    for column,value in zip(self.columns, state["values"]): column.value = value
+    for name in ("before", "seconds", "epochs_measured"): setattr(self, name, state[name])
+    self.start = time.perf_counter() - state["elapsed"]
 
 @patch(as_prop=True)
 def cost(self:OnlineEvaluation): # between 0 and 1

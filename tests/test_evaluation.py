@@ -345,9 +345,9 @@ def test_images_are_not_normalised_twice(make_learner, make_dls):
         with pytest.raises(ValueError, match="would do it again"): encode_views(learn, dl)
     with pytest.raises(ValueError, match="would do it again"): make_learner(cbs=[OnlineEvaluation(dls.train)],
                                                                             stats=([.3], [.35])).fit(1)
-    once = make_learner()                        # an encoder without a normalisation of its own: the loader's counts
+    encoder = small_model().encoder              # without a normalisation of its own: the loader's counts
     own = (dls.valid_ds.x.float()/255 - .3)/.35
-    assert torch.allclose(encode(once, dls.valid)[0], encode(once.model.encoder, own)[0], atol=1e-4)
+    assert torch.allclose(encode(encoder, dls.valid)[0], encode(encoder, own)[0], atol=1e-4)
 
 
 def test_positive_pairs_are_found_by_cosine_similarity():
@@ -422,7 +422,7 @@ def test_bad_probes(reps):
     with pytest.raises(ValueError, match="not finite"): linear_probe(nan, y, h_test, y_test)
     with pytest.raises(ValueError, match="zeros and ones"): linear_probe(h, F.one_hot(y)*2, h_test, F.one_hot(y_test))
     with pytest.raises(ValueError, match="label both alike"): linear_probe(h, F.one_hot(y), h_test, y_test)
-    with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h_test, y_test)
+    with pytest.raises(ValueError, match="too few to choose C"): linear_probe(h[:12], y[:12], h[:12], y[:12])
     with pytest.raises(ValueError, match="5 wide|64 wide"): linear_probe(h, y, h_test[:, :5], y_test)
 
 
