@@ -6,16 +6,23 @@
 __all__ = ['Checkpoints']
 
 # %% ../nbs/22_checkpoints.ipynb #8ea7ca83
+import hashlib
 import json
 import math
+import os
 import platform
+import re
+import secrets
 import signal
+import tempfile
 import threading
+import time
 import warnings
-import zipfile
 from collections import defaultdict
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from enum import Enum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,12 +32,24 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import get_model, num_distrib, rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor
 
-from .core import check_positive_int, remove_unfinished, rng_states, set_rng_states, whole_file
+# %% ../nbs/22_checkpoints.ipynb #a5e0c48b
+from self_supervised_bt.core import (
+    check_choice,
+    check_positive_int,
+    remove_unfinished,
+    rng_states,
+    set_rng_states,
+    unwrapped,
+    whole_file,
+)
+from .data import digest
+from .fitting import around_fit
+from .folders import bytes_in, folder_of_all
 from .recipes import Recipe
 
 # %% ../nbs/22_checkpoints.ipynb #4cd61002
@@ -58,27 +77,62 @@ def _plain_tensor(t):
     return t.clone() if is_part else t
 
 # %% ../nbs/22_checkpoints.ipynb #a633fa37
-FORMAT = "self_supervised_bt run 1"
+FORMAT = "self_supervised_bt run 2"
+SEAL = re.compile(rb"\nrun ([0-9a-f]{16}) sha256 ([0-9a-f]{64})\n")
+SEAL_BYTES = len("\nrun  sha256 \n") + 16 + 64
+
+def sealed_part(path:str|Path, # file to be sealed
+                size:int=None  # its bytes, if it has a seal already
+               )->str:         # hexadecimal digits
+    "SHA-256 checksum of a file"
+    left = os.path.getsize(path) if size is None else size
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while left > 0 and (part := f.read(min(left, 2**20))):
+            h.update(part)
+            left -= len(part)
+    return h.hexdigest()
+
+def seal_of(path:str|Path # a checkpoint
+           )->re.Match:   # its groups are the run and the checksum; `None` if the last line is no seal
+    "The last line of a checkpoint"
+    with open(path, "rb") as f:
+        f.seek(-min(SEAL_BYTES, f.seek(0, os.SEEK_END)), os.SEEK_END)
+        return SEAL.fullmatch(f.read())
 
 def write_checkpoint(state:dict,   # nested, for `plain`
                      path:str|Path # file to write, `.pt`
                     )->Path:       # the file; raises `OSError` or `TypeError`
     "One file with the whole state, or none at all"
     state = {**plain(state), "format": FORMAT}
-    with whole_file(path) as part: torch.save(state, part)
+    with whole_file(path) as part:
+        torch.save(state, part)
+        run,checksum = state.get("run", "0"*16),sealed_part(part)
+        with part.open("ab") as f: f.write(f"\nrun {run} sha256 {checksum}\n".encode())
     return Path(path)
 
 # %% ../nbs/22_checkpoints.ipynb #66ec0d08
+def check_seal(path:str|Path # a checkpoint
+              )->None:       # raises `ValueError`
+    "Refuse a file that has no seal or was changed since"
+    seal = seal_of(path)
+    if seal is None: raise ValueError(f"{path} is not a checkpoint, or was cut: its last line holds no checksum")
+    if sealed_part(path, os.path.getsize(path) - SEAL_BYTES) != seal[2].decode():
+        raise ValueError(f"{path} was damaged: its checksum differs")
+
 def read_checkpoint(path:str|Path # file that `Checkpoints` wrote
                    )->dict:       # the state, on the CPU; raises `ValueError`
-    "The state in a file, after a comparison of its checksums; nothing in the file is executed"
+    "The state in a file, after a comparison of its checksum; nothing in the file is executed"
+    path,reason = Path(path),None
+    if path.exists() and not path.is_file(): raise ValueError(f"{path} is no file: pass one that Checkpoints wrote")
     try:
-        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        check_seal(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise
-    except Exception as e:   # a damaged archive raises many kinds
-        raise ValueError(f"{path} is not a checkpoint, or was damaged ({type(e).__name__}): use another") from e
-    if damaged: raise ValueError(f"{path} was damaged, the checksum of {damaged} differs: use another checkpoint")
+    except Exception as e:   # what is no checkpoint raises many kinds
+        reason = f"{path} is not a checkpoint, or cannot be read ({type(e).__name__})"
+        if isinstance(e, ValueError) and str(path) in str(e): reason = str(e)
+    if reason: raise ValueError(f"{reason}: use another checkpoint")
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise ValueError(f"{path} holds no run to resume: pass a file that Checkpoints wrote")
     return state
@@ -98,7 +152,9 @@ def _inner(dl):
 
 def _generators(dl):
     "The generators that a PyTorch loader and its sampler were given, each once"
-    found = [getattr(o, "generator", None) for o in (dl, getattr(dl, "sampler", None))]
+    batches = getattr(dl, "batch_sampler", None)
+    places = dl,getattr(dl, "sampler", None),batches,getattr(batches, "sampler", None)
+    found = [getattr(o, "generator", None) for o in places]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 def order_state(dl # fastai's loader, or PyTorch's
@@ -146,10 +202,116 @@ def batches_from(dl,         # fastai's loader, or PyTorch's, with order and ran
     finally: dl.__dict__.pop("skipped", None)
 
 # %% ../nbs/22_checkpoints.ipynb #0396e5bf
+def data_identity(ds # data set of a loader
+                 )->str: # a digest; `None` if nothing is known about it
+    "What a data set holds, wherever it is"
+    if hasattr(type(ds), "identity"): return ds.identity()
+    files = getattr(ds, "items", None)
+    try: files = [os.fspath(f) for f in files]
+    except TypeError: return None   # no list, or not of files
+    start = len(folder_of_all(files))
+    return digest(*(os.fsencode(f"{f[start:]}\0{bytes_in(f)}\n") for f in files))
+
+def data_of(learn:Learner # in a fit
+           )->list: # [number of images, digest] of each loader
+    "What a Learner trains on and validates with"
+    out = []
+    for dl in learn.dls.loaders:
+        ds = getattr(_inner(dl), "dataset", None)
+        try: n = len(ds)
+        except TypeError: n = None   # a stream
+        out.append([n, data_identity(ds)])
+    return out
+
+def check_same_data(now:list, # from `data_of`
+                    was:list  # of the checkpoint
+                   )->None:   # raises `ValueError`
+    "Refuse to resume on other images"
+    for name,(n,digest_now),(n_was,digest_was) in zip(("training", "validation"), now, was):
+        unknown = digest_now is None or digest_was is None
+        if n == n_was and (unknown or digest_now == digest_was): continue
+        what = f"{n} now, {n_was} then" if n != n_was else f"{n} as before, but their names, sizes or contents differ"
+        raise ValueError(f"the {name} images are not those of the run to resume ({what}): restore them, "
+                         "or start a run in another folder")
+
+# %% ../nbs/22_checkpoints.ipynb #b405e323
+FASTAI_STATE = dict(GradientAccumulation=("count",), TrackerCallback=("best",), EarlyStoppingCallback=("wait",),
+                    ReduceLROnPlateau=("wait",), WandbCallback=("_wandb_step", "_wandb_epoch"))
+
+def _is_csv_logger(cb):
+    "Does it write a new file in every fit?"
+    return any(c.__name__ == "CSVLogger" for c in type(cb).__mro__) and not cb.append
+
+def callback_state(cb:Callback # of a Learner, in a fit
+                  )->dict: # plain data and tensors; `None` if it has none
+    "The state of a callback"
+    if hasattr(type(cb), "state_dict"): return cb.state_dict()
+    names = [name for c in type(cb).__mro__ for name in FASTAI_STATE.get(c.__name__, ())]
+    state = {name: vars(cb)[name] for name in names if name in vars(cb)}
+    if _is_csv_logger(cb):
+        cb.file.flush()
+        state["lines"] = Path(cb.file.name).read_text()
+    return state or None
+
+def load_callback(cb:Callback, # of a Learner, in a fit
+                  state:dict   # from `callback_state`
+                 )->None:
+    "Restore the state of a callback"
+    if hasattr(type(cb), "load_state_dict"): return cb.load_state_dict(state)
+    lines = state.pop("lines", None)
+    vars(cb).update(state)
+    if lines is None or not _is_csv_logger(cb): return
+    cb.file.seek(0)
+    cb.file.truncate()
+    cb.file.write(lines)
+    cb.file.flush()
+
+# %% ../nbs/22_checkpoints.ipynb #55a4b184
+def callbacks_state(learn:Learner # in a fit
+                   )->dict:       # name to a list of states, as two callbacks may have one name
+    "The state of all callbacks"
+    out = defaultdict(list)
+    for cb in learn.cbs:
+        state = callback_state(cb)
+        if state is not None: out[cb.name].append(state)
+    return dict(out)
+
+def load_callbacks(learn:Learner, # in a fit
+                   saved:dict     # from `callbacks_state`
+                  )->None:
+    "Restore the state of all callbacks"
+    left = {name: list(states) for name,states in saved.items()}
+    for cb in learn.cbs:
+        if left.get(cb.name): load_callback(cb, dict(left[cb.name].pop(0)))
+
+def check_callbacks(learn:Learner, # in a fit
+                    saved:dict     # from `callbacks_state`
+                   )->None:        # warns
+    "Name the callbacks whose state is not that of the run to resume"
+    now = callbacks_state(learn)
+    n = {name: len(now.get(name, ())) - len(saved.get(name, ())) for name in {*now, *saved}}
+    lacking = [name for name in saved if n[name] < 0]
+    new = [name for name in now if n[name] > 0]
+    if lacking: warnings.warn(f"the run to resume had the callback {', '.join(lacking)}, this Learner has not: add it, "
+                              "or its state is lost")
+    if new: warnings.warn(f"the run to resume had no callback {', '.join(new)}: its state begins now")
+
+# %% ../nbs/22_checkpoints.ipynb #7027af90
 def _averages(learn):
-    "Sums and counts of the metrics that are means, in the middle of an epoch"
-    means = [m for m in learn.metrics if "total" in vars(m) and "count" in vars(m)]
-    return {m.name: [m.total, m.count] for m in means}
+    "Sums, counts and values of the columns, in the middle of an epoch"
+    names = "total","count","value"
+    states = {m.name: {k: vars(m)[k] for k in names if k in vars(m)} for m in learn.metrics}
+    return {name: state for name,state in states.items() if state}
+
+def _gradients(learn):
+    "Gradients that wait for a step, by name"
+    params = unwrapped(learn.model).named_parameters()
+    return {name: p.grad for name,p in params if p.grad is not None and p.grad.any()}
+
+def _dataset_state(learn):
+    "The training data set's own state, `None` if it has none"
+    ds = getattr(_inner(learn.dls.train), "dataset", None)
+    return ds.state_dict() if hasattr(type(ds), "state_dict") else None
 
 def _recorder_state(learn):
     "The Recorder's lists, and the schedule's"
@@ -157,13 +319,15 @@ def _recorder_state(learn):
     losses = torch.stack([loss.detach().cpu() for loss in r.losses]) if r.losses else torch.zeros(0)
     hps = first(cb.hps for cb in learn.cbs if isinstance(cb, ParamScheduler)) or {}
     return dict(lrs=[float(lr) for lr in r.lrs], losses=losses, iters=list(r.iters), values=[list(v) for v in r.values],
-                smooth=[r.smooth_loss.count, r.smooth_loss.val], averages=_averages(learn), hps=hps)
+                smooth=[r.smooth_loss.count, r.smooth_loss.val], averages=_averages(learn), hps=hps,
+                epoch_seconds=time.time() - getattr(r, "start_epoch", time.time()))
 
 def package_versions()->dict: # name to version
     "What a run depends on"
     packages = ("self_supervised_bt", "torch", "torchvision", "fastai", "timm")
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
+# %% ../nbs/22_checkpoints.ipynb #a11d3c43
 def run_state(learn:Learner,    # in a fit
               epoch:int,        # the epoch
               done:int,         # its batches that are done
@@ -174,8 +338,8 @@ def run_state(learn:Learner,    # in a fit
     recipe = getattr(learn, "recipe", None)
     scaler = getattr(learn, "scaler", None)
     return dict(
-        model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
-        callbacks={cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), "state_dict")},
+        model=unwrapped(learn.model).state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
+        gradients=_gradients(learn), callbacks=callbacks_state(learn), dataset=_dataset_state(learn),
         epoch=epoch, done=done, epoch_start=epoch_start, random=random,
         n_epoch=learn.n_epoch, batches=len(learn.dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         recorder=_recorder_state(learn), recipe=recipe and asdict(recipe), versions=package_versions())
@@ -227,14 +391,17 @@ def restore_run(learn:Learner, # in a fit, before its first epoch
                )->None:        # raises `ValueError`
     "Model, optimizer, gradient scaler, callbacks and the Recorder as they were"
     check_same_run(learn, state)
-    try: get_model(learn.model).load_state_dict(state["model"])
+    check_callbacks(learn, state["callbacks"])
+    model = unwrapped(learn.model)
+    try: model.load_state_dict(state["model"])
     except RuntimeError as e:
         raise ValueError(f"the checkpoint is of another model ({e}): build the one it was made with") from e
     load_optimizer(learn.opt, state["opt"])
     if state["scaler"] and getattr(learn, "scaler", None): learn.scaler.load_state_dict(state["scaler"])
-    for cb in learn.cbs:
-        if hasattr(type(cb), "load_state_dict") and cb.name in state["callbacks"]:
-            cb.load_state_dict(state["callbacks"][cb.name])
+    for name,p in model.named_parameters():
+        p.grad = state["gradients"][name].to(p.device) if name in state["gradients"] else None
+    load_callbacks(learn, state["callbacks"])
+    if state["dataset"] is not None: _inner(learn.dls.train).dataset.load_state_dict(state["dataset"])
     _restore_recorder(learn, state["recorder"])
     learn.train_iter = state["train_iter"]
 
@@ -242,31 +409,34 @@ def restore_run(learn:Learner, # in a fit, before its first epoch
 class Checkpoints(Callback):
     "Save the whole state of a run, and resume it"
     order,run_valid = 1000,True
-    resumed_from = epoch_start = random_after_train = best = stop_signal = failed = None
-    in_fit,stepped,handlers = False,False,()
-    resume_with = "resume=True"   # how the user resumes, for the message after a signal
+    resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
+    in_fit,stepped,stopped,handlers,protected = False,False,False,(),()
+    seconds_before,started,ended = 0.,0.,None
+    resume_with = "resume=True"   # how the user resumes, for messages
     def __init__(self,
                  path:str|Path,      # folder of this run
                  every:int=None,     # batches between checkpoints, beside those after every epoch
                  keep:int=3,         # how many of the last to keep
                  monitor:str=None,   # column of the Recorder; the checkpoint with the best value is kept as best.pt
                  resume:bool=False,  # resume the run in `path`, if there is one?
-                 signals:tuple=("SIGTERM", "SIGUSR1") # signals that save and end the run
+                 signals:tuple=("SIGTERM", "SIGUSR1", "SIGINT"), # signals that save and end the run
+                 mode:str=None       # is the "max" or the "min" of `monitor` the best? "min" if not given, for a loss
                 ):
         if every is not None: check_positive_int("every", every)
         check_positive_int("keep", keep)
         self.path,self.every,self.keep,self.monitor = Path(path),every,keep,monitor
-        self.resume,self.signals = resume,signals
+        self.resume,self.signals,self.mode = resume,signals,check_mode(monitor, mode)
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
         if not self.run: return
-        self.best,self.stop_signal,self.failed,self.stepped = None,None,None,False
+        self.begin()
         self.check_folder()
         self.check_monitor()
         self.start_or_resume()
-        self.catch_signals()
         self.in_fit = True
+        name = self.stop_requested(now=True)
+        if name: self.stop(name)
     def before_epoch(self):
         resumed = self.resumed_from
         if resumed and resumed["done"] and self.epoch == resumed["epoch"]: self.learn.all_batches = self.rest_of_epoch
@@ -275,6 +445,27 @@ class Checkpoints(Callback):
         self.epoch_start = self.start_of_epoch(self.learn.dl)
     def before_validate(self):
         if self.in_fit: self.random_after_train = from_all_ranks(rng_states())
+
+# %% ../nbs/22_checkpoints.ipynb #573f6c2d
+@patch
+def begin(self:Checkpoints):
+    "Nothing is left of an earlier fit, the clock starts, and signals are caught"
+    self.best,self.stop_signal,self.failed = None,None,None
+    self.stepped,self.stopped = False,False
+    self.seconds_before,self.started,self.ended = 0.,time.perf_counter(),None
+    self.catch_signals()
+
+# %% ../nbs/22_checkpoints.ipynb #81cc2fd6
+def check_mode(monitor:str, # column to monitor, or `None`
+               mode:str     # "min", "max" or `None`
+              )->str:       # "min" or "max"; raises `ValueError`
+    "Which value of a column is the best?"
+    if mode is not None: check_choice("mode", mode, ("min", "max"))
+    if monitor is None and mode is not None:
+        raise ValueError(f"mode={mode!r} would have no effect without monitor: name a column, or leave mode out")
+    if mode or monitor in (None, "train_loss", "valid_loss"): return mode or "min"
+    raise ValueError(f"monitor={monitor!r} needs a direction: pass mode='max' if a larger value is better, "
+                     "mode='min' if a smaller one is")
 
 # %% ../nbs/22_checkpoints.ipynb #e631ccf9
 @patch
@@ -306,27 +497,33 @@ def after_fit(self:Checkpoints):
 def checkpoints_in(path:str|Path # folder
                   )->list:       # files, the newest first
     "The checkpoints of a run"
-    return sorted(Path(path).glob("step-*.pt"), reverse=True)
+    files = [f for f in Path(path).glob("step-*.pt") if re.fullmatch(r"step-\d{10,}\.pt", f.name) and f.is_file()]
+    return sorted(files, key=step_of, reverse=True)
+
+def step_of(file:Path # from `checkpoints_in`
+           )->int: # training steps before it
+    "The step of a checkpoint"
+    return int(file.stem.removeprefix("step-"))
 
 @patch
 def check_folder(self:Checkpoints):
     "Raise `OSError` now if nothing can be written later"
-    trial = self.path/f".trial{rank_distrib()}"
     try:
         self.path.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"x")
-        trial.unlink()
-        if rank_distrib(): return
-        remove_unfinished(self.path, "*.pt")   # of a write that was killed
+        with tempfile.TemporaryFile(dir=self.path) as trial: trial.write(b"x")
     except OSError as e:
         raise OSError(f"{self.path} cannot be written to ({e}): choose another folder for the checkpoints") from e
+    if not rank_distrib(): remove_unfinished(self.path, "*.pt")   # of a write that was killed
 
+# %% ../nbs/22_checkpoints.ipynb #bc7015dc
 @patch
 def check_monitor(self:Checkpoints):
     "Raise `ValueError` if the Recorder has no column `monitor`"
     names = self.recorder.metric_names[1:]
     if self.monitor and self.monitor not in names:
         raise ValueError(f"monitor={self.monitor!r} is no column of the Recorder: it has {', '.join(names)}")
+    if self.monitor == "valid_loss" and not any(len(dl) for dl in self.dls.loaders[1:2]):
+        raise ValueError("monitor='valid_loss' needs validation images, and the dls have none: monitor='train_loss'")
 
 @patch
 def start_or_resume(self:Checkpoints):
@@ -334,28 +531,61 @@ def start_or_resume(self:Checkpoints):
     found = from_all_ranks([f.name for f in checkpoints_in(self.path)])[0]   # as rank 0 sees it, before it writes
     if found and not self.resume:
         raise ValueError(f"{self.path} holds a run up to {found[0]}: "
-                         "resume it with resume=True, or choose another folder")
+                         f"resume it with {self.resume_with}, or choose another folder")
+    self.data = from_all_ranks(None if rank_distrib() else data_of(self.learn))[0]
     if found: self.resume_newest()
-    else: self.save(0)
+    else:
+        self.run_id = secrets.token_hex(8)
+        self.save(0)
     if self.failed: raise self.failed
 
 # %% ../nbs/22_checkpoints.ipynb #254d825c
 @patch
-def read_newest(self:Checkpoints)->dict: # from `run_state`; raises `ValueError`
-    "State of the newest checkpoint that can be read; warns of damaged ones"
-    files = checkpoints_in(self.path)
+def check_one_run(self:Checkpoints, files:list):
+    "Raise `ValueError` if the checkpoints are of several runs"
+    runs = defaultdict(list)
     for file in files:
-        try: return read_checkpoint(file)
-        except ValueError as e: warnings.warn(f"{e}; going back to the one before")
-    raise ValueError(f"none of the {len(files)} checkpoints in {self.path} can be read: "
+        with suppress(OSError):   # `find_newest` says what cannot be read
+            seal = seal_of(file)
+            if seal: runs[seal[1]].append(file.name)
+    if len(runs) > 1:
+        held = " and ".join(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for names in runs.values())
+        raise ValueError(f"{self.path} holds checkpoints of {len(runs)} runs, {held}: move those of other runs away")
+
+@patch
+def find_newest(self:Checkpoints)->tuple: # file name and state; raises `ValueError`
+    "The newest checkpoint that can be read; warns of damaged ones"
+    files,errors = checkpoints_in(self.path),[]
+    best = self.path/"best.pt"
+    self.check_one_run([*files, *([best] if best.is_file() else [])])
+    for file in files:
+        try: return file.name,read_checkpoint(file)
+        except (ValueError, OSError) as e: errors.append(e)
+        if file != files[-1]: warnings.warn(f"{errors[-1]}; going back to the one before")
+    raise ValueError(f"none of the {len(files)} checkpoints in {self.path} can be read ({errors[0]}): "
                      "choose another folder to start from scratch")
+
+# %% ../nbs/22_checkpoints.ipynb #58be2907
+@patch
+def read_newest(self:Checkpoints)->dict: # from `run_state`; raises `ValueError`
+    "State of the newest checkpoint that rank 0 can read"
+    name = state = error = None
+    if not rank_distrib():
+        try: name,state = self.find_newest()
+        except ValueError as e: error = str(e)
+    name,error = from_all_ranks((name, error))[0]
+    if error: raise ValueError(error)
+    return state or read_checkpoint(self.path/name)
 
 @patch
 def resume_newest(self:Checkpoints):
     "Restore the run from its newest checkpoint"
     state,rank = self.read_newest(),rank_distrib()
+    self.check_same_monitor(state)
+    check_same_data(self.data, state["data"])
     restore_run(self.learn, state)
-    self.resumed_from,self.best,self.epoch_start = state,state["best"],state["epoch_start"]
+    self.resumed_from,self.best,self.epoch_start = state,self.best_value(state),state["epoch_start"]
+    self.run_id,self.seconds_before = state["run"],state["seconds"]
     if state["train_iter"]: getattr(self.dls, "n_inp", None)   # fastai makes an item to find out, once, at the start
     if not state["done"]: set_order_state(self.dls.train, state["epoch_start"]["order"][rank])
     set_rng_states(state["random"][rank])
@@ -368,9 +598,10 @@ def rest_of_epoch(self:Checkpoints):
     del learn.all_batches
     self.resumed_from = None
     learn.n_iter,learn.pct_train = len(learn.dl),state["pct_train"]
+    load_callbacks(learn, state["callbacks"])   # again, as the start of an epoch may have reset it
     averages = state["recorder"]["averages"]
-    for m in learn.metrics:
-        if m.name in averages: m.total,m.count = averages[m.name]
+    for m in learn.metrics: vars(m).update(averages.get(m.name, {}))
+    learn.recorder.start_epoch -= state["recorder"]["epoch_seconds"]
     set_rng_states(state["epoch_start"]["random"][rank])
     set_order_state(learn.dl, state["epoch_start"]["order"][rank])
     rest = batches_from(learn.dl, state["done"], lambda: set_rng_states(state["random"][rank]))
@@ -410,51 +641,88 @@ def save(self:Checkpoints,
     epoch_start = self.epoch_start if done else self.start_of_epoch(self.dls.train, random)
     if rank_distrib(): return
     state = run_state(self.learn, self.epoch if epoch is None else epoch, done, epoch_start, random)
-    self.check_finite(state["model"])
-    improved = done == 0 and self.improved()
-    self.write({**state, "best": self.best}, improved)
+    self.check_finite(state)
+    state.update(run=self.run_id, data=self.data, seconds=self.seconds, monitor=[self.monitor, self.mode])
+    self.write(state, self.better_value() if done == 0 else None)
+
+@patch(as_prop=True)
+def seconds(self:Checkpoints)->float:
+    "Time that the run has taken so far, with that before it was resumed"
+    return self.seconds_before + (self.ended or time.perf_counter()) - self.started
 
 # %% ../nbs/22_checkpoints.ipynb #89dda588
 @patch
-def write(self:Checkpoints,
-          state:dict,    # from `run_state`
-          improved:bool  # write best.pt as well?
-         ):
-    "Write the files, and remove old ones; a failure is kept in `failed`"
-    try:
-        write_checkpoint(state, self.path/f"step-{state['train_iter']:010d}.pt")
-        if improved: write_checkpoint(state, self.path/"best.pt")
-        for old in checkpoints_in(self.path)[self.keep:]: old.unlink()
-        self.failed = None
+def try_to_write(self:Checkpoints, state:dict, file:Path)->bool: # is it written?
+    "Write a file; a failure is kept in `failed`"
+    try: write_checkpoint(state, file)
     except OSError as e:
         self.failed = e
         warnings.warn(f"{e}. Training continues; the older checkpoints are complete")
+        return False
+    return True
+
+@patch
+def write(self:Checkpoints,
+          state:dict,   # for `write_checkpoint`, without the best value
+          better:float  # the best value so far, if it is that of this epoch
+         ):
+    "Write the files, and remove old ones"
+    self.failed = None
+    new_best = better is not None and self.try_to_write({**state, "best": better}, self.path/"best.pt")
+    if new_best: self.best = better
+    step = state["train_iter"]
+    if not self.try_to_write({**state, "best": self.best}, self.path/f"step-{step:010d}.pt"): return
+    old = [file for file in checkpoints_in(self.path) if step_of(file) <= step][self.keep:]
+    for file in old:
+        with suppress(FileNotFoundError): file.unlink()
 
 # %% ../nbs/22_checkpoints.ipynb #fb0c3f96
 @patch
-def check_finite(self:Checkpoints, weights:dict):
+def check_finite(self:Checkpoints, state:dict):
     "Raise `FloatingPointError` rather than save NaN"
-    bad = [k for k,v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{len(bad)} tensors of the model are not finite, {bad[0]} the first: not saved. "
+    moments = {f"{k} of weight {i}": t for i,o in enumerate(_moments(state["opt"])) for k,t in o.items()}
+    for what,tensors in (("the model", state["model"]), ("the optimizer", moments)):
+        bad = [k for k,v in tensors.items() if isinstance(v, Tensor) and not v.isfinite().all()]
+        if not bad: continue
+        raise FloatingPointError(f"{len(bad)} tensors of {what} are not finite, {bad[0]} the first: not saved. "
                                  f"Resume from the last checkpoint in {self.path} with a lower learning rate")
 
+def _moments(state):
+    "What an optimizer, fastai's or PyTorch's, remembers of each weight"
+    return state["state"].values() if isinstance(state["state"], dict) else state["state"]
+
 @patch
-def improved(self:Checkpoints)->bool: # is the epoch's value the best so far?
+def better_value(self:Checkpoints)->float: # `None` if the epoch is not the best so far
     "Compare the monitored column with the best value"
-    if not self.monitor or not self.recorder.values: return False
+    if not self.monitor or not self.recorder.values: return None
     value = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))[self.monitor]
-    if value is None or math.isnan(value): return False
-    lower_is_better = "loss" in self.monitor or "error" in self.monitor
-    better = self.best is None or (value < self.best if lower_is_better else value > self.best)
-    if better: self.best = float(value)
-    return better
+    if value is None or math.isnan(value): return None
+    sign = 1 if self.mode == "max" else -1
+    return float(value) if self.best is None or sign*value > sign*self.best else None
+
+# %% ../nbs/22_checkpoints.ipynb #34251164
+@patch
+def check_same_monitor(self:Checkpoints, state:dict):
+    "Raise `ValueError` if best.pt was chosen by another column"
+    was = state["monitor"]
+    if was[0] is None or was == [self.monitor, self.mode]: return
+    raise ValueError(f"the run to resume keeps the best {was[0]}: pass monitor={was[0]!r}, mode={was[1]!r}, "
+                     f"got monitor={self.monitor!r}, mode={self.mode!r}")
+
+@patch
+def best_value(self:Checkpoints,
+               state:dict # of the checkpoint that is resumed
+              )->float:   # `None` if there is none
+    "The value of best.pt, which may be newer than the checkpoint; warns if it is lost"
+    if rank_distrib() or not self.monitor or state["best"] is None: return state["best"]
+    try: return read_checkpoint(self.path/"best.pt")["best"]
+    except (ValueError, OSError) as e: warnings.warn(f"{e}; the best is searched for from here on")
 
 @patch
 def load_best(self:Checkpoints)->dict: # the state in best.pt
     "Load the weights with the best value of `monitor` into the Learner's model"
     state = read_checkpoint(self.path/"best.pt")
-    get_model(self.learn.model).load_state_dict(state["model"])
+    unwrapped(self.learn.model).load_state_dict(state["model"])
     return state
 
 # %% ../nbs/22_checkpoints.ipynb #fbb4d6d8
@@ -462,18 +730,28 @@ def load_best(self:Checkpoints)->dict: # the state in best.pt
 def catch_signals(self:Checkpoints):
     "Note the signals instead of ending at once; Python allows this in the main thread only"
     if threading.current_thread() is not threading.main_thread(): return
-    def note(number, frame): self.stop_signal = signal.Signals(number).name
+    before = {}
+    def note(number, frame):
+        self.stop_signal = signal.Signals(number).name
+        if number == signal.SIGINT: signal.signal(number, before[number])   # a second Ctrl-C interrupts at once
     numbers = [getattr(signal, name) for name in self.signals if hasattr(signal, name)]
-    self.handlers = [(number, signal.signal(number, note)) for number in numbers]
+    for number in numbers: before[number] = signal.signal(number, note)
+    self.handlers = list(before.items())
+    self.protected = [undo for dl in self.dls.loaders for undo in protect_workers(dl, numbers)]
 
 @patch
 def release(self:Checkpoints):
     "Restore signal handlers and the Learner after every fit, however it ended"
     for number,handler in self.handlers: signal.signal(number, handler)
-    self.handlers,self.resumed_from = (),None
+    for undo in self.protected: undo()
+    late = self.handlers and self.stop_signal and not self.stopped
+    self.handlers,self.protected,self.resumed_from = (),(),None
+    if self.in_fit: self.ended = time.perf_counter()
     self.in_fit,self.run = False,True
     vars(self.learn).pop("all_batches", None)
+    if late: signal.raise_signal(getattr(signal, self.stop_signal))   # it came after the last checkpoint
 
+# %% ../nbs/22_checkpoints.ipynb #a3f69eaa
 @patch
 def stop_requested(self:Checkpoints,
                    now:bool=False # ask the other ranks now? Otherwise every ten batches
@@ -487,6 +765,43 @@ def stop_requested(self:Checkpoints,
 def stop(self:Checkpoints, name:str):
     "End the process; exit status 75 asks for the run to be started again"
     from_all_ranks(None)   # until rank 0 has written: launchers end the other ranks when the first one ends
+    self.stop_signal,self.stopped = name,True
     if self.failed: raise SystemExit(f"{name}: {self.failed}")
-    if not rank_distrib(): print(f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}")
+    said = f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}"
+    if not rank_distrib(): print(said)
+    if name == "SIGINT": raise KeyboardInterrupt(said)
     raise SystemExit(75)
+
+# %% ../nbs/22_checkpoints.ipynb #f69cb3f9
+def _ignore_once(number, frame): signal.signal(number, signal.SIG_DFL)
+
+def _start_worker(numbers, own, *args):
+    "In a worker process: ignore each signal once, then what the loader does"
+    for number in numbers: signal.signal(number, _ignore_once)
+    if own is not None: return own(*args)
+
+def protect_workers(dl,          # fastai's loader, or PyTorch's
+                    numbers:list # signals
+                   )->list:      # functions that undo it
+    "Let the worker processes of a loader ignore a signal the first time"
+    undo = []
+    for loader in {id(o): o for o in (dl, _inner(dl))}.values():
+        name = "wif" if isinstance(loader, DataLoader) else "worker_init_fn"
+        own = getattr(loader, name)
+        undo.append(partial(setattr, loader, name, own) if name in vars(loader) else partial(delattr, loader, name))
+        setattr(loader, name, partial(_start_worker, numbers, own))
+    return undo
+
+# %% ../nbs/22_checkpoints.ipynb #d156e2e7
+@around_fit
+@contextmanager
+def without_empty_folder(learn):
+    "Remove the folder of a fit's models if it was made by the fit and nothing is in it"
+    folder = learn.path/learn.model_dir
+    is_new = not folder.exists()
+    try: yield
+    finally:
+        for cb in learn.cbs:
+            if is_new and "tmp_d" in vars(cb): cb.tmp_d.cleanup()   # a search that failed
+        with suppress(OSError):
+            if is_new: folder.rmdir()

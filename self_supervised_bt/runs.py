@@ -463,9 +463,9 @@ def exit_status_of(checkpoints:Checkpoints # of a run
                   ):
     "After Ctrl-C and SIGTERM a run ends with the shell's exit status; with SIGUSR1, 75 asks for another job"
     try: yield
-    except SystemExit as e:
+    except (SystemExit, KeyboardInterrupt) as e:
         status = dict(SIGINT=130, SIGTERM=143).get(checkpoints.stop_signal)
-        if e.code != 75 or status is None: raise
+        if not checkpoints.stopped or status is None or getattr(e, "code", 75) != 75: raise
         raise SystemExit(status) from None
 
 def check_workers(num_workers:int # or `None`

@@ -1,34 +1,52 @@
 "Checkpoints: runs that are killed or stopped, full disks, damaged files"
+import hashlib
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 
 import fastai
 import numpy as np
 import pytest
 import torch
-from callbacks import DoAt, KillAfter, Killed
+from callbacks import DoAt, DoToViews, KillAfter, Killed
 from conftest import image_items, quiet, same, small_model, weights
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastai.metrics import AccumMetric
 from fastai.torch_core import TensorImage, set_seed
 from fastcore.foundation import L
 from fasttransform import Transform
 from safetensors.torch import save_file
 
+from self_supervised_bt import checkpoints
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
-from self_supervised_bt.checkpoints import FORMAT, Checkpoints, checkpoints_in, plain, read_checkpoint, write_checkpoint
+from self_supervised_bt.checkpoints import (
+    FORMAT,
+    Checkpoints,
+    checkpoints_in,
+    data_identity,
+    plain,
+    read_checkpoint,
+    write_checkpoint,
+)
 from self_supervised_bt.data import digits_dls, digits_images, tensor_dls
+from self_supervised_bt.fitting import Column, add_columns
+from self_supervised_bt.folders import unlabelled_dls
 from self_supervised_bt.layers import PoolingType
 from self_supervised_bt.losses import variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
@@ -89,6 +107,7 @@ def loader(kind):
     items = image_items(96, labels=False)
     torch_loader = partial(torch.utils.data.DataLoader, items, 16, shuffle=True, drop_last=True)
     if kind == "torch": return torch_loader()
+    if kind == "torch, workers": return torch_loader(num_workers=2, multiprocessing_context="fork")
     if kind == "torch, own generator":
         return torch_loader(generator=torch.Generator().manual_seed(int(torch.randint(99, ()))))
     noise = Transform(noisy) if "noise" in kind else None
@@ -201,7 +220,9 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize("bad, message", [
     (dict(every=0), "every must be"), (dict(keep=0), "keep must be"),
-    (dict(monitor="accuracy"), "no column of the Recorder")])
+    (dict(monitor="accuracy", mode="max"), "no column of the Recorder"),
+    (dict(mode="max"), "without monitor"), (dict(monitor="valid_loss", mode="lower"), "mode must be one of"),
+    (dict(monitor="invariance"), "monitor='invariance' needs a direction: pass mode='max' if a larger value")])
 def test_bad_arguments(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message): run(tmp_path, **bad)
 
@@ -221,6 +242,301 @@ def test_a_search_that_fails_does_not_switch_checkpoints_off(tmp_path):
     learn.remove_cb(kill)
     learn.fit(1)
     assert len(names(tmp_path)) == 2
+
+
+# What is beside the model
+
+def tiny(cbs=(), metrics=None, n=96, dls=None, **kwargs):
+    "A Learner of three steps per epoch"
+    set_seed(0)
+    dls = dls or tensor_dls(digits_images()[0][:n], bs=24, valid_pct=.2, device="cpu")
+    cbs = [BarlowTwins(pipelines(), **kwargs), *cbs]
+    return quiet(Learner(dls, small_model(), cbs=cbs, metrics=metrics))
+
+
+def end_of_epoch(n):
+    "Ends the fit with `Killed` after the `n`th epoch and its checkpoint"
+    def end(learn):
+        if learn.epoch == n: raise Killed(f"after epoch {n}")
+    return DoAt("after_epoch", end, order=2000)
+
+
+def killed(learn, epochs=4):
+    with pytest.raises(Killed): learn.fit(epochs, 1e-2)
+
+
+class ByEpoch(Metric):
+    "Given values, one per epoch"
+    name, value = "value", None
+    def __init__(self, values): self.values = values
+    def reset(self): pass
+    def accumulate(self, learn): self.value = self.values[learn.epoch]
+
+
+def test_gradients_that_wait_at_the_end_of_an_epoch_resume(tmp_path):
+    "Three batches of 24 per epoch, and a step after every two"
+    def make(*cbs): return tiny([GradientAccumulation(48), *cbs])
+    whole = make()
+    whole.fit(3, 1e-2)
+    killed(make(Checkpoints(tmp_path), end_of_epoch(0)), 3)
+    assert read_checkpoint(checkpoints_in(tmp_path)[0])["gradients"]
+    again = make(Checkpoints(tmp_path, resume=True))
+    again.fit(3, 1e-2)
+    assert same(weights(whole), weights(again))
+
+
+def watched(folder, *cbs):
+    "A Learner with what fastai has to watch a column that is best in epoch 1"
+    args = dict(monitor="value", comp=np.less)
+    save, reduce = SaveModelCallback(fname="best", **args), ReduceLROnPlateau(patience=3, **args)
+    learn = tiny([save, reduce, EarlyStoppingCallback(patience=5, **args), CSVLogger(), *cbs],
+                 ByEpoch([1., .1, .9, .8, .7, .6, .5]))
+    learn.path = folder
+    folder.mkdir(exist_ok=True)
+    return learn
+
+
+def seen_by(learn):
+    "What fastai's callbacks remember and wrote, without the times"
+    rows = [line.rsplit(",", 1)[0] for line in (learn.path/"history.csv").read_text().splitlines()]
+    rates = [h["lr"] for h in learn.opt.hypers]
+    return learn.save_model.best, learn.early_stopping.wait, learn.reduce_lr_on_plateau.wait, rates, rows
+
+
+def test_the_best_value_of_fastai_callbacks_resumes(tmp_path, capsys):
+    "The file of the best epoch is not overwritten by a worse one, and the table keeps its rows"
+    whole = watched(tmp_path/"whole")
+    whole.fit(6, 1e-2)
+    killed(watched(tmp_path/"run", Checkpoints(tmp_path/"run"), end_of_epoch(2)), 6)
+    best = torch.load(tmp_path/"run/models/best.pth")
+    again = watched(tmp_path/"run", Checkpoints(tmp_path/"run", resume=True))
+    again.fit(6, 1e-2)
+    assert same(best, torch.load(tmp_path/"run/models/best.pth"))
+    assert seen_by(whole) == seen_by(again) and same(weights(whole), weights(again))
+    assert len(seen_by(again)[-1]) == 7 and seen_by(again)[0] == .1
+
+
+def test_a_callback_without_its_state_is_named(tmp_path):
+    killed(tiny([GradientAccumulation(48), Checkpoints(tmp_path), end_of_epoch(0)]))
+    learn = tiny([Checkpoints(tmp_path, resume=True), TrackerCallback()])
+    with pytest.warns(UserWarning) as seen: learn.fit(4, 1e-2)
+    said = " ".join(str(w.message) for w in seen)
+    assert "had the callback gradient_accumulation, this Learner has not" in said
+    assert "had no callback tracker: its state begins now" in said
+
+
+class Counting(Callback):
+    "Measures once per epoch, in a column, and counts its epochs"
+    def __init__(self, first=1): self.epochs = 0
+    def before_fit(self):
+        self.column = Column("at_step_1")
+        add_columns(self.learn, [self.column])
+    def before_train(self): self.column.value = None
+    def after_batch(self):
+        if self.training and self.iter == 0: self.column.value = float(self.loss)
+    def after_epoch(self): self.epochs += 1
+    def state_dict(self): return dict(epochs=self.epochs)
+    def load_state_dict(self, state): self.epochs = state["epochs"]
+
+
+class CountingItems(list):
+    "A data set that counts the items it gave in training"
+    given = 0
+    def __getitem__(self, i):
+        self.given += 1
+        return super().__getitem__(i)
+    def state_dict(self): return dict(given=self.given)
+    def load_state_dict(self, state): self.given = state["given"]
+
+
+def test_columns_callbacks_and_data_sets_keep_what_they_measured_before_the_kill(tmp_path):
+    def make(*cbs):
+        set_seed(0)
+        dls = DataLoaders.from_dsets(CountingItems(image_items(64, False)), image_items(16, False), bs=16,
+                                     device="cpu", num_workers=0)
+        return tiny([Counting(), *cbs], dls=dls)
+    whole = make()
+    whole.fit(3, 1e-2)
+    with pytest.raises(Killed): make(Checkpoints(tmp_path, every=1), KillAfter(7)).fit(3, 1e-2)
+    again = make(Checkpoints(tmp_path, every=1, resume=True))
+    again.fit(3, 1e-2)
+    assert list(map(list, whole.recorder.values)) == list(map(list, again.recorder.values))
+    assert again.counting.epochs == 3 and again.dls.train.dataset.given >= 3*64
+
+
+def test_the_time_before_the_kill_counts(tmp_path):
+    killed(tiny([Checkpoints(tmp_path), DoAt("after_epoch", lambda _: time.sleep(.2)), end_of_epoch(1)]))
+    learn = tiny([Checkpoints(tmp_path, resume=True)])
+    learn.fit(4, 1e-2)
+    before, total = learn.checkpoints.seconds_before, learn.checkpoints.seconds
+    assert .4 < before < total == learn.checkpoints.seconds
+    learn = tiny([Checkpoints(tmp_path, resume=True)])
+    learn.fit(4, 1e-2)   # a complete run is only loaded
+    assert 0 < total - learn.checkpoints.seconds_before < .2
+
+
+class ToFloat(torch.nn.Module):
+    def forward(self, x): return x.float()   # fastai's Recorder takes no loss of 64 bits
+
+
+def test_64_bit_weights_resume(tmp_path):
+    def to_double(learn): learn.xb = (learn.xb[0].double(),)
+    def make(*cbs):
+        learn = tiny([DoToViews(to_double), *cbs])
+        learn.model.double().projector.append(ToFloat())
+        return learn
+    whole = make()
+    whole.fit(2, 1e-2)
+    with pytest.raises(Killed): make(Checkpoints(tmp_path, every=2), KillAfter(5)).fit(2, 1e-2)
+    again = make(Checkpoints(tmp_path, every=2, resume=True))
+    again.fit(2, 1e-2)
+    assert same(weights(whole), weights(again)) and weights(again)["projector.0.weight"].dtype == torch.float64
+
+
+# The data
+
+def train_on(folder, run, *cbs, resume=False):
+    dls = unlabelled_dls(folder, 8, bs=16, num_workers=0, device="cpu")
+    set_seed(0)
+    learn = quiet(Learner(dls, small_model(3), cbs=[BarlowTwins(pipelines()), Checkpoints(run, resume=resume), *cbs]))
+    learn.fit(2, 1e-2)
+    return learn
+
+
+def test_a_moved_folder_resumes_and_changed_images_are_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(Killed): train_on(folder, tmp_path/"run", end_of_epoch(0))
+    moved = tmp_path/"elsewhere"/"photos"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    file = sorted(moved.glob("*/*.png"))[5]
+    contents = file.read_bytes()
+    file.write_bytes(contents + b"\0")
+    with pytest.raises(ValueError, match="as before, but their names, sizes or contents differ"):
+        train_on(moved, tmp_path/"run", resume=True)
+    file.write_bytes(contents)
+    renamed = file.rename(file.with_name("00a.png"))
+    with pytest.raises(ValueError, match="images are not those of the run to resume"):
+        train_on(moved, tmp_path/"run", resume=True)
+    renamed.rename(file)
+    monkeypatch.chdir(moved.parent)
+    assert train_on("./photos/../photos", tmp_path/"run", resume=True).train_iter == 4
+
+
+def test_other_images_of_equal_number_are_refused(tmp_path):
+    killed(tiny([Checkpoints(tmp_path), end_of_epoch(0)]))
+    other = tensor_dls(digits_images()[0][96:192], bs=24, valid_pct=.2, device="cpu")
+    with pytest.raises(ValueError, match=r"the training images are not .* \(77 as before, but"):
+        tiny([Checkpoints(tmp_path, resume=True)], dls=other).fit(4, 1e-2)
+
+
+def test_the_identity_of_data_sets(folder, tmp_path):
+    class Listed(list): pass
+    def listed(root):
+        ds = Listed(range(40))
+        ds.items = L(sorted(root.glob("*/*.png")))
+        return ds
+    before = data_identity(listed(folder))
+    assert before == data_identity(listed(folder.rename(tmp_path/"moved")))
+    ds = listed(tmp_path/"moved")
+    ds.items[3].write_bytes(b"")
+    assert before not in (None, data_identity(ds))
+    ds.items = [torch.zeros(1)]
+    assert data_identity(ds) is data_identity([1, 2]) is data_identity(None) is None
+
+
+# The best
+
+def test_the_best_is_that_of_the_direction(tmp_path):
+    values = [.5, .9, .1, .7]
+    for mode, best in (("max", .9), ("min", .1)):
+        learn = tiny([Checkpoints(tmp_path/mode, monitor="value", mode=mode)], ByEpoch(values))
+        learn.fit(4, 1e-2)
+        state = learn.checkpoints.load_best()
+        assert state["best"] == best and state["epoch"] == 1 + values.index(best)
+    learn = tiny([Checkpoints(tmp_path/"max", monitor="value", mode="min", resume=True)], ByEpoch(values))
+    with pytest.raises(ValueError, match="keeps the best value: pass monitor='value', mode='max'"): learn.fit(4, 1e-2)
+
+
+def test_killed_between_the_files_the_best_is_not_lost(tmp_path, monkeypatch):
+    def make(*cbs, **kwargs):
+        return tiny([Checkpoints(tmp_path/"run", monitor="value", mode="max", **kwargs), *cbs], ByEpoch([1, 3, 2, 2]))
+    wrote = []
+    def write_two(state, path):
+        wrote.append(path.name)
+        if wrote[-2:] == ["best.pt", "step-0000000006.pt"]: raise Killed("between the two files of epoch 1")
+        return write_checkpoint(state, path)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_two)
+    killed(make())
+    monkeypatch.undo()
+    make(resume=True).fit(4, 1e-2)
+    best = read_checkpoint(tmp_path/"run/best.pt")
+    assert (best["best"], best["epoch"]) == (3, 2)
+    (tmp_path/"run/best.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="best.pt is not a checkpoint.*; the best is searched for from here on"):
+        make(resume=True).fit(4, 1e-2)
+
+
+def test_a_validation_loss_without_validation_is_refused(tmp_path):
+    dls = tensor_dls(digits_images()[0][:96], bs=24, valid_pct=0, device="cpu")
+    with pytest.raises(ValueError, match="monitor='valid_loss' needs validation images"):
+        tiny([Checkpoints(tmp_path, monitor="valid_loss")], dls=dls).fit(1)
+
+
+# The folder, once more
+
+def test_the_only_checkpoint_is_not_removed_for_a_damaged_one(tmp_path):
+    killed(tiny([Checkpoints(tmp_path, keep=1), end_of_epoch(0)]))
+    (tmp_path/"step-0000000099.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step-0000000099.pt is not a checkpoint.*going back"):
+        killed(tiny([Checkpoints(tmp_path, keep=1, resume=True), end_of_epoch(1)]))
+    assert names(tmp_path) == ["step-0000000099.pt", "step-0000000006.pt"]
+    assert read_checkpoint(tmp_path/"step-0000000006.pt")["epoch"] == 2
+
+
+def test_what_is_no_checkpoint_neither_stops_nor_goes(tmp_path):
+    killed(tiny([Checkpoints(tmp_path, keep=1), end_of_epoch(0)]))
+    (tmp_path/"step-0000000077.pt").mkdir()
+    os.mkfifo(tmp_path/"step-0000000078.pt")
+    (tmp_path/"step-0000000079.pt").symlink_to(tmp_path/"gone")
+    (tmp_path/"step-final.pt").write_bytes(b"mine")
+    for name in ("step-0000000077.pt", "step-0000000078.pt"):
+        with pytest.raises(ValueError, match=f"{name} is no file"): read_checkpoint(tmp_path/name)
+    learn = tiny([Checkpoints(tmp_path, keep=1, resume=True)])
+    learn.fit(4, 1e-2)
+    assert names(tmp_path) == ["step-0000000012.pt"] and (tmp_path/"step-final.pt").read_bytes() == b"mine"
+    assert (tmp_path/"step-0000000077.pt").is_dir() and (tmp_path/"step-0000000079.pt").is_symlink()
+
+
+def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_look_at_older_ones(tmp_path, monkeypatch):
+    killed(tiny([Checkpoints(tmp_path), end_of_epoch(1)]))
+    own, newest = torch.load, names(tmp_path)[0]
+    def load(file, **kwargs):
+        if Path(file).name == newest: raise PermissionError("not yours")
+        return own(file, **kwargs)
+    monkeypatch.setattr(torch, "load", load)
+    learn = tiny([Checkpoints(tmp_path, resume=True)])
+    with pytest.warns(UserWarning, match="cannot be read .PermissionError.*going back to the one before"):
+        learn.fit(4, 1e-2)
+
+
+def test_checkpoints_of_two_runs_are_refused(tmp_path):
+    for name in ("a", "b"): killed(tiny([Checkpoints(tmp_path/name), end_of_epoch(0)]))
+    (tmp_path/"b/step-0000000003.pt").rename(tmp_path/"a/step-0000000006.pt")
+    with pytest.raises(ValueError, match="holds checkpoints of 2 runs, step-0000000006.pt and step-0000000003.pt"):
+        tiny([Checkpoints(tmp_path/"a", resume=True)]).fit(4, 1e-2)
+
+
+def test_a_search_leaves_no_empty_folder(tmp_path):
+    kill = KillAfter(3)
+    learn = tiny([kill])
+    learn.path = tmp_path
+    with learn.no_bar(), pytest.raises(Killed): learn.lr_find(num_it=6, show_plot=False)
+    learn.remove_cb(kill)
+    with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path/"models").mkdir()   # the user's own
+    with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+    assert list((tmp_path/"models").iterdir()) == []
 
 
 # Faults
@@ -282,12 +598,73 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, name, where):
     assert same(weights(run(tmp_path, 3, resume=True)), weights(run(epochs=3)))
 
 
+def test_ctrl_c_saves_and_interrupts(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    cb = DoAt("after_pred", lambda learn: os.kill(os.getpid(), signal.SIGINT), step=4)
+    with pytest.raises(KeyboardInterrupt, match="SIGINT: checkpoint saved in .* continue with resume=True"):
+        tiny([Checkpoints(tmp_path), cb]).fit(4, 1e-2)
+    assert names(tmp_path)[0] == "step-0000000005.pt" and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    steps = []
+    def interrupt(learn):
+        steps.append(learn.train_iter)
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+        steps.append("not reached")
+    with pytest.raises(KeyboardInterrupt): tiny([Checkpoints(tmp_path), DoAt("after_pred", interrupt)]).fit(4, 1e-2)
+    assert steps == [0]
+
+
+def test_a_signal_while_the_first_checkpoint_is_written(tmp_path, monkeypatch):
+    def write_slowly(state, path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write_checkpoint(state, path)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_slowly)
+    learn = tiny([Checkpoints(tmp_path)])
+    with pytest.raises(SystemExit) as e: learn.fit(4, 1e-2)
+    assert e.value.code == 75 and names(tmp_path) == ["step-0000000000.pt"] and learn.train_iter == 0
+
+
+def test_a_signal_after_the_last_checkpoint_is_not_swallowed(tmp_path):
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: got.append("SIGUSR1"))
+    cb = DoAt("after_fit", lambda learn: os.kill(os.getpid(), signal.SIGUSR1), order=2000)
+    try: tiny([Checkpoints(tmp_path), cb]).fit(1, 1e-2)
+    finally: signal.signal(signal.SIGUSR1, before)
+    assert got == ["SIGUSR1"]
+
+
+@pytest.mark.parametrize("kind", ["fastai, workers", "torch, workers"])
+def test_a_signal_to_the_workers_as_well_saves(tmp_path, kind, quick_end):
+    "As schedulers send it: to all processes of the group"
+    def group(learn):
+        workers = active_children()
+        assert len(workers) == 2
+        for process in workers: os.kill(process.pid, signal.SIGTERM)
+        time.sleep(.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    dls = DataLoaders(loader(kind), loader("fastai"), device="cpu")
+    learn = tiny([Checkpoints(tmp_path), DoAt("after_pred", group, step=1)], dls=dls)
+    with pytest.raises(SystemExit) as e: learn.fit(2, 1e-2)
+    assert e.value.code == 75 and names(tmp_path)[0] == "step-0000000002.pt"
+    assert not {"wif", "worker_init_fn"} & {k for k, v in vars(learn.dls.train).items() if v}
+
+
 def test_nonfinite_weights_are_not_saved(tmp_path):
     def spoil(learn):
         if learn.epoch == 1: learn.model.projector[0].weight.data[0, 0] = float("nan")
     cb = DoAt("after_epoch", spoil, order=900)
     with pytest.raises(FloatingPointError, match="projector.0.weight"): run(tmp_path, 3, cbs=[cb])
     assert names(tmp_path) == ["step-0000000006.pt", "step-0000000000.pt"]
+
+
+def test_a_nonfinite_optimizer_is_not_saved(tmp_path):
+    def spoil(learn): learn.opt.state[learn.model.projector[0].weight]["sqr_avg"][0, 0] = float("inf")
+    cb = DoAt("after_epoch", spoil, order=900)
+    with pytest.raises(FloatingPointError, match="1 tensors of the optimizer are not finite, sqr_avg of weight 4"):
+        tiny([Checkpoints(tmp_path), cb]).fit(2, 1e-2)
+    assert names(tmp_path) == ["step-0000000000.pt"]
 
 
 # Files
@@ -325,8 +702,12 @@ def write_bad(file, how, good, hit):
     elif how == "code in an archive": write_archive(file, pickle.dumps({"format": FORMAT, "model": Attack(hit)}, 2))
     elif how == "other zip":
         with zipfile.ZipFile(file, "w") as f: f.writestr("a", "b")
-    else: file.write_bytes({"cut": good[:-100], "empty": b"", "flipped bit": flip_a_bit(good),
-                            "zeros": good[:len(good)//2] + bytes(512) + good[len(good)//2 + 512:]}[how])
+    else:
+        file.write_bytes({"cut": good[:-100], "empty": b"", "flipped bit": flip_a_bit(good),
+                          "zeros": good[:len(good)//2] + bytes(512) + good[len(good)//2 + 512:]}[how])
+        return
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()   # as an attacker can
+    with file.open("ab") as f: f.write(f"\nrun {good[-88:-72].decode()} sha256 {checksum}\n".encode())
 
 
 BAD_FILES = ("pickle", "old torch.save", "torch.save with code", "torch.save of a model", "other tensors", "not a dict",
@@ -347,15 +728,17 @@ def test_hostile_and_damaged_files_are_refused_and_the_one_before_is_used(tmp_pa
     assert same(weights(whole), weights(again)) and not hit.exists()
 
 
-def test_a_damaged_byte_anywhere_is_found_or_changes_nothing(tmp_path):
+def test_a_damaged_byte_anywhere_is_found(tmp_path):
     state = {"w": torch.randn(3000), "list": [1., None, "text"]}
     file = write_checkpoint(state, tmp_path/"a.pt")
     good = file.read_bytes()
-    for i in range(0, len(good), 61):
-        file.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:])
-        try: back = read_checkpoint(file)
-        except ValueError as e: assert str(file) in str(e)
-        else: assert torch.equal(back["w"], state["w"]) and back["list"] == state["list"]
+    damaged = [good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:] for i in range(0, len(good), 61)]
+    damaged += [good[:i] + b"\1"*64 + good[i + 64:] for i in range(0, len(good), 640)]
+    damaged += [good[:i] for i in range(0, len(good), 640)] + [good + b"\n", good[:-96] + good[-95:]]
+    for contents in damaged:
+        file.write_bytes(contents)
+        with pytest.raises(ValueError, match=re.escape(f"{file} ")) as e: read_checkpoint(file)
+        assert "\n" not in str(e.value) and e.value.__context__ is None
 
 
 def test_a_missing_file_is_no_damaged_file(tmp_path):
