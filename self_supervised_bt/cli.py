@@ -36,7 +36,8 @@ def one_line_errors(f:callable # command
                 return f(*args, **kwargs)
         except Stopped as e:
             if os.environ.get("RANK", "0") == "0": print(f"\n{f.__name__}: {e}", file=sys.stderr)
-            raise SystemExit(EXIT_STATUS[e.args[0]]) from None
+            raise SystemExit(EXIT_STATUS[e.signal]) from None
+        except KeyboardInterrupt: raise SystemExit(EXIT_STATUS["SIGINT"]) from None   # `Checkpoints` has said it
         except (OSError, ValueError, RuntimeError, FloatingPointError) as e:
             raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
@@ -72,7 +73,10 @@ EXIT_STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)   # 75 asks a scheduler 
 class Stopped(KeyboardInterrupt):
     "A signal asks the command to end"
     advice = ""
-    def __str__(self): return f"stopped by {self.args[0]}" + (f": {self.advice}" if self.advice else "")
+    def __init__(self, name): # of the signal
+        super().__init__(name)
+        self.signal = name
+    def __str__(self): return f"stopped by {self.signal}" + (f": {self.advice}" if self.advice else "")
 
 @contextmanager
 def stoppable():

@@ -446,10 +446,10 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
         if resume and has_ended(out): return ended_results(out)
         monitor = "valid_loss" if len(dls.valid.dataset) else None
         checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
-        checkpoints.resume_with = resume_with
+        checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
         files = [] if rank_distrib() else [RunFiles(out, s)]
         learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
-        with exit_status_of(checkpoints): fit_run(learn)
+        fit_run(learn)
         return {} if rank_distrib() else save_results(learn, out, s)
 
 # %% ../nbs/50_runs.ipynb #84481da2
@@ -457,16 +457,6 @@ def stop_signals()->tuple: # names
     "Signals that save a checkpoint and end a run: Ctrl-C, and those of schedulers, unless they are ignored as by nohup"
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     return tuple(name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
-
-@contextmanager
-def exit_status_of(checkpoints:Checkpoints # of a run
-                  ):
-    "After Ctrl-C and SIGTERM a run ends with the shell's exit status; with SIGUSR1, 75 asks for another job"
-    try: yield
-    except (SystemExit, KeyboardInterrupt) as e:
-        status = dict(SIGINT=130, SIGTERM=143).get(checkpoints.stop_signal)
-        if not checkpoints.stopped or status is None or getattr(e, "code", 75) != 75: raise
-        raise SystemExit(status) from None
 
 def check_workers(num_workers:int # or `None`
                  )->None:         # raises `ValueError`

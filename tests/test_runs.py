@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from callbacks import DoAt
+from PIL import Image
 from torch import nn
 
 from self_supervised_bt import runs
@@ -135,8 +134,8 @@ def test_a_moved_folder_resumes_and_changed_images_do_not(trained, unfinished, t
 def test_one_process_at_a_time_trains_into_a_folder(trained, tmp_path):
     out = tmp_path/"run"
     out.mkdir()
-    hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 of tea'); "
-            "f.flush(); print(flush=True); sys.stdin.read()")
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "f.write('process 7 of tea'); f.flush(); print(flush=True); sys.stdin.read()")
     command = [sys.executable, "-c", hold, out/".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
