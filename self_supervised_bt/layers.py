@@ -6,6 +6,8 @@
 __all__ = ['PoolingType', 'create_encoder', 'create_mlp_module']
 
 # %% ../nbs/12_layers.ipynb #2bb51950
+import math
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
 from itertools import pairwise
+from keyword import iskeyword
 
 import torch
 import torchvision.models as tvm
@@ -288,6 +291,37 @@ def _check_options(options):
 # They say where weights come from, not what is built.
 WEIGHT_SOURCES = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
                   "pretrained_model_args", "checkpoint_path", "cache_dir", "progress")
+
+# %% ../nbs/12_layers.ipynb #d2c73f9d
+def is_plain(value,      # anything
+             depth:int=3 # levels of lists and dicts
+            )->bool:
+    "Is it a literal of reasonable size: a number, a short text, or a short list or dict of them?"
+    if value is None or isinstance(value, bool): return True
+    if isinstance(value, int): return abs(value) <= 2**16
+    if isinstance(value, float): return math.isfinite(value)
+    if isinstance(value, str): return len(value) <= 200 and value.isprintable()
+    if not isinstance(value, (list, tuple, dict)) or not depth or len(value) > 64: return False
+    if isinstance(value, dict) and not all(map(_is_name, value)): return False
+    return all(is_plain(v, depth-1) for v in (value.values() if isinstance(value, dict) else value))
+
+def _is_name(text): return isinstance(text, str) and len(text) <= 100 and text.isidentifier() and not iskeyword(text)
+
+def check_plain_architecture(arch:str,    # name of an architecture
+                             options:dict # its arguments
+                            )->None:      # raises `ValueError`
+    "Raise `ValueError` for a description of an architecture that is not plain data, or points to another place"
+    if not isinstance(arch, str) or not re.fullmatch(r"[\w.:/@-]{1,200}", arch, re.ASCII):
+        raise ValueError(f"arch must be the name of an architecture, got {arch!r:.80}")
+    if arch.startswith(REMOTE):
+        raise ValueError(f"{arch} is described elsewhere, and a description must not reach for it: "
+                         f"build it yourself, create_encoder({arch!r}), and pass the encoder")
+    if not isinstance(options, dict): raise ValueError(f"arguments of {arch} must be a dict, got {options!r:.80}")
+    _check_options(options)
+    for name,value in options.items():
+        if not _is_name(name): raise ValueError(f"{name!r:.80} is no name of an argument")
+        if name in WEIGHT_SOURCES: raise ValueError(f"{name} says where weights come from, not what is built")
+        if not is_plain(value): raise ValueError(f"{name} must be plain data of reasonable size, got {value!r:.80}")
 
 # %% ../nbs/12_layers.ipynb #228c8c6f
 def _build(arch, pretrained, n_in, pool_type, small_stem, size, options):

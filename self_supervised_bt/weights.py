@@ -7,7 +7,9 @@ __all__ = ['save_encoder', 'load_encoder', 'export_timm']
 
 # %% ../nbs/40_weights.ipynb #25245d94
 import json
+import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,13 +18,22 @@ from fasttransform import Pipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import ResNet
 
 from .augmentations import CropTfm, clean_pipeline
-from .core import undisturbed, whole_file
+from self_supervised_bt.core import (
+    check_choice,
+    check_positive_int,
+    rng_states,
+    set_rng_states,
+    undisturbed,
+    unwrapped,
+    whole_file,
+)
 from .evaluation import encoder_of
 from .fused import CentreResize, NormalizeViews
-from .layers import create_encoder
+from .layers import STEMS, PoolingType, check_plain_architecture, create_encoder, is_plain
 
 # %% ../nbs/40_weights.ipynb #9ca36ed4
 def describe_input(clean # pipeline from `clean_pipeline`
@@ -56,49 +67,181 @@ def _separate(tensors):
         seen.add(memory.data_ptr())
     return separate
 
-def write_tensors(tensors:dict,  # name to tensor
-                  path:str|Path, # file to write, `.safetensors`
-                  metadata:dict  # strings to go with them
-                 )->Path:        # the file; raises `OSError`
-    "A complete safetensors file, or none at all"
-    try:
-        with whole_file(path) as part: save_file(_separate(tensors), part, metadata=metadata)
-    except SafetensorError as e:
-        raise OSError(f"{path} could not be written ({e}): make room, or choose another folder") from e
-    return Path(path)
+def _metadata(path):
+    "The metadata of a safetensors file; raises `SafetensorError` or `OSError`"
+    with safe_open(path, framework="pt") as f: return f.metadata() or {}
+
+def check_replaceable(path:str|Path, # file to be written
+                      key:str        # in the metadata of the files that may be replaced
+                     )->None:        # raises `FileExistsError`
+    "Raise `FileExistsError` if there is a file of another kind"
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size: return
+    with suppress(SafetensorError):
+        if key in _metadata(path): return
+    raise FileExistsError(f"{path} exists and is another kind of file: choose another name, or remove it first")
 
 # %% ../nbs/40_weights.ipynb #9be8d094
+def _weights(encoder):
+    "Weights of an encoder under the names they have where nothing is compiled"
+    return {_plain_name(name): t for name,t in unwrapped(encoder).state_dict().items()}
+
+def _plain_name(name): return name.replace("_orig_mod.", "")   # which torch.compile adds
+
+def _created_by(encoder):
+    "The call that built the encoder, if it is plain data"
+    created_by = getattr(encoder, "created_by", None)
+    odd = [k for k,v in (created_by or {}).items() if not is_plain(v)]
+    if not odd: return created_by
+    warnings.warn(f"{', '.join(odd)} cannot be saved with the encoder, being no plain data: to load the file, "
+                  "build the same architecture and pass it as encoder=", stacklevel=3)
+
+# %% ../nbs/40_weights.ipynb #cb85ad1e
 def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
                  path:str|Path  # file to write, `.safetensors`
                 )->Path:        # the file; raises `OSError`
     "The encoder's weights, how to build it, and what images it expects, in one safetensors file"
     encoder,clean = encoder_of(model)
-    about = dict(created_by=getattr(encoder, "created_by", None), input=describe_input(clean))
-    return write_tensors(encoder.state_dict(), path, {"self_supervised_bt": json.dumps(about)})
-
-# %% ../nbs/40_weights.ipynb #cb85ad1e
-def _read_encoder(path):
-    "What `save_encoder` wrote: tensors, and how to use them"
-    try:
-        with safe_open(path, framework="pt") as f:
-            meta = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"{path} is not a safetensors file ({e}): pass a file that save_encoder wrote") from e
-    if "self_supervised_bt" not in meta:
-        raise ValueError(f"{path} holds tensors, but not how to use them: pass a file that save_encoder wrote")
-    return tensors,json.loads(meta["self_supervised_bt"])
+    check_replaceable(path, "self_supervised_bt")
+    about = dict(created_by=_created_by(encoder), input=describe_input(clean))
+    tensors,metadata = _separate(_weights(encoder)),{"self_supervised_bt": json.dumps(about)}
+    with whole_file(path) as part: save_file(tensors, part, metadata=metadata)
+    return Path(path)
 
 # %% ../nbs/40_weights.ipynb #0b38b843
+def _check_input(described, n_in):
+    "Raise `ValueError` unless `describe_input` could have written it"
+    if not isinstance(described, dict) or not described.keys() <= {"size", "stats"}:
+        raise ValueError(f"input must have size and stats, got {described!r:.80}")
+    size,stats = described.get("size", [1, 1]),described.get("stats", [[0.], [1.]])
+    if not isinstance(size, list) or len(size) != 2: raise ValueError(f"size must be two numbers, got {size!r:.80}")
+    for pixels in size: check_positive_int("size", pixels)
+    if max(size) > 4096: raise ValueError(f"size must be 4096 pixels at most, got {size}")
+    if not isinstance(stats, list) or len(stats) != 2 or not all(map(_are_numbers, stats)):
+        raise ValueError(f"stats must be means and standard deviations, got {stats!r:.80}")
+    lengths = {1, 3, n_in or len(stats[0])}   # those of RGB images also serve grey ones
+    if len(stats[0]) != len(stats[1]) or len(stats[0]) not in lengths or min(stats[1]) <= 0:
+        raise ValueError(f"stats must be a mean and a positive standard deviation per channel, got {stats!r:.80}")
+
+def _are_numbers(values):
+    if not isinstance(values, list) or not 0 < len(values) <= 4096: return False
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+def _check_created_by(created_by):
+    "Raise `ValueError` unless it can be a call of `create_encoder`"
+    if not isinstance(created_by, dict) or not created_by.keys() >= {"arch", "n_in", "pool_type", "small_stem"}:
+        raise ValueError(f"created_by must name arch, n_in, pool_type and small_stem, got {created_by!r:.80}")
+    options = {k: v for k,v in created_by.items() if k not in ("arch", "n_in", "pool_type", "small_stem")}
+    reserved = sorted(options.keys() & {"pretrained", "size"})
+    if reserved: raise ValueError(f"{reserved[0]} is no argument of an architecture")
+    check_plain_architecture(created_by["arch"], options)
+    check_positive_int("n_in", created_by["n_in"])
+    check_choice("pool_type", created_by["pool_type"], tuple(p.value for p in PoolingType))
+    if type(created_by["small_stem"]) not in (bool, str): raise ValueError("small_stem must be a bool or a name")
+    check_choice("small_stem", created_by["small_stem"], STEMS)
+
+# %% ../nbs/40_weights.ipynb #760264b9
+def _read_about(path):
+    "What `save_encoder` wrote: the names and shapes of the tensors, and how to use them; raises `ValueError`"
+    try:
+        with safe_open(path, framework="pt") as f:
+            text = (f.metadata() or {}).get("self_supervised_bt")
+            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a safetensors file ({e}): pass a file that save_encoder wrote") from e
+    if text is None:
+        raise ValueError(f"{path} holds tensors, but not how to use them: pass a file that save_encoder wrote")
+    try:
+        about = json.loads(text)
+        if not isinstance(about, dict) or about.keys() != {"created_by", "input"}:
+            raise ValueError(f"it must have created_by and input, got {about!r:.80}")
+        if about["created_by"] is not None: _check_created_by(about["created_by"])
+        _check_input(about["input"], (about["created_by"] or {}).get("n_in"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} does not describe an encoder as save_encoder does ({_one_line(e)}): the file is "
+                         "damaged or was changed, get it again") from e
+    return about,shapes
+
+def _one_line(e): return f"{' '.join(str(e).split()):.300}" or type(e).__name__
+
+# %% ../nbs/40_weights.ipynb #a3d6d605
+class _WithoutMemory(TorchFunctionMode):
+    "Within the meta device: nothing far larger than a file's weights; short ranges have values, as some read them"
+    def __init__(self, shapes:dict, values:bool):
+        super().__init__()
+        self.tensors = 4*len(shapes) + 100
+        self.numbers = 4*sum(map(math.prod, shapes.values())) + 10_000_000
+        self.values = values
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in (torch.empty, torch.zeros, torch.ones, torch.full):
+            self.tensors -= 1
+            self.numbers -= out.numel()
+            if min(self.tensors, self.numbers) < 0: raise ValueError("it has many more weights than the file")
+        read = self.values and func in (torch.arange, torch.linspace, torch.tensor)
+        return func(*args, **{**kwargs, "device": "cpu"}) if read and out.numel() <= 4096 else out
+
+def _shapes_without_memory(created_by, shapes, values=False):
+    "Names and shapes of the weights that `create_encoder` would make; raises `ValueError` if far more than `shapes`"
+    try:
+        with warnings.catch_warnings(), torch.device("meta"), _WithoutMemory(shapes, values):
+            warnings.simplefilter("ignore")
+            encoder = create_encoder(pretrained=False, **created_by)
+        return _shapes(encoder.state_dict())
+    except (NotImplementedError, RuntimeError):   # it reads values that are not there
+        if values: raise
+        return _shapes_without_memory(created_by, shapes, values=True)
+
+def _check_same_weights(expected, got, path):
+    "Raise `ValueError` if names or shapes differ"
+    shared = expected.keys() & got.keys()
+    differ = [f"{k} is {got[k]} instead of {expected[k]}" for k in shared if expected[k] != got[k]]
+    differ += [f"{k} is missing" for k in expected.keys() - got.keys()]
+    differ += [f"{k} is not part of it" for k in got.keys() - expected.keys()]
+    if differ:
+        more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
+        raise ValueError(f"{path} holds other weights than its architecture has: {min(differ)}{more}. "
+                         "Get the file again, or pass encoder= of the right architecture")
+
+# %% ../nbs/40_weights.ipynb #d42bc008
+def _build_for(created_by, shapes, path):
+    "The encoder that a file describes, once its weights are known to fit; raises `ValueError`"
+    states = rng_states()
+    try: expected = _shapes_without_memory(created_by, shapes)
+    except Exception as e:
+        raise ValueError(f"{path} describes an encoder that cannot be built ({_one_line(e)}): get the file again, or "
+                         "build the architecture and pass it as encoder=") from e
+    finally: set_rng_states(states)
+    _check_same_weights(expected, {_plain_name(k): shape for k,shape in shapes.items()}, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*cannot pool with.*")   # said when it was built
+            return create_encoder(pretrained=False, **created_by)
+    finally: set_rng_states(states)
+
+def _fill(encoder, path):
+    "Load the weights of a file, whatever is compiled; raises `ValueError`"
+    own,weights = {_plain_name(name): name for name in encoder.state_dict()},_weights(encoder)
+    with safe_open(path, framework="pt") as f: tensors = {_plain_name(k): f.get_tensor(k) for k in f.keys()}
+    _check_same_weights(_shapes(weights), _shapes(tensors), path)
+    odd = [k for k,t in tensors.items() if t.is_floating_point() != weights[k].is_floating_point()]
+    if odd: raise ValueError(f"{path}: {odd[0]} has type {tensors[odd[0]].dtype}, not {weights[odd[0]].dtype}")
+    encoder.load_state_dict({own[k]: t for k,t in tensors.items()})
+
+def _shapes(tensors): return {name: tuple(t.shape) for name,t in tensors.items()}
+
+# %% ../nbs/40_weights.ipynb #ee5d1cd7
 def load_encoder(path:str|Path,         # file that `save_encoder` wrote
                  encoder:nn.Module=None # to fill with the weights, if `create_encoder` did not build it
                 )->nn.Module:           # in eval mode, on the CPU, with what images it expects; raises `ValueError`
     "An encoder from its file: built, filled, and ready for `encode`"
-    tensors,about = _read_encoder(path)
+    about,shapes = _read_about(path)
     if encoder is None and not about["created_by"]:
-        raise ValueError(f"{path} was not built by create_encoder: pass encoder= of the same architecture")
-    if encoder is None: encoder = create_encoder(pretrained=False, **about["created_by"])
-    encoder.load_state_dict(tensors)
+        raise ValueError(f"{path} was not built by create_encoder, or with arguments that are no plain data: "
+                         "pass encoder= of the same architecture")
+    if encoder is None: encoder = _build_for(about["created_by"], shapes, path)
+    _fill(unwrapped(encoder), path)
     encoder.clean_pipeline = restore_input(about["input"])
     return encoder.eval()
 
@@ -127,15 +270,17 @@ def _input_of(encoder): return describe_input(getattr(encoder, "clean_pipeline",
 def timm_code(encoder:nn.Module, # from `create_encoder`
               file:str           # name of the file of weights
              )->str:             # raises `ValueError`
-    "The lines of Python that make a plain timm model of an encoder's weights"
+    "The lines of Python that make a plain timm model of an encoder's weights; they hold checked literals only"
     import timm
     built = dict(getattr(encoder, "created_by", None) or {})
-    name = built.pop("arch", "").rpartition("/")[2]
+    name = str(built.pop("arch", "")).rpartition("/")[2]
     if not timm.is_model(name) or isinstance(encoder, nn.Sequential):
         raise ValueError(f"timm has no counterpart of {name or 'this encoder'}: use save_encoder for this library, "
                          "or torch.save(encoder.state_dict(), file) for plain PyTorch")
+    _check_created_by({"arch": name, **built})
     n_in,pool,stem = built.pop("n_in"),built.pop("pool_type"),built.pop("small_stem")
-    options = dict(in_chans=n_in, num_classes=0, global_pool=pool, **built)
+    own_pool = getattr(encoder, "global_pool", None)   # a name in models that pool their own way
+    options = dict(in_chans=n_in, num_classes=0, global_pool=own_pool if isinstance(own_pool, str) else pool, **built)
     args = ", ".join([repr(name), *(f"{k}={v!r}" for k,v in options.items())])
     lines = ["import timm, torch", "from safetensors.torch import load_file", f"model = timm.create_model({args})"]
     lines += _stem_lines(encoder, n_in, stem)
@@ -146,33 +291,53 @@ def timm_code(encoder:nn.Module, # from `create_encoder`
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/40_weights.ipynb #7c28ebd7
-def _run_code(code, file, path):
-    "The model that the lines of `timm_code` make"
-    scope = {}
-    exec(code.replace(repr(file), repr(str(path))), scope)
-    return scope["model"]
-
 def same_representations(encoder:nn.Module, # from `create_encoder`
                          other:nn.Module    # on the CPU
                         )->bool:
     "Do two models give the same representations of random images?"
-    x = torch.rand(2, encoder.created_by["n_in"], *_input_of(encoder).get("size", (64, 64)))
+    size = _input_of(encoder).get("size", (64, 64))
     device = next(encoder.parameters()).device
-    with undisturbed(encoder): h = encoder(x.to(device)).cpu()
-    with torch.no_grad(): h_other = other(x)
+    with undisturbed(encoder):
+        x = torch.rand(2, encoder.created_by["n_in"], *size)
+        h = encoder(x.to(device)).cpu()
+        h_other = other(x)
     return h.shape == h_other.shape and torch.allclose(h, h_other, rtol=1e-4, atol=1e-5)
+
+def _test_run(encoder, code):
+    "Raise `ValueError` unless the code makes a model that gives the encoder's representations"
+    arch,scope = encoder.created_by["arch"],{}
+    try:
+        exec(code, scope)
+        same = same_representations(encoder, scope["model"])
+    except Exception as e: raise ValueError(f"timm cannot build this {arch} ({_one_line(e)}): use save_encoder") from e
+    if not same:
+        raise ValueError(f"timm's {arch} gives other representations than this encoder: "
+                         "it was changed after create_encoder built it")
+
+def _check_export(path):
+    "Raise `ValueError` or `FileExistsError` if an export may not be written there"
+    if path.suffix != ".safetensors":
+        raise ValueError(f"the file of weights must end in .safetensors, got {path}: "
+                         "the code is written beside it, as .py")
+    check_replaceable(path, "exported_by")
+    code = path.with_suffix(".py")
+    if not code.exists() or not code.stat().st_size: return
+    if not code.read_bytes().startswith(_CODE.encode()):
+        raise FileExistsError(f"{code} exists and is no code of an export: choose another name for the export")
+
+_CODE = "import timm, torch\nfrom safetensors.torch import load_file\nmodel = timm.create_model("
 
 # %% ../nbs/40_weights.ipynb #a094f55b
 def export_timm(model,        # a Learner, a `BarlowTwinsModel` or an encoder
                 path:str|Path # file to write, `.safetensors`; a `.py` of the same name is written beside it
-               )->str:        # the code; raises `ValueError`
+               )->str:        # the code; raises `OSError` or `ValueError`
     "The encoder as weights of a plain timm model, and the code that loads them, after a test run"
-    encoder,path = encoder_of(model)[0],Path(path)
+    encoder,path = unwrapped(encoder_of(model)[0]),Path(path)
     code = timm_code(encoder, path.name)
-    write_tensors(encoder.state_dict(), path, {"format": "pt"})
-    if not same_representations(encoder, _run_code(code, path.name, path)):
-        path.unlink()
-        raise ValueError(f"timm's {encoder.created_by['arch']} gives other representations than this encoder: "
-                         "it was changed after create_encoder built it")
+    _check_export(path)
+    tensors,metadata = _separate(_weights(encoder)),{"format": "pt", "exported_by": "self_supervised_bt"}
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata=metadata)
+        _test_run(encoder, timm_code(encoder, str(part)))
     with whole_file(path.with_suffix(".py")) as part: part.write_text(code)
     return code

@@ -1,14 +1,18 @@
 "Encoders of all sources, projectors, and `encoder_width` without side effects"
 import copy
+import re
 import warnings
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torchvision.models as tvm
 from safetensors.torch import save_file
 from torch import nn
 
 from self_supervised_bt.barlow_twins import create_barlow_twins_model
+from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.layers import (
     PoolingType,
     create_encoder,
@@ -19,6 +23,7 @@ from self_supervised_bt.layers import (
     set_channels,
 )
 from self_supervised_bt.losses import barlow_twins_loss
+from self_supervised_bt.recipes import bt_learner
 
 VIT = dict(img_size=32, patch_size=8)
 SWIN = dict(img_size=64, window_size=4)
@@ -117,7 +122,6 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
 
 
 def test_pretrained_torchvision_weights_from_the_cache(tmp_path, monkeypatch):
-    import torchvision.models as tvm
     source = tvm.resnet18(weights=None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cached = tmp_path/"hub/checkpoints"/tvm.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[-1]
@@ -182,7 +186,7 @@ def test_mlp(bn, bias, nlayers):
     (dict(arch="resnet18", pool_type="median"), "PoolingType.Avg, PoolingType.Max, PoolingType.CatAvgMax"),
     (dict(arch="vgg11", small_stem=True), "ResNets")])
 def test_invalid_arguments_raise(kwargs, words):
-    with pytest.raises(ValueError) as e: create_encoder(**{"pretrained": False, **kwargs})
+    with torch.device("meta"), pytest.raises(ValueError) as e: create_encoder(**{"pretrained": False, **kwargs})
     assert words in str(e.value)
 
 
@@ -190,3 +194,135 @@ def test_modules_that_are_no_encoders_raise():
     with pytest.raises(ValueError, match="nn.Flatten"): create_barlow_twins_model(nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match="all probe images"): create_barlow_twins_model(nn.Linear(7, 7))
     with pytest.raises(ValueError, match="projection_size"): create_mlp_module(4, 4, 0)
+
+
+# An option is used or refused
+
+def test_architecture_as_a_function_builds_that_architecture():
+    def parameters(arch, **kwargs):
+        return sum(p.numel() for p in create_encoder(arch, pretrained=False, **kwargs).parameters())
+    from fastai.vision.models.xresnet import xresnet18
+    for function, name in ((tvm.resnet34, "torchvision/resnet34"), (timm.models.resnet10t, "timm/resnet10t"),
+                           (xresnet18, "fastai/xresnet18")):
+        with torch.device("meta"):
+            encoder = create_encoder(function, pretrained=False)
+            assert encoder.created_by["arch"] == name
+            assert sum(p.numel() for p in encoder.parameters()) == parameters(name)
+    narrow = dict(channels=[8, 8, 8, 8], stem_width=8)
+    encoder = create_encoder(partial(timm.models.resnet10t, **narrow), pretrained=False)
+    assert {k: encoder.created_by[k] for k in narrow} == narrow and encoder_width(encoder) == 16
+
+
+class Own(nn.Module): pass
+
+
+@pytest.mark.parametrize("arch", [18, None, ["resnet18"], Own, Own(), tvm.ResNet, lambda: nn.Linear(2, 2),
+                                  partial(tvm.resnet18, None)], ids=lambda a: type(a).__name__)
+def test_what_is_no_architecture_is_refused_with_what_to_pass(arch):
+    with pytest.raises(TypeError, match="arch must be the name of an architecture, or its function"):
+        create_encoder(arch, pretrained=False)
+
+
+@pytest.mark.parametrize("option,words", [
+    (dict(global_pool="max"), "pool_type"), (dict(in_chans=1), "n_in"), (dict(num_classes=10), "classifier"),
+    (dict(c_in=1), "n_in"), (dict(weights=None), "pretrained"), (dict(features_only=True), "list of maps")])
+def test_an_option_that_would_be_overridden_is_refused(option, words):
+    for arch in ("timm/resnet10t", "torchvision/resnet18", "fastai/xresnet18"):
+        with pytest.raises(ValueError, match=words): create_encoder(arch, pretrained=False, **option)
+
+
+def test_options_of_the_classifier_are_refused():
+    with pytest.raises(ValueError, match="classifier"): create_encoder("mobilenet_v2", pretrained=False, dropout=.5)
+    with pytest.raises(ValueError, match="classifier"): create_encoder("xresnet18", pretrained=False, p=.5)
+    with pytest.raises(ValueError, match="auxiliary"): create_encoder("googlenet", pretrained=False, aux_logits=True)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    "Puts a model of torchvision in the place of its download"
+    def put(arch, **kwargs):
+        source = tvm.get_model(arch, weights=None, **kwargs)
+        url = tvm.get_model_weights(arch).DEFAULT.url
+        file = tmp_path/"hub/checkpoints"/url.rsplit("/", 1)[-1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(source.state_dict(), file)
+        return source
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.HASH_REGEX", re.compile("(no hash)"))
+    return put
+
+
+def test_a_small_stem_says_that_it_replaces_pretrained_weights(cached):
+    source = cached("resnet18")
+    with pytest.warns(UserWarning, match="'no pool' keeps it"): create_encoder("resnet18", small_stem=True)
+    encoder = create_encoder("resnet18", small_stem=None, size=32)
+    assert encoder.created_by["small_stem"] == "no pool" and torch.equal(encoder.conv1.weight, source.conv1.weight)
+
+
+def test_pretrained_with_auxiliary_heads(cached):
+    "And the rescaling of the images that belongs to the weights is kept when the encoder is built again"
+    source = cached("googlenet", init_weights=False)
+    encoder = create_encoder("googlenet", pool_type="avg").eval()
+    assert encoder.aux1 is None and encoder.transform_input
+    assert torch.equal(encoder.conv1.conv.weight, source.conv1.conv.weight)
+    again = create_encoder(**encoder.created_by, pretrained=False)
+    again.load_state_dict(encoder.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again.eval()(x), encoder(x))
+
+
+# What the architecture computes before its classifier
+
+def test_convnext_keeps_its_final_norm():
+    "Of averages and maxima each, with torchvision's representation as the averages"
+    source = tvm.convnext_tiny().eval()
+    encoder = create_encoder("torchvision/convnext_tiny", pretrained=False).eval()
+    weights = {k: v for k, v in source.state_dict().items() if not k.startswith("classifier.2")}
+    encoder.load_state_dict(weights)
+    nn.init.uniform_(encoder.classifier[1].weight)
+    source.classifier[0].weight = encoder.classifier[1].weight
+    source.classifier[2] = nn.Identity()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad(): h = encoder(x)
+    assert h.shape == (2, 2*768) and torch.allclose(h[:, 768:], source(x), atol=1e-5)
+
+
+def test_maxvit_keeps_its_final_norm():
+    with torch.device("meta"): encoder = create_encoder("torchvision/maxvit_t", pretrained=False)
+    assert encoder.get_parameter("classifier.2.weight").shape == (512,)
+
+
+# The size of the images
+
+def test_an_encoder_without_pooling_is_measured_at_the_size_of_the_views():
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten())
+    assert encoder_width(encoder, 16) == 4*16*16
+    assert create_barlow_twins_model(encoder, 8, 8, size=16).projector[0].in_features == 4*16*16
+    learn = bt_learner(tensor_dls(torch.rand(8, 3, 16, 16), bs=4, device="cpu"), encoder, 16, hidden_size=8,
+                       projection_size=8)
+    assert learn.model(torch.rand(2, 3, 16, 16)).shape == (2, 8)
+
+
+def test_a_vit_of_the_wrong_size_is_built_for_the_views_or_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for size in (16, 32, (32, 48)):
+            encoder = create_encoder("test_vit3", pretrained=False, size=size)
+            height, width = (size, size) if isinstance(size, int) else size
+            assert encoder(torch.rand(2, 3, height, width)).shape == (2, 96) and encoder.created_by["img_size"] == size
+    with pytest.raises(ValueError, match="does not take images of 30x30 pixels.*another size") as e:
+        create_encoder("test_vit3", pretrained=False, size=30)
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="does not take images of 8x8 pixels"):
+        create_encoder("torchvision/alexnet", pretrained=False, size=8)
+
+
+@pytest.mark.parametrize("arch,kwargs", [("timm/test_resnet", {}), ("xresnet18", {}), ("shufflenet_v2_x0_5", {})])
+def test_a_last_map_of_one_pixel_is_not_pooled_twice(arch, kwargs):
+    make = partial(create_encoder, arch, pretrained=False, **kwargs)
+    torch.manual_seed(0)
+    encoder = make(size=16)
+    assert encoder.created_by["pool_type"] == "avg" and 2*encoder_width(encoder) == encoder_width(make(size=96))
+    torch.manual_seed(0)
+    assert all(map(torch.equal, encoder.parameters(), make(pool_type="avg").parameters()))   # the seed means the same
+    with pytest.warns(UserWarning, match="holds every number twice"): make(size=16, pool_type="catavgmax")
