@@ -180,12 +180,12 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    from self_supervised_bt.runs import pretrain
     changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
     changes = {k: v for k,v in changes.items() if v is not None}
     if arch: changes |= dict(arch_args={}, small_stem=None)   # the recipe's are for its own architecture
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
+        from self_supervised_bt.runs import pretrain
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
                            resume_with=again, **changes)
     if not results: return   # not rank 0
