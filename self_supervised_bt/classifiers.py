@@ -18,7 +18,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner, replacing_yield
-from fastai.losses import BCEWithLogitsLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import APScoreMulti, accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import params
@@ -26,28 +26,48 @@ from fastcore.foundation import L
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
-from .core import check_choice
-from .evaluation import check_not_normalised, encode, encoder_of, linear_probe, sample_labels, unsized
+from .core import check_choice, check_positive_int
+from .data import loss_for_labels
+from self_supervised_bt.evaluation import (
+    at_size,
+    check_known_classes,
+    check_not_normalised,
+    class_indices,
+    encode,
+    encoder_of,
+    in_order,
+    is_share,
+    linear_probe,
+    mean_and_spread,
+    placement,
+    sample_labels,
+    several_classes,
+    with_number_of_samples,
+)
+from .fitting import batch_size_of
 from .fused import image_batch
 from .layers import create_encoder, encoder_width
 
 # %% ../nbs/31_classifiers.ipynb #29ba48d3
 class Classifier(nn.Module):
-    "An encoder that normalises its own images, and a head: images (B,C,H,W) to logits (B,classes)"
+    "An encoder that resizes and normalises its own images, and a head: images (B,C,H,W) to logits (B,classes)"
     def __init__(self,
                  encoder:nn.Module, # images to representations
                  head:nn.Module,    # representations to logits
-                 norm:Pipeline      # transforms of the encoder's images
+                 clean:Pipeline     # size and normalisation of the encoder's images
                 ):
         super().__init__()
-        self.encoder,self.head,self.norm = encoder,head,norm
+        self.encoder,self.head,self.clean = encoder,head,clean
     def forward(self, x):
-        x = self.norm(image_batch(x)).as_subclass(Tensor)
-        return self.head(self.encoder(x))
+        x = self.clean(image_batch(x)).as_subclass(Tensor)
+        return self.head(self.encoder(x.to(placement(self.encoder)[1])))
     def train(self, mode:bool=True):
         super().train(mode)
-        frozen = not any(p.requires_grad for p in self.encoder.parameters())
-        if frozen: self.encoder.eval()
+        for layer in self.encoder.modules():
+            weights = list(layer.parameters())
+            if weights and not any(w.requires_grad for w in weights): layer.eval()
+        for w in self.encoder.parameters():
+            if not w.requires_grad: w.grad = None
         return self
 
 # %% ../nbs/31_classifiers.ipynb #b715b60d
@@ -74,12 +94,31 @@ def linear_head(width:int, # of the representation
 
 def default_metric(loss_func): return APScoreMulti() if isinstance(loss_func, BCEWithLogitsLossFlat) else accuracy
 
+def label_loss(dls # labelled images
+              ):   # a fastai loss; `None` if the dls define one
+    "The loss that the first label asks for, where the dls define none: a dataset of PyTorch"
+    dataset = dls.train_ds
+    if getattr(dataset, "loss_func", None) is not None: return None
+    if not hasattr(dataset, "__getitem__"): return CrossEntropyLossFlat()   # a stream
+    item = dataset[0]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise ValueError("the dls give no labels: let the dataset return (image, label)")
+    return loss_for_labels(torch.as_tensor(item[1])[None])
+
+def accept_mixed_labels(loss_func):
+    "fastai's MixUp and CutMix mix the losses, not the labels, if the loss says that it takes class indices"
+    if type(loss_func) is nn.CrossEntropyLoss: loss_func.y_int = True
+    return loss_func
+
 # %% ../nbs/31_classifiers.ipynb #06c63b11
 def classifier_learner(model,               # a Learner, a `BarlowTwinsModel` or an encoder; it is copied, not changed
                        dls,                 # labelled images, not normalised
                        n_out:int=None,      # classes; those of the dls if not given
                        head:nn.Module=None, # representations (B,F) to logits; a linear layer if not given
                        metrics=None,        # accuracy if not given, average precision with several labels per image
+                       size:int|tuple=None, # height and width the encoder sees, pixels; as in its training if not given
+                       train_bn:bool=False, # do BatchNorm layers train in a frozen encoder?
+                       loss_func=None,      # that of the labels if not given
                        **kwargs             # for `Learner`
                       )->Learner:           # frozen up to the head, with all methods of a fastai Learner
     "An ordinary fastai Learner that classifies with a pretrained encoder"
@@ -90,9 +129,12 @@ def classifier_learner(model,               # a Learner, a `BarlowTwinsModel` or
         raise ValueError("the dls do not say how many classes they have: pass n_out=, "
                          "and check that they give labels at all")
     if head is None: head = linear_head(encoder_width(encoder), n_out)
-    norm = Pipeline(unsized(clean), split_idx=1)
-    net = Classifier(deepcopy(encoder).requires_grad_(True), head, norm).to(next(encoder.parameters()).device)
-    learn = Learner(dls, net, splitter=parameter_groups, **kwargs)
+    device,dtype = placement(encoder)
+    copied = deepcopy(encoder).requires_grad_(True)
+    copied.clean_pipeline = clean if size is None else at_size(clean, size)
+    net = Classifier(copied, head.to(device, dtype), copied.clean_pipeline)
+    loss_func = label_loss(dls) if loss_func is None else accept_mixed_labels(loss_func)
+    learn = Learner(dls, net, loss_func=loss_func, splitter=parameter_groups, train_bn=train_bn, **kwargs)
     if metrics is None: metrics = default_metric(learn.loss_func)
     learn.metrics = L(metrics)
     learn.freeze()
@@ -131,7 +173,9 @@ def fit_protocol(learn:Learner,    # of `classifier_learner`
     "Train a classifier by one of the paper's protocols"
     p = protocol_settings(protocol, kwargs)
     n_groups = len(learn.splitter(learn.model))
-    scale = learn.dls.train.bs/256
+    bs = batch_size_of(learn.dls.train)
+    if not bs: raise ValueError("the training loader does not say how many images a batch has: give it a batch_size")
+    scale = bs/256
     lrs = [p["lr_encoder"]*scale]*(n_groups-1) + [p["lr_head"]*scale]
     schedule = ParamScheduler({"lr": cosine_by_epoch(lrs, p["epochs"])})
     with (replaced(learn, "opt_func", partial(SGD, mom=.9, decouple_wd=False)),
@@ -159,20 +203,37 @@ def reinitialised(model        # a Learner, a `BarlowTwinsModel` or an encoder
     return new.to(next(encoder.parameters()).device)
 
 # %% ../nbs/31_classifiers.ipynb #7b5243c8
-def subset_dl(dl,         # a fastai data loader
+def dataset_rows(dl,   # a loader, fastai's or PyTorch's
+                 n:int # rows that `encode` gave for it
+                )->Tensor: # (n,) indices into its dataset; raises `ValueError`
+    "Where in the dataset the rows of `encode` come from: broken files have none"
+    ordered = in_order(dl)
+    rows = torch.tensor(list(ordered.get_idxs() if hasattr(ordered, "get_idxs") else range(len(dl.dataset))))
+    if hasattr(dl.dataset, "codes"): rows = rows[dl.dataset.codes[rows] == 0]
+    if len(rows) == n: return rows
+    raise ValueError(f"the training loader gave {n} of {len(rows)} images, and not by a list of broken files: "
+                     "let it give all of them")
+
+def subset_dl(dl,         # a loader, fastai's or PyTorch's
               idx:Tensor  # rows of its dataset
              ):           # a loader of these rows, shuffled, in batches no larger than the subset
     "A training loader of some rows of a dataset"
     idx = [int(i) for i in idx]
-    bs = min(dl.bs, len(idx))
+    bs = min(batch_size_of(dl) or len(idx), len(idx))
+    if isinstance(dl, torch.utils.data.DataLoader):
+        subset = torch.utils.data.Subset(dl.dataset, idx)
+        return torch.utils.data.DataLoader(subset, bs, shuffle=True, drop_last=len(idx) > bs,
+                                           num_workers=dl.num_workers, collate_fn=dl.collate_fn)
     def shuffled(): return [idx[i] for i in torch.randperm(len(idx))]
     return dl.new(n=len(idx), get_idxs=shuffled, bs=bs, shuffle=True, drop_last=len(idx) > bs)
 
-def trained_accuracy(model, method, train_dl, dls, n_out, epochs):
+def trained_accuracy(model, method, train_dl, dls, n_out, epochs, size):
     "Validation accuracy after training on `train_dl` by a protocol"
     encoder = reinitialised(model) if method == "scratch" else model
-    subset_dls = DataLoaders(train_dl, dls.valid, device=dls.device)
-    learn = classifier_learner(encoder, subset_dls, n_out, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+    device = placement(encoder_of(model)[0])[0]
+    subset_dls = DataLoaders(train_dl, in_order(dls.valid), device=getattr(dls, "device", None) or device)
+    learn = classifier_learner(encoder, subset_dls, n_out, size=size,
+                               loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     if epochs is None: epochs = max(PROTOCOLS[method]["epochs"], math.ceil(200/len(train_dl)))
     with learn.no_bar(), learn.no_logging():
         fit_protocol(learn, method, epochs=epochs)
@@ -186,41 +247,51 @@ def subset_probe(h, y, h_val, y_val):
 # %% ../nbs/31_classifiers.ipynb #c70e8e12
 def semi_supervised(model,          # a Learner, a `BarlowTwinsModel` or an encoder
                     dls,            # labelled images, not normalised: labels are sampled from the training images
-                    labels:tuple=(.01,.1), # shares of every class, or labels per class
+                    labels:tuple=(.01,.1), # floats are shares of every class, 1. for all; ints are labels per class
                     methods:tuple=("linear","finetune","scratch"), # columns
                     epochs:int=None, # of "finetune" and "scratch"; the protocol's, and at least 200 steps, if not given
-                    seed:int=0      # of the sampled labels
-                   )->pd.DataFrame: # a row per entry of `labels`, accuracy on the validation images in percent
+                    seed:int=0,     # of the first sample of labels
+                    samples:int=3,  # times the labels are sampled
+                    size:int|tuple=None # of the images, pixels, for all methods; that of the views if not given
+                   )->pd.DataFrame: # a row per entry of `labels`: "mean ± standard deviation" over samples, in percent
     "Accuracy with few labels: frozen encoder, fine-tuned, and from scratch (Zbontar et al. 2021, Table 2)"
     for method in methods: check_choice("methods", method, tuple(PROTOCOLS))
-    h,y = encode(model, dls.train)
-    h_val,y_val = encode(model, dls.valid)
+    check_positive_int("samples", samples)
+    h,y = encode(model, dls.train, size)
+    h_val,y_val = encode(model, dls.valid, size)
+    y,y_val = several_classes("the training labels", y),class_indices("the validation labels", y_val)
+    check_known_classes("the training labels", y, "the validation images", y_val)
+    rows = dataset_rows(dls.train, len(h))
     def accuracy_of(method, idx):
         if method == "linear": return subset_probe(h[idx], y[idx], h_val, y_val)
-        return trained_accuracy(model, method, subset_dl(dls.train, idx), dls, int(y.max())+1, epochs)
+        return trained_accuracy(model, method, subset_dl(dls.train, rows[idx]), dls, int(y.max())+1, epochs, size)
     def row(n):
-        idx = sample_labels(y, n, seed)
-        return {"images": len(idx), **{m: round(100*accuracy_of(m, idx), 1) for m in methods}}
-    def name(n): return f"{100*n:g} %" if isinstance(n, float) else f"{n} per class"
-    return pd.DataFrame({name(n): row(n) for n in labels}).T.astype({"images": int})
+        all_labels = is_share(n) and n == 1
+        idxs = [sample_labels(y, n, seed+i) for i in range(1 if all_labels else samples)]
+        return {"images": len(idxs[0]), **{m: mean_and_spread([accuracy_of(m, i) for i in idxs]) for m in methods}}
+    def name(n): return f"{100*n:g} %" if is_share(n) else f"{n} per class"
+    table = pd.DataFrame({name(n): row(n) for n in labels}).T.astype({"images": int})
+    return with_number_of_samples(table, samples)
 
 # %% ../nbs/31_classifiers.ipynb #292962dd
-def transfer_row(model, dls):
+def transfer_row(model, dls, size):
     "Score of a linear probe on one data set, and how many images it is about"
-    h,y = encode(model, dls.train)
-    h_val,y_val = encode(model, dls.valid)
+    h,y = encode(model, dls.train, size)
+    h_val,y_val = encode(model, dls.valid, size)
     p = linear_probe(h, y, h_val, y_val)
     measure,score = ("mAP", p.mean_ap) if p.top1 is None else ("top-1", p.top1)
-    return {"classes": p.classifier.out_features, "training images": len(h), "test images": len(h_val),
+    classes = y.shape[1] if y.ndim == 2 else len(y.unique())
+    return {"classes": classes, "training images": len(h), "test images": len(h_val),
             "measure": measure, "linear probe": f"{100*score:.1f}"}
 
 # %% ../nbs/31_classifiers.ipynb #f34f87c9
 def linear_transfer(model,     # a Learner, a `BarlowTwinsModel` or an encoder
-                    tasks:dict # name -> labelled `dls`: a probe learns from training and is tested on validation images
+                    tasks:dict, # name -> labelled `dls`: a probe learns from training, is tested on validation images
+                    size:int|tuple=None # of the images, pixels; that of the views if not given
                    )->pd.DataFrame: # a row per task, scores in percent
     "Score of a linear probe on the frozen encoder for other data (Zbontar et al. 2021, Table 3)"
     rows = {}
     for name,dls in tasks.items():
-        try: rows[name] = transfer_row(model, dls)
+        try: rows[name] = transfer_row(model, dls, size)
         except ValueError as e: raise ValueError(f"{name}: {e}") from e
     return pd.DataFrame(rows).T

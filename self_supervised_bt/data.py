@@ -18,17 +18,18 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import fastai_path
-from fastai.data.transforms import IntToFloatTensor, image_extensions
+from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, MultiCategory, image_extensions
 from fastai.learner import replacing_yield
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.torch_core import TensorImage, TensorImageBW, default_device
-from fastcore.basics import chunked
+from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, TensorMultiCategory, default_device
+from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 from fastcore.parallel import num_cpus
 from fastprogress.fastprogress import progress_bar
@@ -45,13 +46,16 @@ class ImageTensors:
                  x:Tensor,      # (N,C,H,W) images, uint8 or float in [0,1]
                  y:Tensor=None, # (N,) class indices, or (N,classes) zeros and ones if an image may have several
                  split_idx:int=0, # 0 for training images, which a loader may augment; 1 for validation
-                 c:int=None     # number of classes; inferred from the labels if not given
+                 c:int=None,    # number of classes; inferred from the labels if not given
+                 vocab:list=None, # names of the classes; their numbers if not given
+                 rows:Tensor=None # (N,) place of each image in the user's data
                 ):
         check_images_and_labels(x, y)
-        self.x,self.split_idx = x,split_idx
-        self.y = None if y is None else torch.as_tensor(y, device=x.device)
+        self.x,self.split_idx,self.rows = x,split_idx,rows
+        self.y = labels_tensor(y, x.device)
         self.kind = TensorImageBW if x.shape[1] == 1 else TensorImage
-        self.c = c or number_of_classes(self.y)
+        self.c = c or len(vocab or ()) or number_of_classes(self.y)
+        self.vocab = CategoryMap(vocab or range(self.c), sort=False)
         self.loss_func = loss_for_labels(self.y)
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
@@ -62,11 +66,14 @@ class ImageTensors:
     def new_empty(self):
         "The same without images, for an exported Learner"
         y = None if self.y is None else self.y[:0]
-        return type(self)(self.x[:0], y, self.split_idx, self.c)
+        return type(self)(self.x[:0], y, self.split_idx, self.c, self.vocab)
     def identity(self)->str:
         "A short digest of the images: shape, type and content"
         parts = (x.contiguous().cpu().view(torch.uint8).numpy().data for x in self.x.split(1024))
         return digest(f"{tuple(self.x.shape)} {self.x.dtype}".encode(), *parts)
+    def names(self, idxs:list)->list: # strings
+        "What the images at these indices are called: their places in the user's data"
+        return [f"image {int(i if self.rows is None else self.rows[i])}" for i in idxs]
 
 # %% ../nbs/01_data.ipynb #c088c8cd
 def digest(*parts # bytes, one after the other
@@ -85,6 +92,21 @@ def check_images_and_labels(x, # the images to check
         raise ValueError(f"x must be a tensor of images (N,C,H,W), got {came}")
     if y is not None and len(y) != len(x):
         raise ValueError(f"y has {len(y)} labels for {len(x)} images: pass one label per image")
+
+# %% ../nbs/01_data.ipynb #f08329af
+def labels_tensor(y,    # labels as they came, or `None`
+                  device # of the images
+                 )->Tensor: # class indices as int64, or zeros and ones; typed for fastai; raises `ValueError`
+    "Labels as fastai's losses, metrics and pictures need them"
+    if y is None: return None
+    y = torch.as_tensor(y, device=device).as_subclass(Tensor)
+    if y.ndim == 2: return TensorMultiCategory(y)
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"y must be class indices (N,) or zeros and ones (N,classes), got {y.dtype} {tuple(y.shape)}: "
+                         "pass whole numbers, e.g. y.long()")
+    if len(y) and y.min() < 0:
+        raise ValueError(f"y must be class indices from 0 on, got {int(y.min())}: leave images without a label out")
+    return TensorCategory(y.long())
 
 def number_of_classes(y:Tensor # (N,) class indices, (N,classes) zeros and ones, or `None`
                      )->int:   # 0 without labels
@@ -122,6 +144,10 @@ class BatchDL(TfmdDL):
         for b in super().__iter__():
             if hasattr(self.dataset, "warn_of_broken_files"): self.dataset.warn_of_broken_files()
             if len(b[0]): yield b   # only here, so that worker processes keep their turns
+    def new(self, dataset=None, cls=None, **kwargs):
+        "The same loader, for another dataset or for items to predict"
+        if dataset is not None and not hasattr(dataset, "like"): dataset = self.dataset.like(list(dataset))
+        return super().new(dataset, cls, **kwargs)
 
 def split_indices(n:int,           # items
                   valid_pct:float, # share kept for validation
@@ -147,16 +173,73 @@ def device_or_default(device # name, `torch.device`, or `None` for fastai's defa
     return default_device() if device is None else torch.device(device)
 
 # %% ../nbs/01_data.ipynb #3fc06e06
+class LabelledItem(NamedTuple):
+    "An image of a dataset and its label, for fastai's `Interpretation`"
+    image:object # as `as_image` takes it
+    label:int    # class index, or zeros and ones
+
+def items_of(images:list, y)->list:
+    "Images, with their labels if there are any"
+    return images if y is None else [LabelledItem(*pair) for pair in zip(images, y)]
+
+def images_and_labels(items:list # images or `LabelledItem`s
+                     )->tuple:   # images, and labels or `None`
+    "The two parts of items"
+    if not items or not all(isinstance(o, LabelledItem) for o in items): return list(items),None
+    return [o.image for o in items],torch.stack([torch.as_tensor(o.label).as_subclass(Tensor) for o in items])
+
+def as_image(item,   # file, image of Pillow, array (H,W) or (H,W,C), or tensor (C,H,W)
+             x:Tensor # (N,C,H,W) images of the same kind
+            )->Tensor: # (C,H,W) of their size and type; raises `ValueError`
+    "One image like others"
+    n_in,*size = x.shape[1:]
+    if isinstance(item, np.ndarray): item = Image.fromarray(item)
+    if not isinstance(item, Tensor):
+        if size[0] != size[1]: raise ValueError(f"images of {size} are not squares: pass tensors ({n_in},H,W)")
+        if isinstance(item, Image.Image): item = square_tensor(item, size[0], n_in)
+        else: item = read_image(item, size[0], n_in)
+    item = item.as_subclass(Tensor).to(x.device)
+    if item.shape != x.shape[1:]:
+        raise ValueError(f"an image must be {tuple(x.shape[1:])} as those of the dls, got {tuple(item.shape)}")
+    if item.dtype == torch.uint8 and x.is_floating_point(): item = item/255
+    elif item.is_floating_point() and x.dtype == torch.uint8: item = (item*255).round().clamp(0, 255)
+    return item.to(x.dtype)
+
+def decoded_label(label, # of one image, typed for fastai
+                  vocab  # names of the classes
+                 ):      # what fastai shows
+    "The name of a class, or the names of several"
+    if isinstance(label, TensorMultiCategory): return MultiCategory(vocab[i] for i in label.nonzero()[:,0].tolist())
+    return Category(vocab[int(label)]) if isinstance(label, TensorCategory) else label
+
+# %% ../nbs/01_data.ipynb #12b02443
+@patch(as_prop=True)
+def items(self:ImageTensors)->list: return items_of(list(self.x), self.y)
+
+@patch
+def like(self:ImageTensors, items:list): # images or `LabelledItem`s
+    "A dataset of other images, of the same size and type"
+    images,y = images_and_labels(items)
+    x = torch.stack([as_image(o, self.x) for o in images]) if images else self.x[:0]
+    return type(self)(x, y, 1, self.c, self.vocab)
+
+@patch
+def decode(self:ImageTensors, sample:tuple, full:bool=True)->tuple:
+    "Image and label as fastai shows them"
+    return tuple(decoded_label(o, self.vocab) for o in sample)
+
+# %% ../nbs/01_data.ipynb #1d2b1f3e
 def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1]
                y:Tensor=None,         # (N,) class indices or (N,classes) zeros and ones; no labels if not given
                bs:int=256,            # images per batch
                valid_pct:float=.1,    # share of the images kept for validation
                seed:int=0,            # of the split
                batch_tfms:list=None,  # fastai transforms of the batch, e.g. `Flip()`: for classifiers only
-               device=None            # where the images are kept; fastai's default device if not given
+               device=None,           # where the images are kept; fastai's default device if not given
+               vocab:list=None        # names of the classes; their numbers if not given
               )->DataLoaders:         # training (shuffled, full batches only) and validation
     "`dls` over images held in one tensor on the device, without files or workers"
-    data = ImageTensors(x, y)
+    data = ImageTensors(x, y, vocab=vocab)
     warn_of_empty_images(x[torch.linspace(0, len(x) - 1, min(len(x), 64)).long()])
     idxs = split_indices(len(x), valid_pct, seed)
     device = device_or_default(device)
@@ -164,7 +247,7 @@ def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1
     tfms = to_float + list(batch_tfms or [])
     def make_dl(idx, split_idx, **kwargs):
         part_y = None if y is None else data.y[idx.to(data.y.device)].to(device)
-        part = ImageTensors(x[idx].to(device), part_y, split_idx, data.c)
+        part = ImageTensors(x[idx].to(device), part_y, split_idx, data.c, vocab, idx)
         return BatchDL(part, bs=bs, num_workers=0, after_batch=tfms, device=device, **kwargs)
     return train_valid_dls(make_dl, idxs, device)
 
@@ -261,7 +344,8 @@ def image_names(path:str|Path # folder to search
 def some_names(names:list # of anything
               )->str:
     "The first few names in one line"
-    return ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
+    names = [str(name) for name in names]
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 # %% ../nbs/01_data.ipynb #e31dd069
 def image_files(path:str|Path # folder to search, with its subfolders

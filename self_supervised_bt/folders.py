@@ -33,14 +33,19 @@ from self_supervised_bt.data import (
     REASONS,
     BadImage,
     BatchDL,
+    ImageTensors,
     check_size,
     check_value_range,
+    decoded_label,
     device_or_default,
     digest,
     evenly_spaced,
     image_files,
     image_names,
+    images_and_labels,
     in_chunks,
+    items_of,
+    labels_tensor,
     loss_for_labels,
     open_image,
     read_image,
@@ -234,20 +239,18 @@ class ImageFiles:
                  value_range:tuple|int=None # black and white of files with more than 8 bits
                 ):
         self.files = files if isinstance(files, FileNames) else FileNames(files)
-        self.size,self.n_in,self.y,self.vocab,self.split_idx,self.bad = size,n_in,y,vocab,split_idx,bad
+        self.size,self.n_in,self.split_idx,self.bad = size,n_in,split_idx,bad
+        self.vocab = CategoryMap(vocab or [], sort=False)
+        self.y = labels_tensor(y, "cpu")
         self.value_range = value_range
         self.kind = TensorImageBW if n_in == 1 else TensorImage
-        self.c = 0 if vocab is None else len(vocab)
-        self.loss_func = loss_for_labels(y)
+        self.c = len(self.vocab)
+        self.loss_func = loss_for_labels(self.y)
         self.codes = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
         self.said = False   # that many files are broken
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.files)
-    def new_empty(self):
-        "The same without files, for an exported Learner"
-        y = None if self.y is None else self.y[:0]
-        return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad, self.value_range)
     def __getitem__(self, i):
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
         x = torch.empty(len(i), self.n_in, self.size, self.size, dtype=torch.uint8)
@@ -296,6 +299,12 @@ def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index,
 
 # %% ../nbs/02_folders.ipynb #eb6fcbbf
 @patch
+def new_empty(self:ImageFiles):
+    "The same without files, for an exported Learner"
+    y = None if self.y is None else self.y[:0]
+    return type(self)([], self.size, self.n_in, y, self.vocab, self.split_idx, self.bad, self.value_range)
+
+@patch
 def leaving_out(self:ImageFiles):
     "The same files and the same list of broken ones, but a batch has no row for a broken file"
     new = copy(self)
@@ -315,6 +324,27 @@ def load_state_dict(self:ImageFiles, state:dict): # from `state_dict`
         raise ValueError(f"the list of broken files is about {state['files']} files, and there are {len(self)}")
     self.codes.zero_()
     self.codes[state["rows"]] = state["codes"]
+
+# %% ../nbs/02_folders.ipynb #c132afd9
+@patch(as_prop=True)
+def items(self:ImageFiles)->list:
+    "The files whose images are used, with their labels if there are any"
+    used = [next(self.usable(i), i) for i in range(len(self))]
+    return items_of([Path(self.files[i]) for i in used], None if self.y is None else self.y[used])
+
+@patch
+def like(self:ImageFiles, items:list): # files, images or `LabelledItem`s
+    "A dataset of other images of the same size; a file that cannot be read is an error there"
+    images,y = images_and_labels(items)
+    if all(isinstance(o, (str, Path)) for o in images):
+        return type(self)(images, self.size, self.n_in, y, self.vocab, 1, "raise", self.value_range)
+    x = torch.empty(0, self.n_in, self.size, self.size, dtype=torch.uint8)
+    return ImageTensors(x, vocab=self.vocab).like(items)
+
+@patch
+def decode(self:ImageFiles, sample:tuple, full:bool=True)->tuple:
+    "Image and label as fastai shows them"
+    return tuple(decoded_label(o, self.vocab) for o in sample)
 
 # %% ../nbs/02_folders.ipynb #543964ea
 def bytes_in(file:str # file name
@@ -416,8 +446,16 @@ def labelled_dls(data:str|Path,       # folder with one folder of images per cla
     if not test: return read(data, valid_pct)
     train = read(data, 0).train
     tests = read(test, 0).train
-    classes,test_classes = list(train.dataset.vocab),list(tests.dataset.vocab)
-    if test_classes != classes:
-        raise ValueError(f"test={str(test)!r} has the classes {test_classes}, and {data} has {classes}: "
-                         "they must be the same")
+    with_classes_of(tests.dataset, train.dataset, test, data)
     return DataLoaders(train, tests.new(shuffle=False, drop_last=False), device=train.device)
+
+# %% ../nbs/02_folders.ipynb #b93a24bb
+def with_classes_of(tests, train, test, data)->None: # two datasets, and where they come from
+    "Number the labels of test images as the training images have them; some classes may have no test images"
+    unknown = [c for c in tests.vocab if c not in train.vocab]
+    if unknown:
+        raise ValueError(f"test={str(test)!r} has classes that {data} has not, the classes must be the same: "
+                         f"{some_names(unknown)} are not among {some_names(train.vocab)}")
+    index = torch.tensor([train.vocab.o2i[c] for c in tests.vocab])
+    tests.y = labels_tensor(index[tests.y.as_subclass(Tensor)], "cpu")
+    tests.vocab,tests.c,tests.value_range = train.vocab,train.c,train.value_range

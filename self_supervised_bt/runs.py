@@ -113,9 +113,9 @@ def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or 
     size = kept_size(recipe.size, side)
     if not in_memory:
         return unlabelled_dls(files, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
-    files,y,_ = files_and_labels(files, labels)
+    files,y,vocab = files_and_labels(files, labels)
     x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
-    return tensor_dls(x, y, **args)
+    return tensor_dls(x, y, vocab=vocab, **args)
 
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import image_items, quiet, same, small_model, weights
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
@@ -20,6 +21,7 @@ from self_supervised_bt.classifiers import (
     Classifier,
     classifier_learner,
     cosine_by_epoch,
+    dataset_rows,
     fit_protocol,
     linear_transfer,
     parameter_groups,
@@ -29,6 +31,7 @@ from self_supervised_bt.classifiers import (
 )
 from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode, linear_probe, sample_labels
+from self_supervised_bt.folders import unlabelled_dls
 from self_supervised_bt.layers import create_encoder
 
 
@@ -89,6 +92,90 @@ def test_freezing_trains_the_head_alone_until_unfrozen(learner, labelled):
     hypers = learn.opt.hypers
     assert len(hypers) == len(parameter_groups(learn.model))
     assert hypers[0]["lr"] < hypers[-1]["lr"]
+
+
+def test_frozen_is_frozen(learner, labelled):
+    "No weight and no running statistic of a frozen encoder moves, after an earlier fit of all layers either"
+    learn = quiet(classifier_learner(learner, labelled, wd=.5))
+    def moved(old): return {k.split(".")[0] for k, v in learn.model.state_dict().items() if not torch.equal(v, old[k])}
+    for _ in range(2):
+        before = weights(learn)
+        learn.fit(2, 1e-2)
+        assert moved(before) == {"head"}
+        learn.unfreeze()
+        learn.fit(1, 1e-2)
+        learn.freeze()
+    learn.freeze_to(1)                           # the early layers alone
+    late = {id(w) for w in parameter_groups(learn.model)[1]}
+    early = {k: p.detach().clone() for k, p in learn.model.encoder.named_parameters() if id(p) not in late}
+    learn.fit(1, 1e-2)
+    assert len(early) and all(torch.equal(early[k], p) for k, p in learn.model.encoder.named_parameters() if k in early)
+    thawed = quiet(classifier_learner(learner, labelled, train_bn=True))
+    thawed.fit(1, 1e-2)
+    assert not torch.equal(thawed.model.encoder[1].running_mean, learner.model.encoder[1].running_mean)
+
+
+def test_probe_and_classifier_see_one_size(make_learner, labelled):
+    "The size of the encoder's training, whatever that of the dls"
+    learn = make_learner(size=12)
+    x, y = labelled.train_ds.x[:5], labelled.train_ds.y[:5]
+    seen = []
+    learn.model.encoder[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[-1]))
+    encode(learn, (x, y))
+    clas = classifier_learner(learn, labelled, head=nn.Linear(8, 10))
+    clas.model(x)
+    classifier_learner(learn, labelled, head=nn.Linear(8, 10), size=10).model(x)
+    assert seen == [12, 12, 10]
+    with torch.no_grad(): assert torch.allclose(clas.model.eval().encoder(clas.model.clean(x)), encode(learn, x)[0])
+    assert torch.allclose(encode(clas, x)[0], encode(learn, x)[0])
+
+
+def torch_dls(n=60, **kwargs):
+    x, y = digits_images()
+    ds = torch.utils.data.TensorDataset(x[:n].float()/255, y[:n] % 3)
+    return DataLoaders(torch.utils.data.DataLoader(ds, 16, shuffle=True, **kwargs),
+                       torch.utils.data.DataLoader(ds, 16, **kwargs))
+
+
+def test_pytorch_loaders(learner):
+    dls = torch_dls()
+    learn = quiet(classifier_learner(learner, dls, n_out=3))
+    fit_protocol(learn, "linear", epochs=1)
+    assert len(learn.validate()) == 2
+    table = semi_supervised(learner, torch_dls(drop_last=True), labels=(4,), methods=("linear", "finetune"), epochs=1,
+                            samples=2)
+    assert table.images.iloc[0] == 12 and all("±" in table[m].iloc[0] for m in ("linear", "finetune"))
+    with pytest.raises(ValueError, match="n_out="): classifier_learner(learner, dls)
+
+
+@pytest.mark.parametrize("mixed", [MixUp, CutMix])
+def test_mixed_images_with_class_indices(learner, mixed):
+    for loss_func in (None, nn.CrossEntropyLoss()):
+        learn = quiet(classifier_learner(learner, torch_dls(32), n_out=3, loss_func=loss_func))
+        learn.fit(1, 1e-2, cbs=mixed())
+        assert math.isfinite(learn.recorder.losses[-1])
+
+
+def test_a_classifier_in_float64(labelled):
+    learn = quiet(classifier_learner(small_model().encoder.double(), labelled))
+    learn.fit(1, 1e-2)
+    assert learn.model.head.weight.dtype == torch.float64
+
+
+def test_rows_of_broken_files_are_not_counted(folder):
+    "`encode` gives no row for them: the sampled rows must still be those images of the dataset"
+    for f in sorted(folder.rglob("*.png"))[:10:2]: f.write_bytes(b"no image")
+    dls = unlabelled_dls(folder, 8, bs=8, valid_pct=0, labels=True, num_workers=0, n_in=1, device="cpu")
+    with pytest.warns(UserWarning, match="5 of 40"): h, y = encode(small_model().encoder, dls.train)
+    rows = dataset_rows(dls.train, len(h))
+    assert torch.equal(dls.train_ds.y[rows], y) and not dls.train_ds.codes[rows].any()
+
+
+def test_semi_supervised_learning_with_all_labels(learner, labelled):
+    table = semi_supervised(learner, labelled, labels=(1, 1.), methods=("linear",), samples=2)
+    assert table.images.tolist()[1] == len(labelled.train_ds)
+    assert "±" in table.linear.iloc[0] and "±" not in table.linear.iloc[1]
+    assert table.columns.name == "% (mean ± std of 2 samples)"
 
 
 def test_everything_a_vision_learner_does(learner, folder, tmp_path):
@@ -168,14 +255,14 @@ def test_augmentation_is_for_training_alone():
 
 
 def test_semi_supervised_table(learner, labelled):
-    table = semi_supervised(learner, labelled, labels=(3, .5), epochs=2)
+    table = semi_supervised(learner, labelled, labels=(3, .5), epochs=2, samples=1)
     assert list(table.columns) == ["images", "linear", "finetune", "scratch"]
     assert list(table.index) == ["3 per class", "50 %"]
     assert table.images.iloc[0] == 30
     h, y = encode(learner, labelled.train)
     idx = sample_labels(y, 3)
     probe = linear_probe(h[idx], y[idx], *encode(learner, labelled.valid))
-    assert table.linear.iloc[0] == pytest.approx(100*probe.top1, abs=.051)
+    assert float(table.linear.iloc[0]) == pytest.approx(100*probe.top1, abs=.051)
 
 
 def test_reinitialised_has_new_weights_and_the_same_input(learner):

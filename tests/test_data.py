@@ -43,6 +43,7 @@ from self_supervised_bt.data import (
 )
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.folders import check_images, labelled_files, size_and_channels, unlabelled_dls
+from self_supervised_bt.guard import item_names
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
 
@@ -77,6 +78,27 @@ def test_identity_of_tensors_is_their_content():
     changed[tensor_dls(torch.arange(1797).view(-1, 1, 1, 1), device="cpu").train_ds.x[0]] += 1
     others = [tensor_dls(v, device="cpu").train_ds.identity() for v in (changed, x/255, x.transpose(2, 3), x[:-1])]
     assert tensor_dls(x.clone(), y, device="cpu").train_ds.identity() == first and len({first, *others}) == 5
+
+
+def test_names_are_places_in_the_users_data():
+    x, y = digits_images()
+    ds = tensor_dls(x, y, device="cpu").valid_ds
+    names = ds.names([3, 0])
+    assert all(torch.equal(x[int(n.split()[1])], ds.x[i]) for n, i in zip(names, [3, 0]))
+    assert item_names(ds, [3, 0]) == names
+
+
+@pytest.mark.parametrize("y", [torch.arange(70) % 5 + 1, (torch.arange(70) % 5).int(), torch.arange(70) % 2 == 0])
+def test_labels_of_any_whole_numbers(y):
+    dls = tensor_dls(torch.rand(70, 1, 8, 8), y, bs=16, valid_pct=.3, device="cpu")
+    yb = dls.one_batch()[1]
+    assert yb.dtype == torch.int64 and dls.c == int(y.max()) + 1 == len(dls.vocab)
+    assert torch.cat([dls.train_ds.y, dls.valid_ds.y]).bincount().tolist() == y.long().bincount().tolist()
+
+
+@pytest.mark.parametrize("y, words", [(torch.arange(70) - 1, "got -1"), (torch.rand(70), "whole numbers")])
+def test_labels_that_are_no_class_indices_raise(y, words):
+    with pytest.raises(ValueError, match=words): tensor_dls(torch.rand(70, 1, 8, 8), y, device="cpu")
 
 
 def test_digits_dls_have_images_only():

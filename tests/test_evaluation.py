@@ -14,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms
 
-from self_supervised_bt.data import digits_images, hold_out, tensor_dls
+from self_supervised_bt.classifiers import subset_dl
+from self_supervised_bt.data import digits_images, hold_out, image_files, tensor_dls
 from self_supervised_bt.evaluation import (
     OnlineEvaluation,
     RowBuffer,
@@ -22,6 +23,8 @@ from self_supervised_bt.evaluation import (
     encode,
     encode_views,
     fit_logistic,
+    half_probe,
+    held_out_parts,
     k_shot_accuracy,
     knn_accuracy,
     knn_predict,
@@ -36,6 +39,7 @@ from self_supervised_bt.evaluation import (
     topk_accuracy,
     unlabelled_table,
 )
+from self_supervised_bt.folders import unlabelled_dls
 
 
 class Items(torch.utils.data.Dataset):
@@ -348,6 +352,186 @@ def test_images_are_not_normalised_twice(make_learner, make_dls):
     encoder = small_model().encoder              # without a normalisation of its own: the loader's counts
     own = (dls.valid_ds.x.float()/255 - .3)/.35
     assert torch.allclose(encode(encoder, dls.valid)[0], encode(encoder, own)[0], atol=1e-4)
+
+
+def test_encode_refuses_what_training_refuses(make_learner):
+    x = torch.rand(6, 1, 8, 8)
+    for stats in (([.3], [.35]), None):          # a normalisation, or views that need [0,1]
+        with pytest.raises(ValueError, match=r"\[0,1\], got"): encode(make_learner(stats=stats), x*255)
+    x[2, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="must be finite"): encode(small_model().encoder, x)
+
+
+def torch_loader(x, **kwargs): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 8, **kwargs)
+
+
+def test_encode_keeps_the_order_and_all_images_of_a_pytorch_loader():
+    x = torch.rand(21, 1, 8, 8)
+    encoder = small_model().encoder
+    g = torch.Generator().manual_seed(0)
+    before = g.get_state()
+    for kwargs in (dict(shuffle=True, drop_last=True), dict(drop_last=True), dict(generator=g)):
+        h, y = encode(encoder, torch_loader(x, **kwargs))
+        assert torch.allclose(h, encode(encoder, x)[0], atol=1e-6) and y is None
+    assert torch.equal(g.get_state(), before)    # reading uses no generator of the user's
+    choosing = torch.utils.data.SubsetRandomSampler(range(5))
+    with pytest.raises(ValueError, match="no order that could be kept"):
+        encode(encoder, torch_loader(x, sampler=choosing))
+    random = transforms.Compose([transforms.RandomHorizontalFlip()])
+    ds = Items([(im, 0) for im in x], random)
+    with pytest.warns(UserWarning, match="RandomHorizontalFlip"): encode(encoder, torch.utils.data.DataLoader(ds, 8))
+
+
+def test_encode_keeps_the_order_of_a_subset():
+    x, y = digits_images()
+    dls = tensor_dls(x[:60], y[:60], bs=16, valid_pct=0, device="cpu")
+    idx = torch.tensor([31, 3, 17, 40, 8])
+    encoder = small_model().encoder
+    h, labels = encode(encoder, subset_dl(dls.train, idx))
+    assert torch.equal(labels, y[idx.sort()[0]])
+    assert torch.allclose(h, encode(encoder, x[idx.sort()[0]])[0], atol=1e-6)
+
+
+def test_encode_takes_images_as_they_lie_about_or_says_what_to_pass(folder):
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    encoder = small_model().encoder
+    expected = encode(encoder, x)[0]
+    for data in (list(x), x.numpy(), list(x.numpy()), (x, y.numpy()), (x.numpy(), y.tolist()), (x, None)):
+        h, labels = encode(encoder, data)
+        assert torch.equal(h, expected)
+        assert labels is None or torch.equal(labels, y)
+    named = torch.utils.data.DataLoader([(im, f"{i}.png") for i, im in enumerate(x)], 3)
+    dls = tensor_dls(x, bs=2, device="cpu")
+    cases = [(folder, "unlabelled_dls"), (str(folder), "unlabelled_dls"), (image_files(folder), "load_images"),
+             ([torch.rand(1, 8, 8), torch.rand(1, 9, 9)], "2 shapes"), (dls, "dls.valid"), (dls.train_ds, "DataLoader"),
+             (np.zeros((6, 8, 8, 1)), "transpose"), (named, "class index"), ((x, ["a"]*6), "labels must be numbers")]
+    for data, words in cases:
+        with pytest.raises(ValueError, match=words): encode(encoder, data)
+
+
+def test_broken_files_have_no_row(folder):
+    "A copy of the next image in their place would be a double, which names its own class at any labels"
+    files = image_files(folder)
+    for f in files[::2]: f.write_bytes(b"no image")
+    dls = unlabelled_dls(folder, 16, bs=8, valid_pct=0, labels=True, num_workers=0, device="cpu")
+    with pytest.warns(UserWarning, match="20 of 40 images have no row"):
+        h, y = encode(small_model(channels=3).encoder, dls.train)
+    assert len(h) == len(y) == 20 == len(h.unique(dim=0))
+    assert torch.equal(y, dls.train_ds.y[1::2]) and len(dls.train_ds.codes.nonzero()) == 20
+
+
+def test_encode_in_the_precision_of_the_model():
+    encoder = small_model().encoder
+    x = torch.rand(5, 1, 8, 8)
+    h = encode(encoder.double(), x)[0]
+    assert h.dtype == torch.float32 and torch.allclose(h, encode(encoder.float(), x.double())[0], atol=1e-5)
+    assert torch.equal(encode(torch.nn.Flatten(), x)[0], x.flatten(1))       # no parameters at all
+    with pytest.raises(ValueError, match="pool and flatten"): encode(encoder[:3], x)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, "numpy", "list"])
+def test_labels_of_any_whole_number_type(kind):
+    h, y = torch.randn(100, 8), torch.arange(100) % 3
+    other = {"numpy": lambda: y.numpy().astype("int32"), "list": y.tolist}.get(kind, lambda: y.to(kind))()
+    one, two = (linear_probe(h[:80], t[:80], h[80:], t[80:], Cs=1.) for t in (y, other))
+    assert one.top1 == two.top1 and torch.equal(one.classifier.weight, two.classifier.weight)
+    assert knn_accuracy(h, other, k=np.int64(5)) == knn_accuracy(h, y, k=5)
+    assert torch.equal(sample_labels(other, np.int32(2)), sample_labels(y, 2))
+
+
+def test_two_classes_as_booleans():
+    h, y = torch.randn(100, 8), torch.arange(100) % 2
+    assert linear_probe(h[:80], y[:80] > 0, h[80:], y[80:] > 0, Cs=1.).top1 == \
+        linear_probe(h[:80], y[:80], h[80:], y[80:], Cs=1.).top1
+
+
+def test_labels_from_one_on_and_with_gaps():
+    h, y = blobs(300, 4, 6, 1.)
+    for other in (y + 1, 3*y):
+        one, two = (linear_probe(h[:200], t[:200], h[200:], t[200:], Cs=1.) for t in (y, other))
+        assert one.top1 == two.top1 and one.top5 == two.top5
+        assert torch.equal(one.classifier.weight, two.classifier.weight[other.unique()])
+        assert set(two.classifier(h).argmax(1).tolist()) <= set(other.tolist())
+    table = label_table({"h": (h[:200], h[200:])}, y[:200] + 1, y[200:] + 1, labels=(1, 5), samples=2)
+    assert list(table.columns) == ["kNN (k=20)", "1 label per class", "5 labels per class"]
+
+
+def test_a_class_without_a_training_row_is_refused():
+    h, y = torch.randn(60, 4), torch.arange(60) % 3
+    known = y != 1
+    with pytest.raises(ValueError, match="y_val has class 1 in 20"): linear_probe(h[known], y[known], h, y, Cs=1.)
+    with pytest.raises(ValueError, match="y_test has class 1"): k_shot_accuracy(h[known], y[known], h, y, n=2)
+    with pytest.warns(UserWarning, match="no row of class 1"): knn_accuracy(h, y, h[known], y[known], k=3)
+    several = F.one_hot(y)
+    without = several*(y != 1)[:, None]
+    with pytest.raises(ValueError, match="y_val has class 1"): linear_probe(h, without, h, several)
+
+
+def test_scores_and_labels_that_are_no_numbers():
+    scores, y = torch.randn(20, 3), F.one_hot(torch.arange(20) % 3)
+    with pytest.raises(ValueError, match="from -1 to 1"): mean_average_precision(scores, y*2 - 1)
+    with pytest.raises(ValueError, match="NaN"): mean_average_precision(scores*float("nan"), y)
+    with pytest.raises(ValueError, match="20 row.s. with NaN"): topk_accuracy(scores*float("nan"), y.argmax(1))
+    with pytest.raises(ValueError, match="no 1"): mean_average_precision(scores, y*0)
+
+
+@pytest.mark.parametrize("Cs, words", [(0, "positive"), ((1., -1.), "positive"), ((), "Cs is empty"),
+                                       (float("nan"), "positive")])
+def test_impossible_regularisation(Cs, words):
+    h, y = torch.randn(40, 4), torch.arange(40) % 2
+    with pytest.raises(ValueError, match=words): linear_probe(h, y, h, y, Cs=Cs)
+    assert linear_probe(h, y, h, y, Cs=1.).C == linear_probe(h, y, h, y, Cs=[np.float32(1)]).C == 1.
+    with pytest.raises(ValueError, match="C must be"): OnlineEvaluation((h, y), C=0.)
+
+
+@pytest.mark.parametrize("C", [.1, 10.])
+def test_C_of_two_classes_is_scikit_learns(C):
+    h, y = blobs(300, 2, 6, 1.)
+    h = ((h - h.mean(0))/h.std(0)).double()
+    w = fit_logistic(h, y, C, max_iter=2000)
+    sk = LogisticRegression(C=C, max_iter=10000, tol=1e-10).fit(h, y)
+    assert np.allclose(w[1, :-1] - w[0, :-1], sk.coef_[0], atol=5e-3*np.abs(sk.coef_).max())
+
+
+def test_C_is_chosen_on_enough_rows():
+    y = torch.arange(60) % 3
+    parts = held_out_parts(y, .1, 0)
+    assert len(parts) == 5 and torch.equal(torch.cat(parts).sort()[0], torch.arange(60))
+    assert all((y[part].bincount() == 4).all() for part in parts)
+    large, = held_out_parts(torch.arange(1000) % 3, .1, 0)
+    assert len(large) == 100
+
+
+def test_all_labels_are_all_labels():
+    y = torch.arange(60) % 3
+    assert torch.equal(sample_labels(y, 1.).sort()[0], torch.arange(60))
+    assert torch.equal(sample_labels(y, np.float32(1)).sort()[0], torch.arange(60))
+    assert len(sample_labels(y, 1)) == 3
+    for n in (2., True, 0, -.1):
+        with pytest.raises(ValueError, match="1.0 for all labels"): sample_labels(y, n)
+
+
+def test_a_table_says_over_how_many_samples(reps):
+    h, y, h_test, y_test = reps
+    table = label_table({"a": (h, h_test)}, y, y_test, labels=(1, .02), samples=2)
+    assert table.columns.name == "% (mean ± std of 2 samples)" and "±" in table.loc["a", "2 % of the labels"]
+    assert "±" not in label_table({"a": (h, h_test)}, y, y_test, labels=(1,), samples=1).loc["a", "1 label per class"]
+
+
+def test_a_resumed_online_evaluation_continues():
+    x, y = digits_images()
+    cb, resumed = (OnlineEvaluation((x[:60], y[:60])) for _ in range(2))
+    for column, value in zip(cb.columns, (.25, .75)): column.value = value
+    cb.seconds, cb.start = [2., 3.], cb.start - 10
+    resumed.load_state_dict(cb.state_dict())
+    assert [c.value for c in resumed.columns] == [.25, .75] and resumed.seconds == [2., 3.]
+    assert resumed.cost == pytest.approx(.5, rel=.1)
+
+
+def test_a_class_of_one_row_is_left_out_of_the_halves():
+    h, y = blobs(61, 3, 4, .1)
+    y[30] = 7
+    assert half_probe(h, y, .1) == half_probe(h[y < 7], y[y < 7], .1)
 
 
 def test_positive_pairs_are_found_by_cosine_similarity():

@@ -7,12 +7,15 @@ import random
 import warnings
 from pathlib import Path
 
+import fastai.vision.learner  # noqa: F401 (how fastai shows results on images)
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from callbacks import DoToImages
-from conftest import quiet, small_model
+from conftest import quiet, small_encoder, small_model
 from fastai.distributed import DistributedDL
+from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
 from PIL import Image, ImageFile
@@ -20,13 +23,16 @@ from torchvision.datasets import ImageFolder
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
-from self_supervised_bt.data import BadImage
+from self_supervised_bt.classifiers import classifier_learner
+from self_supervised_bt.data import BadImage, image_files, load_images, read_image, tensor_dls
 from self_supervised_bt.folders import (
     FileNames,
     bad_images,
     check_images,
     class_folders,
     files_and_labels,
+    labelled_dls,
+    labelled_files,
     size_and_channels,
     unlabelled_dls,
 )
@@ -227,6 +233,67 @@ def test_one_file_is_enough_to_validate_with(tmp_path):
     pictures(tmp_path, [f"{i:02}.png" for i in range(12)])
     dls = unlabelled_dls(tmp_path, 8, bs=4, num_workers=0, device="cpu")
     assert (len(dls.train_ds), len(dls.valid_ds)) == (11, 1) and len(dls.valid.one_batch()[0]) == 1
+
+
+def test_a_class_without_test_images_keeps_the_numbers_of_the_others(tmp_path):
+    pictures(tmp_path/"train", [f"{c}/{i}.png" for c in "abc" for i in range(3)])
+    pictures(tmp_path/"test", ["a/1.png", "c/1.png"])
+    dls = labelled_dls(tmp_path/"train", 8, test=tmp_path/"test", num_workers=0)
+    assert list(dls.valid_ds.vocab) == ["a", "b", "c"] and dls.valid.one_batch()[1].tolist() == [0, 2]
+    pictures(tmp_path/"test", ["d/1.png"])
+    with pytest.raises(ValueError, match="d are not among a, b, c"):
+        labelled_dls(tmp_path/"train", 8, test=tmp_path/"test", num_workers=0)
+
+
+DLS = {"files": lambda root: unlabelled_dls(root, 16, bs=8, labels=True, num_workers=0, device="cpu"),
+       "uint8": lambda root: tensor_dls(*tensors(root), bs=8, device="cpu", vocab=["dark", "light"]),
+       "float": lambda root: tensor_dls(tensors(root)[0]/255, tensors(root)[1], bs=8, device="cpu",
+                                        vocab=["dark", "light"])}
+
+
+def tensors(root):
+    files, y, _ = labelled_files(image_files(root))
+    return load_images(files, 16, progress=False), y
+
+
+@pytest.mark.parametrize("kind", DLS)
+def test_fastais_predict_and_interpretation_on_our_dls(folder, tmp_path, kind):
+    dls = DLS[kind](folder)
+    learn = quiet(classifier_learner(small_encoder(3), dls))
+    with torch.no_grad():   # bright images are light
+        learn.model.encoder[0].weight.fill_(.1)
+        learn.model.head.weight.copy_(torch.tensor([[-1.], [1.]]).expand(2, 8))
+        learn.model.head.bias.copy_(torch.tensor([10., -10.]))
+        level = learn.model.eval()(torch.full((1, 3, 16, 16), .5))
+        learn.model.head.bias.sub_(level[0])
+    files = {"light": next((folder/"light").iterdir()), "dark": next((folder/"dark").iterdir())}
+    learn.export(tmp_path/"learner.pkl")
+    again = quiet(load_learner(tmp_path/"learner.pkl", pickle_module=pickle))
+    for name, file in files.items():
+        x = read_image(file, 16)
+        for one in (learn, again):
+            for item in (file, str(file), Image.open(file), np.asarray(Image.open(file)), x, x/255):
+                with one.no_bar(): label, index, scores = one.predict(item)
+                assert label == name and dls.vocab[index] == name and scores[index] > .5
+    with learn.no_bar():
+        shown = learn.get_preds(dl=learn.dls.test_dl(list(files.values())))[0]
+        assert shown.argmax(1).tolist() == [1, 0]
+        learn.show_results(max_n=2)
+        dls.show_batch(max_n=2)
+        seen = ClassificationInterpretation.from_learner(learn)
+        counts = torch.tensor(seen.confusion_matrix())
+        assert counts.shape == (2, 2) and counts.diagonal().sum() == counts.sum() == len(dls.valid_ds)
+        seen.plot_top_losses(2)
+        worst = seen.top_losses(1, items=True)
+        assert dls.vocab[int(worst[2][0].label)] in ("dark", "light")
+    plt.close("all")
+    with pytest.raises(ValueError, match="an image must be"): learn.predict(x[:, :5])
+
+
+def test_a_broken_file_is_not_predicted_as_another(folder):
+    learn = quiet(classifier_learner(small_encoder(3), DLS["files"](folder)))
+    (folder/"new.png").write_bytes(b"")
+    with pytest.raises(BadImage, match="new.png"): learn.predict(folder/"new.png")
 
 
 def test_labels_are_those_of_the_images_used(folder):
