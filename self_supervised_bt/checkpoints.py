@@ -413,6 +413,7 @@ class Checkpoints(Callback):
     in_fit,stepped,stopped,handlers,protected = False,False,False,(),()
     seconds_before,started,ended = 0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
+    exit_status = {}              # of the process after a signal, 75 for those not named
     def __init__(self,
                  path:str|Path,      # folder of this run
                  every:int=None,     # batches between checkpoints, beside those after every epoch
@@ -770,7 +771,7 @@ def stop(self:Checkpoints, name:str):
     said = f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}"
     if not rank_distrib(): print(said)
     if name == "SIGINT": raise KeyboardInterrupt(said)
-    raise SystemExit(75)
+    raise SystemExit(self.exit_status.get(name, 75))
 
 # %% ../nbs/22_checkpoints.ipynb #f69cb3f9
 def _ignore_once(number, frame): signal.signal(number, signal.SIG_DFL)

@@ -36,7 +36,8 @@ def one_line_errors(f:callable # command
                 return f(*args, **kwargs)
         except Stopped as e:
             if os.environ.get("RANK", "0") == "0": print(f"\n{f.__name__}: {e}", file=sys.stderr)
-            raise SystemExit(EXIT_STATUS[e.args[0]]) from None
+            raise SystemExit(EXIT_STATUS[e.signal]) from None
+        except KeyboardInterrupt: raise SystemExit(EXIT_STATUS["SIGINT"]) from None   # `Checkpoints` has said it
         except (OSError, ValueError, RuntimeError, FloatingPointError) as e:
             raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
@@ -72,7 +73,10 @@ EXIT_STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)   # 75 asks a scheduler 
 class Stopped(KeyboardInterrupt):
     "A signal asks the command to end"
     advice = ""
-    def __str__(self): return f"stopped by {self.args[0]}" + (f": {self.advice}" if self.advice else "")
+    def __init__(self, name): # of the signal
+        super().__init__(name)
+        self.signal = name
+    def __str__(self): return f"stopped by {self.signal}" + (f": {self.advice}" if self.advice else "")
 
 @contextmanager
 def stoppable():
@@ -176,12 +180,12 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    from self_supervised_bt.runs import pretrain
     changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
     changes = {k: v for k,v in changes.items() if v is not None}
     if arch: changes |= dict(arch_args={}, small_stem=None)   # the recipe's are for its own architecture
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
+        from self_supervised_bt.runs import pretrain
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
                            resume_with=again, **changes)
     if not results: return   # not rank 0
@@ -204,6 +208,8 @@ def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
     protocols = tuple(protocol.split(","))
     table = evaluate(run, data.split(","), protocols, test, k, workers)
     print(f"Accuracy on the test images, %:\n\n{table.to_string()}")
+    if "semi-supervised" in protocols:
+        print("\nWith 1 and 10 % of the labels: mean ± standard deviation over five samples of them")
     if any(n not in (0, "not known") for n in table["seen in training"]):
         print("\nImages seen in training, without labels, say little about others: pass unseen ones with --test, "
               "or hold more out with bt_pretrain --valid-pct")

@@ -187,7 +187,7 @@ class BadStep(NamedTuple):
     step:int    # training steps before it in this fit
     epoch:int
     batch:int   # of the epoch
-    where:str   # "images", "views", "targets", "forward", "loss", "backward" or "elsewhere" (another rank)
+    where:str   # "images", "views", "targets", "forward", "loss", "backward", "optimizer" or "elsewhere" (another rank)
     module:str  # name of the module that made it, `None` if none did
     reason:str  # in words
     items:list  # what the batch's images are called, empty if not known
@@ -198,6 +198,7 @@ class BadStep(NamedTuple):
     def __str__(self):
         kind = "step" if self.training else "validation after step"
         at = f"{kind} {self.step} (batch {self.batch} of epoch {self.epoch})"
+        if self.where in ("optimizer", "elsewhere"): return f"{at}: {self.reason}. {self.note}"
         return f"{at}: {self.reason}. {self.who}. {self.note}".strip()
     @property
     def who(self):
@@ -227,6 +228,7 @@ class NonFiniteGuard(Callback):
         self.release()
         self.skipped,self.last = [],None
         self.run = not self.learn._grab_cbs(LRFinder)   # a search goes too far on purpose
+        self.watched = finite_buffers(unwrapped(self.model)) if self.run else {}
     def before_train(self): self.sequence = None
     def before_validate(self): self.sequence = None
     def before_batch(self):
@@ -236,25 +238,50 @@ class NonFiniteGuard(Callback):
         if self.training: self.keep()
     def after_loss(self):
         predicting = self.learn._grab_cbs(GatherPredsCallback)
-        if not len(self.yb) or predicting or all_finite(self.loss): return
+        if not len(self.yb) or predicting or self.all_good(): return
+        self.check_weights()
+        if all_finite(self.loss): return
         self.bad = self.bad_loss()
         if not self.shared: self.leave_out()   # else after the backward pass, which all ranks must make
     def after_backward(self):
         every_loss,good = self.agreed(self.bad is None, self.bad is None and self.gradients_finite())
         if good: self.in_row = 0
         else: self.cancel(every_loss)
-    def after_step(self): self.check_scale()
-    def after_batch(self):
-        if self.error is not None: raise self.error
-    def after_fit(self):
-        if self.skipped: self.warn_of_skipped()
+
+# %% ../nbs/23_guard.ipynb #08acca05
+@patch
+def after_step(self:NonFiniteGuard):
+    self.check_scale()
+    self.weights_finite,self.stepped = self.look_at_weights(),(self.train_iter, self.epoch, self.iter)
+
+@patch
+def after_train(self:NonFiniteGuard): self.check_weights(averages=True)
+
+@patch
+def after_batch(self:NonFiniteGuard):
+    if self.error is not None: raise self.error
+
+@patch
+def after_fit(self:NonFiniteGuard):
+    if self.skipped: self.warn_of_skipped()
 
 # %% ../nbs/23_guard.ipynb #e0175288
 @patch
 def release(self:NonFiniteGuard):
     "No batch and no copy is held: after every fit, however it ended"
-    self.run,self.in_row,self.kept_buffers = True,0,[]
+    self.run,self.in_row,self.kept_buffers,self.watched = True,0,[],{}
+    self.weights_finite = self.stepped = None
     self.past = self.bad = self.error = self.loss_error = self.sequence = None
+
+@patch
+def state_dict(self:NonFiniteGuard)->dict:
+    "Skipped batches, for a run's checkpoint"
+    return dict(in_row=self.in_row, skipped=[list(bad) for bad in self.skipped])
+
+@patch
+def load_state_dict(self:NonFiniteGuard, state:dict): # from `state_dict`
+    "The batches that were skipped before the run was resumed"
+    self.in_row,self.skipped = state["in_row"],[BadStep(*bad) for bad in state["skipped"]]
 
 @patch
 def warn_of_skipped(self:NonFiniteGuard):
@@ -283,6 +310,17 @@ def undo(self:NonFiniteGuard):
         for b,before in self.kept_buffers: b.copy_(before)
     if self.queue is not None: self.queue.past = self.past
 
+# %% ../nbs/23_guard.ipynb #bee7284b
+def finite_buffers(model:nn.Module
+                  )->dict: # name to tensor
+    "The buffers that hold no NaN or inf; others, such as masks, hold them on purpose"
+    return {n: b for n,b in model.named_buffers() if b.is_floating_point() and b.isfinite().all()}
+
+def norms_finite(tensors:list # of floating-point tensors
+                )->Tensor:    # 0-dimensional bool; False also if a sum of squares overflows
+    "Are the norms of all tensors finite?"
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all()
+
 # %% ../nbs/23_guard.ipynb #00d26d85
 @patch(as_prop=True)
 def shared(self:NonFiniteGuard):
@@ -297,12 +335,51 @@ def scaled(self:NonFiniteGuard):
 
 @patch
 def gradients_finite(self:NonFiniteGuard)->bool:
-    "Are the gradients finite, or left to the scaler?"
-    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-    if self.scaled or not grads: return True
-    norms = [norm.float() for norm in torch._foreach_norm(grads)]
-    return bool(torch.stack(norms).isfinite().all()) or all_finite(grads)
+    "Are the gradients finite, or left to the scaler, and what the forward pass wrote into buffers?"
+    grads = [] if self.scaled else [p.grad for p in self.model.parameters() if p.grad is not None]
+    tensors = [*grads, *self.watched.values()]
+    return not tensors or bool(norms_finite(tensors)) or all_finite(tensors)
 
+# %% ../nbs/23_guard.ipynb #556fde03
+@patch
+def look_at_weights(self:NonFiniteGuard)->Tensor: # 0-dimensional bool, not read yet
+    "Are the weights finite?"
+    return norms_finite([p.detach() for p in self.model.parameters()])
+
+@patch
+def all_good(self:NonFiniteGuard)->bool:
+    "Are the loss and the weights of the step before finite? One number is read"
+    if self.weights_finite is None: return all_finite(self.loss)
+    good = bool(self.weights_finite & self.loss.isfinite().all())
+    if good: self.weights_finite = None
+    return good
+
+@patch
+def check_weights(self:NonFiniteGuard,
+                  averages:bool=False # and what the optimizer remembers of them?
+                 )->None:             # raises `FloatingPointError`
+    "Was the last step's update finite?"
+    if self.weights_finite is None: return
+    ok,self.weights_finite = self.weights_finite,None
+    params = dict(unwrapped(self.model).named_parameters())
+    states = getattr(self.opt, "opt", self.opt).state
+    remembered = {f"{k} of {n}": t for n,p in params.items() for k,t in states.get(p, {}).items() if averages}
+    tensors = {k: t for k,t in remembered.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    if ok & norms_finite(list(tensors.values())) if tensors else ok: return
+    bad = {n: count_bad(t) for n,t in {**params, **tensors}.items() if not all_finite(t)}
+    if bad: raise self.bad_update(bad)
+
+@patch
+def bad_update(self:NonFiniteGuard, bad:dict)->FloatingPointError:
+    "The error after a step that has spoilt the weights"
+    name,count = next(iter(bad.items()))
+    reason = (f"loss and gradient were finite, the optimizer's step was not: {name} holds {count}, one of {len(bad)} "
+              "such tensors. Lower the learning rate, or clip the gradients")
+    note = "Weights and optimizer are lost: load a checkpoint of before."
+    self.last = BadStep(*self.stepped, "optimizer", None, reason, [], [], note=note)
+    return FloatingPointError(str(self.last))
+
+# %% ../nbs/23_guard.ipynb #f2b936c8
 @patch
 def agreed(self:NonFiniteGuard, *oks:bool)->list: # of bools
     "Which are true in every rank?"
@@ -311,7 +388,7 @@ def agreed(self:NonFiniteGuard, *oks:bool)->list: # of bools
     dist.all_reduce(flags, dist.ReduceOp.MIN)
     return flags.bool().tolist()
 
-# %% ../nbs/23_guard.ipynb #f2b936c8
+# %% ../nbs/23_guard.ipynb #0faf336d
 @patch
 def take_over_loss(self:NonFiniteGuard,
                    z:Tensor,                # embeddings
@@ -331,13 +408,26 @@ def leave_out(self:NonFiniteGuard):
 @patch
 def cancel(self:NonFiniteGuard, every_loss:bool):
     "No step after this backward pass; raises `FloatingPointError` or ends the batch"
-    bad = self.bad or self.bad_gradient(every_loss)
+    bad = self.bad or self.bad_buffer() or self.bad_gradient(every_loss)
+    if self.shared: bad = self.first_cause(bad)
     self.undo()
     self.model.zero_grad()
     error = self.judge(bad)
     self.learn.yb = ()   # the Recorder counts no loss
     raise error or CancelBatchException()
 
+CAUSES = ("images", "views", "targets", "forward", "loss", "backward", "elsewhere")   # the earlier, the nearer
+
+@patch
+def first_cause(self:NonFiniteGuard, bad:BadStep)->BadStep: # of this rank
+    "A rank whose trouble came from another one, through exchanged statistics or the loss, says so"
+    found = [None]*dist.get_world_size()
+    dist.all_gather_object(found, (CAUSES.index(bad.where), f"{bad.reason}. {bad.who}"))
+    rank = min(range(len(found)), key=lambda r: found[r][0])
+    if found[rank][0] >= CAUSES.index(bad.where): return bad
+    return self.bad_step("elsewhere", f"in rank {rank} {found[rank][1]}")
+
+# %% ../nbs/23_guard.ipynb #4ce3b7be
 @patch
 def judge(self:NonFiniteGuard, bad:BadStep)->FloatingPointError|None: # an error if the fit is to end
     "Skip or stop?"
@@ -401,6 +491,16 @@ def bad_module(self:NonFiniteGuard)->BadStep:
     reason = (f"the output of {origin} holds {count_bad(origin.out)} in {len(rows)} of {len(origin.out)} rows, "
               f"though its input is finite: {cure}")
     return self.bad_step("forward", reason, origin.name, rows)
+
+@patch
+def bad_buffer(self:NonFiniteGuard)->BadStep|None: # `None` if all are finite
+    "Which buffer is not finite though the loss is?"
+    bad = {n: count_bad(b) for n,b in self.watched.items() if not all_finite(b)}
+    if not bad: return None
+    name,count = next(iter(bad.items()))
+    reason = (f"the loss is finite, but {name} holds {count}, one of {len(bad)} such buffers: its activations are too "
+              "large to square. Look for images with extreme values, or lower the learning rate")
+    return self.bad_step("forward", reason, name.rpartition(".")[0])
 
 @patch
 def bad_weights(self:NonFiniteGuard)->list:

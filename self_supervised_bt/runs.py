@@ -37,7 +37,7 @@ except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions
-from .classifiers import linear_transfer, semi_supervised
+from .classifiers import linear_transfer, subset_probe
 from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     digits_dls,
@@ -71,6 +71,7 @@ from self_supervised_bt.evaluation import (
     linear_probe,
     neighbours,
     positive_pair_accuracy,
+    sample_labels,
     unlabelled_table,
 )
 from self_supervised_bt.folders import (
@@ -445,10 +446,10 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
         if resume and has_ended(out): return ended_results(out)
         monitor = "valid_loss" if len(dls.valid.dataset) else None
         checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
-        checkpoints.resume_with = resume_with
+        checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
         files = [] if rank_distrib() else [RunFiles(out, s)]
         learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
-        with exit_status_of(checkpoints): fit_run(learn)
+        fit_run(learn)
         return {} if rank_distrib() else save_results(learn, out, s)
 
 # %% ../nbs/50_runs.ipynb #84481da2
@@ -456,16 +457,6 @@ def stop_signals()->tuple: # names
     "Signals that save a checkpoint and end a run: Ctrl-C, and those of schedulers, unless they are ignored as by nohup"
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     return tuple(name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
-
-@contextmanager
-def exit_status_of(checkpoints:Checkpoints # of a run
-                  ):
-    "After Ctrl-C and SIGTERM a run ends with the shell's exit status; with SIGUSR1, 75 asks for another job"
-    try: yield
-    except (SystemExit, KeyboardInterrupt) as e:
-        status = dict(SIGINT=130, SIGTERM=143).get(checkpoints.stop_signal)
-        if not checkpoints.stopped or status is None or getattr(e, "code", 75) != 75: raise
-        raise SystemExit(status) from None
 
 def check_workers(num_workers:int # or `None`
                  )->None:         # raises `ValueError`
@@ -528,6 +519,7 @@ def unlabelled_scores(learn:Learner # after a fit
 
 # %% ../nbs/50_runs.ipynb #759803f1
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
+SEEDS = range(5)   # of the labels sampled
 
 def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
                 )->Path:      # raises `ValueError` if the run has none
@@ -536,6 +528,13 @@ def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
     file = Path(run)/"encoder.safetensors"
     if file.exists() or not checkpoints_in(Path(run)): return file
     raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
+
+def few_label_scores(h, y, h_test, y_test)->dict: # column to text
+    "Accuracy of a linear probe with 1 and 10 % of the labels: mean ± standard deviation over the samples of `SEEDS`"
+    def scores(share): return [100*subset_probe(h[i], y[i], h_test, y_test) for i in samples(share)]
+    def samples(share): return (sample_labels(y, share, seed) for seed in SEEDS)
+    def text(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    return {f"{share:.0%} of the labels".replace("%", " %"): text(scores(share)) for share in (.01, .1)}
 
 def evaluate_on(encoder:nn.Module, # from `load_encoder`
                 dls:DataLoaders,   # from `evaluation_dls`
@@ -548,12 +547,10 @@ def evaluate_on(encoder:nn.Module, # from `load_encoder`
     h,y = encode(encoder, dls.train)
     h_test,y_test = encode(encoder, dls.valid)
     row = {"images": len(h), "test images": len(h_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
-    if "knn" in protocols:
-        row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=min(k, len(h)))), 1)
+    k = min(k, len(h))
+    if "knn" in protocols: row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=k)), 1)
     if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
-    if "semi-supervised" in protocols:
-        scores = semi_supervised(encoder, dls, methods=("linear",))["linear"]
-        row.update({f"{share} of the labels": score for share,score in scores.items()})
+    if "semi-supervised" in protocols: row.update(few_label_scores(h, y, h_test, y_test))
     if "transfer" in protocols:
         row["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
     return row
@@ -637,7 +634,7 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     "Write evaluation.json into the folder of a run; for a file of weights, do nothing"
     if not Path(run).is_dir(): return
     rows = json.loads(table.to_json(orient="index"))
-    results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), rows=rows)
+    results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), seeds=list(SEEDS), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
 
 def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`

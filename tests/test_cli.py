@@ -1,8 +1,17 @@
-"The commands of short runs"
+"The commands: what they print and write, errors in one line, signals"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
-from self_supervised_bt.cli import bt_demo, bt_diagnose
+from self_supervised_bt import runs
+from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrain, resume_command
 from self_supervised_bt.runs import run_dls, short_run
 from self_supervised_bt.weights import load_encoder
 
@@ -57,6 +66,82 @@ def test_invalid_folders_give_one_line_of_error(folder, name, words):
     for i in range(30): (folder/f"broken/{i}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as e: bt_demo(data=str(folder/name))
     assert str(e.value).startswith("bt_demo: ") and words in str(e.value)
+
+
+def test_a_demo_overwrites_only_a_demo_of_the_same_images(folder, tmp_path):
+    out = tmp_path/"out"
+    out.mkdir()
+    (out/"results.json").write_text(json.dumps(dict(kind="demo", data=str(folder))))
+    run = short_run(folder)
+    assert runs.short_run_folder(run, out) == out
+    for results in (dict(kind="pretrain", data=str(folder)), dict(kind="demo", data="/other/pictures"), 7):
+        (out/"results.json").write_text(json.dumps(results))
+        with pytest.raises(SystemExit, match="^bt_demo: .*results.json.* overwritten"):
+            bt_demo(data=str(folder), out=str(out))
+    (out/"results.json").rename(out/"views.png")
+    with pytest.raises(SystemExit, match="^bt_demo: .*views.png.* overwritten"):
+        bt_demo(data=str(folder), out=str(out))
+
+
+# Options and signals
+
+SMALL = dict(arch="timm/test_resnet", width=16, bs=16, epochs=2, workers=0)
+
+
+@pytest.mark.parametrize("option, value", [("size", -1), ("bs", 0), ("epochs", -1), ("width", 0), ("workers", -1),
+                                           ("lr", -1.), ("lmb", float("nan")), ("valid_pct", 2.), ("every", 0),
+                                           ("keep", -1), ("bad", "x"), ("recipe", "nope")])
+def test_an_option_out_of_range_is_named_as_it_is_typed(folder, tmp_path, option, value):
+    with pytest.raises(SystemExit) as e: bt_pretrain(str(folder), out=str(tmp_path/"run"), **{**SMALL, option: value})
+    assert str(e.value).startswith(f"bt_pretrain: --{option.replace('_', '-')} must be") and "\n" not in str(e.value)
+
+
+def test_other_commands_name_options_too(folder, tmp_path):
+    with pytest.raises(SystemExit, match="^bt_diagnose: --width must"): bt_diagnose(data=str(folder), width=-1)
+    with pytest.raises(SystemExit, match="^bt_demo: --epochs must"): bt_demo(data=str(folder), epochs=-1)
+    with pytest.raises(SystemExit, match="^bt_evaluate: --k must"): bt_evaluate(str(tmp_path), str(folder), k=0)
+    with pytest.raises(SystemExit, match="^bt_evaluate: --protocol must"):
+        bt_evaluate(str(tmp_path), str(folder), protocol="x")
+    (tmp_path/"step-0000000001.pt").touch()
+    with pytest.raises(SystemExit, match="^bt_pretrain: .* resume it with --resume, or choose"):
+        bt_pretrain(str(folder), out=str(tmp_path), **SMALL)
+
+
+STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_a_signal_before_training_ends_with_one_line(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(runs, "run_dls", lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit) as e: bt_pretrain(str(folder), out=str(tmp_path/"run"), **SMALL)
+    said = f"bt_pretrain: stopped by {name}: there is no checkpoint yet, start the same command again"
+    assert e.value.code == STATUS[name] and capsys.readouterr().err.strip() == said
+    assert signal.getsignal(getattr(signal, name)) is before and not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_a_signal_while_results_are_written(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(runs, "save_encoder", lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    with pytest.raises(SystemExit) as e: bt_pretrain(str(folder), out=str(tmp_path/"a run"), **{**SMALL, "epochs": 1})
+    command = f"bt_pretrain --out '{tmp_path}/a run' --resume --workers 0"
+    assert e.value.code == STATUS[name]
+    said = f"stopped by {name}: the checkpoints are complete, continue with {command}"
+    assert said in capsys.readouterr().err and resume_command(tmp_path/"a run", workers=0) == command
+
+
+def test_sigterm_to_the_process_group_saves_and_says_how_to_resume(folder, tmp_path):
+    "As schedulers send it: to the worker processes as well"
+    bt = Path(sys.executable).with_name("bt_pretrain")
+    options = "--arch timm/test_resnet --width 16 --bs 8 --epochs 1000 --workers 1 --out run".split()
+    with subprocess.Popen([bt, folder, *options], cwd=tmp_path, text=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (tmp_path/"run/history.csv").exists() and process.poll() is None: time.sleep(.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate()
+    assert process.returncode == 143 and err == ""
+    assert out.splitlines()[-1].endswith("continue with bt_pretrain --out run --resume --workers 1")
+    assert json.loads((tmp_path/"run/results.json").read_text())["state"] == "running"
 
 
 def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):

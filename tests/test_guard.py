@@ -27,8 +27,11 @@ from torch import nn
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
+from self_supervised_bt.checkpoints import plain
 from self_supervised_bt.data import tensor_dls
+from self_supervised_bt.distributed import GlobalBatch
 from self_supervised_bt.guard import (
+    BadStep,
     NonFiniteGuard,
     batch_items,
     epoch_order,
@@ -209,6 +212,51 @@ def test_huge_gradients_are_finite():
     quiet(learn).fit(1)
 
 
+# What is neither loss nor gradient
+
+def test_a_buffer_that_turns_bad_is_named_and_restored(make_dls):
+    "Huge activations have an infinite variance, and BatchNorm's output is finite"
+    def enlarge(learn): learn.model.encoder[0].weight.data.mul_(1e25)
+    guard, seen = NonFiniteGuard(), Remember()
+    learn = make(make_dls, guard, [DoToViews(enlarge, 2), seen], loss=lambda *zs: sum(z.tanh().sum() for z in zs)*0)
+    says = r"the loss is finite, but encoder.1.running_var holds \d inf, one of 1 such buffers"
+    with pytest.raises(FloatingPointError, match=says): learn.fit(1)
+    assert guard.last.where == "forward" and guard.last.module == "encoder.1" and guard.last.step == 2
+    assert torch.equal(learn.model.encoder[1].running_var, seen.states[2][0]["encoder.1.running_var"])
+
+
+def test_a_mask_of_infinities_is_no_fault(make_dls):
+    learn = make(make_dls, NonFiniteGuard())
+    learn.model.encoder.register_buffer("mask", torch.tensor([0., -inf]))
+    learn.fit(1)
+
+
+@pytest.mark.parametrize("step, on_bad", [(1, "stop"), (1, "skip"), (3, "stop")])
+def test_weights_that_the_optimizer_spoilt_are_named(make_dls, step, on_bad):
+    "Also after the last step of an epoch, and where bad steps are skipped"
+    guard = NonFiniteGuard(on_bad)
+    learn = make(make_dls, guard, [DoAt("before_step", lambda learn: learn.opt.set_hyper("lr", inf), step)])
+    says = f"step {step} .batch {step} of epoch 0.: loss and gradient were finite, the optimizer's step was not: " \
+           "encoder.0.weight holds .*one of .*Weights and optimizer are lost"
+    with pytest.raises(FloatingPointError, match=says): learn.fit(2)
+    assert guard.last.where == "optimizer" and not guard.skipped
+
+
+@pytest.mark.parametrize("opt, name", [("adam", "sqr_avg"), ("torch", "exp_avg_sq")])
+def test_averages_of_the_optimizer_that_overflow_are_named(make_dls, opt, name):
+    def enlarge(learn): learn.model.projector[0].weight.grad.fill_(1e30)
+    learn = make(make_dls, NonFiniteGuard(), [DoAt("before_step", enlarge, 1)], opt=opt)
+    says = f"optimizer's step was not: {name} of projector.0.weight holds .* inf, one of 1 such"
+    with pytest.raises(FloatingPointError, match=says): learn.fit(1)
+
+
+def test_skipped_batches_are_in_the_state_of_a_run():
+    guard, again = NonFiniteGuard("skip"), NonFiniteGuard("skip")
+    guard.in_row, guard.skipped = 2, [BadStep(3, 0, 3, "images", None, "why", ["a.png"], [0])]
+    again.load_state_dict(plain(guard.state_dict()))
+    assert (again.in_row, again.skipped) == (2, guard.skipped) and str(again.skipped[0]) == str(guard.skipped[0])
+
+
 # Skipping
 
 def without_the_second_batch(make_dls, **kwargs):
@@ -377,7 +425,8 @@ def test_a_finite_step_reads_two_numbers(make_dls, monkeypatch):
                     m.setattr(torch.Tensor, name, lambda t, *a, r=read, **k: reads.append(event) or r(t, *a, **k))
                 super().__call__(event)
     make(make_dls, Watched(), n_valid=0).fit(1)
-    assert reads == ["after_loss", "after_backward"]*4
+    in_steps = [event for event in reads if event not in ("before_fit", "after_train")]
+    assert in_steps == ["after_loss", "after_backward"]*4 and reads.count("after_train") == 1
 
 
 def test_without_the_guard_the_loss_raises(make_dls):
@@ -504,14 +553,15 @@ def test_batches_without_a_loader(make_dls):
 
 # Several ranks
 
-def one_rank(rank, on_bad):
+def one_rank(rank, on_bad, exchange):
     items = image_items(128, False)[rank*64:(rank + 1)*64]
     options = dict(bs=16, device="cpu", num_workers=0, shuffle=False, drop_last=True)
     dls = DataLoaders.from_dsets(items, items[:16], **options)
     guard = NonFiniteGuard(on_bad)
     cbs = [BarlowTwins(pipelines(), loss=BarlowTwinsLoss(check_finite=False)), guard]
-    cbs[0].exchange = "none"   # a loss for each part: a bad image in one rank leaves the others finite
+    cbs[0].exchange = exchange   # if "none" a loss for each part: a bad image in one rank leaves the others finite
     if rank: cbs.append(DoToImages(spoil_images, 1))
+    if exchange is None: cbs.append(GlobalBatch())   # statistics and loss of both ranks: all are NaN
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(small_model())
     learn = quiet(Learner(dls, model, cbs=cbs, opt_func=OPTS["momentum"], lr=1e-2))
@@ -521,14 +571,16 @@ def one_rank(rank, on_bad):
         try: learn.fit(1)
         except FloatingPointError as e: said = str(e)
     weights = [p.detach().numpy() for p in learn.model.parameters()]
-    return dict(said=said, where=guard.last.where, skipped=len(guard.skipped), weights=weights)
+    return dict(said=said, last=guard.last, skipped=len(guard.skipped), weights=weights)
 
 
-@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+@pytest.mark.parametrize("on_bad, exchange", [("stop", "none"), ("skip", "none"), ("skip", None)])
 @pytest.mark.skipif(not torch.distributed.is_available() or not hasattr(os, "fork"), reason="processes are forked")
-def test_ranks_agree(on_bad):
-    a, b = run_ranks(partial(one_rank, on_bad=on_bad))
-    assert (a["where"], b["where"]) == ("elsewhere", "images")
+def test_ranks_agree(on_bad, exchange):
+    "And the one whose image is bad is named in both"
+    a, b = run_ranks(partial(one_rank, on_bad=on_bad, exchange=exchange))
+    assert (a["last"].where, b["last"].where) == ("elsewhere", "images")
+    assert "in rank 1 the images hold 2 NaN" in str(a["last"]) and "Image: image 21 (row 5)" in str(a["last"])
     assert (a["skipped"], b["skipped"]) == ((1, 1) if on_bad == "skip" else (0, 0))
     assert ("step 1" in a["said"]) == ("step 1" in b["said"]) == (on_bad == "stop")
     for p, q in zip(a["weights"], b["weights"]):

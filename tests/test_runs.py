@@ -1,4 +1,5 @@
 "Runs: the commands of the README on small images; settings, evaluation, export"
+import errno
 import json
 import os
 import re
@@ -11,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from callbacks import DoAt
 from PIL import Image
 from torch import nn
 
+from self_supervised_bt import runs
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.folders import labelled_dls
 from self_supervised_bt.layers import create_encoder
@@ -22,6 +25,43 @@ from self_supervised_bt.weights import export_timm, load_encoder, save_encoder
 
 root = Path(__file__).parents[1]
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
+
+
+def make_folder(home, n=40):
+    "Small pictures in two class folders"
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        f = home/("dark" if i % 2 else "light")/f"{i:02}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((4, 4, 1))) + (0 if i % 2 else 127)
+        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    return home
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder of images, a run on them, and its results; a fifth of the images is held out"
+    home = tmp_path_factory.mktemp("trained")
+    make_folder(home/"images")
+    return home, pretrain(home/"images", "cifar", home/"run", valid_pct=.2, **SMALL)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    "A copy of the run"
+    return shutil.copytree(trained[0]/"run", tmp_path/"run")
+
+
+@pytest.fixture
+def unfinished(run):
+    "A copy of the run as it was after the last epoch, before its results were written"
+    for name in ("encoder.safetensors", "results.json"): (run/name).unlink()
+    return run
+
+
+def contents(folder):
+    "The files of a folder, and when they were written"
+    return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file()}
 
 
 def environment():
@@ -50,20 +90,167 @@ def test_commands_of_the_readme(folder):
 
 # Settings
 
-def test_run_resumes_from_its_folder_and_other_settings_raise(folder, tmp_path):
-    other_images = shutil.copytree(folder, tmp_path/"other_images", ignore=shutil.ignore_patterns("01.png"))
-    first = pretrain(folder, "cifar", tmp_path/"run", valid_pct=.2, **SMALL)
-    again = pretrain(out=tmp_path/"run", resume=True, num_workers=0)
-    assert first == again
-    pretrain(folder, "cifar", tmp_path/"run", resume=True, valid_pct=.2, **SMALL)       # the same settings, given again
+def test_run_resumes_from_its_folder_and_other_settings_raise(trained, run, tmp_path, capsys):
+    home, results = trained
+    before = contents(run)
+    assert pretrain(out=run, resume=True, num_workers=0) == results
+    assert "has ended after 2 epochs: nothing to resume" in capsys.readouterr().out
+    assert pretrain(home/"images", "cifar", run, resume=True, valid_pct=.2, **SMALL) == results   # the same settings
     others = [(dict(recipe="digits"), "recipe='digits'"), (dict(seed=3), r"seed=3 \(was 0\)"),
               (dict(epochs=9), r"epochs=9 \(was 2\)"), (dict(valid_pct=.1), r"valid_pct=0.1 \(was 0.2\)"),
-              (dict(data=other_images), "data=")]
+              (dict(data=make_folder(tmp_path/"others", 44)), "data=")]
     for other, message in others:
-        with pytest.raises(ValueError, match=message): pretrain(out=tmp_path/"run", resume=True, **other)
-    with pytest.raises(ValueError, match="holds a run"): pretrain(folder, "cifar", tmp_path/"run", **SMALL)
+        with pytest.raises(ValueError, match=message): pretrain(out=run, resume=True, **other)
+    with pytest.raises(ValueError, match="holds a run"): pretrain(home/"images", "cifar", run, **SMALL)
     with pytest.raises(ValueError, match="data is missing"): pretrain(out=tmp_path/"none", resume=True)
-    with pytest.raises(ValueError, match="no epoch"): pretrain(folder, out=tmp_path/"other", epoch=3)
+    with pytest.raises(ValueError, match="no epoch"): pretrain(home/"images", out=tmp_path/"other", epoch=3)
+    assert contents(run) == before and not (tmp_path/"other").exists()
+
+
+def test_a_resumed_run_continues_its_clock(trained, unfinished):
+    home, results = trained
+    again = pretrain(out=unfinished, resume=True, num_workers=0)
+    assert again["seconds"] >= .8*results["seconds"] > 0 and again["steps"] == results["steps"]
+    for name in ("encoder.safetensors", "history.csv"):
+        assert (unfinished/name).read_bytes() == (home/"run"/name).read_bytes()
+
+
+def test_a_moved_folder_resumes_and_changed_images_do_not(trained, unfinished, tmp_path):
+    moved = shutil.copytree(trained[0]/"images", tmp_path/"moved/pictures")
+    settings = json.loads((unfinished/"run.json").read_text())
+    (unfinished/"run.json").write_text(json.dumps({**settings, "data": str(tmp_path/"gone")}))
+    with pytest.raises(ValueError, match="no longer a folder: if it was moved, pass its new place"):
+        pretrain(out=unfinished, resume=True)
+    picture = moved/"dark/01.png"
+    pixels = picture.read_bytes()
+    picture.write_bytes(pixels + b" ")
+    with pytest.raises(ValueError, match="does not hold the images of the run"):
+        pretrain(moved, out=unfinished, resume=True, num_workers=0)
+    picture.write_bytes(pixels)
+    assert pretrain(moved, out=unfinished, resume=True, num_workers=0)["data"] == str(moved)
+    assert json.loads((unfinished/"run.json").read_text())["data"] == str(moved)
+
+
+def test_one_process_at_a_time_trains_into_a_folder(trained, tmp_path):
+    out = tmp_path/"run"
+    out.mkdir()
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "f.write('process 7 of tea'); f.flush(); print(flush=True); sys.stdin.read()")
+    command = [sys.executable, "-c", hold, out/".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="in use by process 7 of tea, which trains there"):
+            pretrain(trained[0]/"images", "cifar", out, **SMALL)
+        other.communicate()
+    assert [f.name for f in out.iterdir()] == [".lock"]
+    with runs.run_lock(out): assert f"process {os.getpid()}" in (out/".lock").read_text()
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["results.json", "history.csv", "encoder.safetensors", "best.pt", "run.json"])
+def test_files_of_others_are_not_overwritten(trained, tmp_path, name):
+    (tmp_path/name).write_text('{"mine": 1}')
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=name): pretrain(trained[0]/"images", out=tmp_path, resume=resume, **SMALL)
+    assert (tmp_path/name).read_text() == '{"mine": 1}' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(trained, run):
+    for f in run.glob("*.pt"): f.unlink()
+    before = contents(run)
+    with pytest.raises(ValueError, match="which a new run would overwrite"):
+        pretrain(trained[0]/"images", "cifar", run, **SMALL)
+    assert contents(run) == before
+
+
+# Damaged files
+
+def damaged(file, how):
+    "A file that cannot be read, or holds something else"
+    file.unlink()
+    if how == "folder": file.mkdir()
+    elif how == "pipe": os.mkfifo(file)
+    elif how == "link to itself": file.symlink_to(file)
+    else: file.write_bytes(how)
+
+
+BROKEN_JSON = [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"recipe": {}}', "folder", "pipe", "link to itself"]
+
+
+@pytest.mark.parametrize("how", BROKEN_JSON, ids=lambda how: how if isinstance(how, str) else repr(how[:20]))
+def test_damaged_settings_say_what_to_do(run, how):
+    damaged(run/"run.json", how)
+    with pytest.raises(ValueError, match="run.json is damaged or was edited.*restore the file") as e:
+        pretrain(out=run, resume=True)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", [dict(seed="0"), dict(recipe=7), dict(bad="x"), dict(recipe=dict(bs="x")),
+                                    dict(recipe=dict(lmb="x")), dict(recipe=dict(nothing=1)), dict(half=None)])
+def test_settings_of_the_wrong_type_say_what_to_do(run, change):
+    settings = json.loads((run/"run.json").read_text())
+    (run/"run.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(ValueError, match="run.json is damaged or was edited"): pretrain(out=run, resume=True)
+
+
+@pytest.mark.parametrize("change", [dict(half=True), dict(bad="raise"), dict(seed=1), dict(valid_pct=.3)])
+def test_edited_settings_are_noticed(unfinished, change):
+    settings = json.loads((unfinished/"run.json").read_text())
+    (unfinished/"run.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(ValueError, match="edited|images of the run|images"):
+        pretrain(out=unfinished, resume=True, num_workers=0)
+    assert not (unfinished/"results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "history.csv"])
+def test_a_damaged_result_is_written_again(trained, run, name):
+    before = (run/name).read_bytes()
+    damaged(run/"results.json", b"")
+    damaged(run/name, b"\0")
+    results = pretrain(out=run, resume=True, num_workers=0)
+    assert results == {**trained[1], "seconds": results["seconds"]}
+    if name == "history.csv": assert (run/name).read_bytes() == before
+
+
+# What is written, and when
+
+def do_at(monkeypatch, event, do):
+    "Call `do(learn)` at an event of every run"
+    make = runs.run_learner
+    def with_callback(*args):
+        learn = make(*args)
+        learn.add_cb(DoAt(event, do))
+        return learn
+    monkeypatch.setattr(runs, "run_learner", with_callback)
+
+
+def test_results_are_written_after_every_epoch(trained, tmp_path, monkeypatch):
+    def end(learn):
+        if learn.epoch == 1: raise RuntimeError("ended here")
+    do_at(monkeypatch, "before_epoch", end)
+    with pytest.raises(RuntimeError, match="ended here"):
+        pretrain(trained[0]/"images", "cifar", tmp_path/"run", **SMALL)
+    results = json.loads((tmp_path/"run/results.json").read_text())
+    assert (results["state"], results["epochs"]) == ("running", 1) and results["seconds"] > 0
+    assert len(pd.read_csv(tmp_path/"run/history.csv")) == 1 and trained[1]["state"] == "ended"
+    with pytest.raises(ValueError, match="has not ended, and has no encoder"): evaluate(tmp_path/"run", "anywhere")
+
+
+def test_results_lost_on_a_full_disk_name_the_file_and_can_be_written_later(trained, unfinished, monkeypatch):
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(pd.DataFrame, "to_csv", full)
+        with pytest.raises(OSError, match="history.csv could not be written.*No space left.*resume=True writes"):
+            pretrain(out=unfinished, resume=True, num_workers=0)
+    assert pretrain(out=unfinished, resume=True, num_workers=0)["steps"] == trained[1]["steps"]
+
+
+def test_training_continues_when_the_disk_is_full_for_a_moment(trained, run, monkeypatch):
+    def full(*args): raise OSError("history.csv could not be written")
+    monkeypatch.setattr(runs, "write_results", full)
+    monkeypatch.setattr(runs, "run_results", lambda *args: {})
+    with pytest.warns(UserWarning, match="history.csv could not be written. Training continues"):
+        runs.RunFiles(run, {}).after_epoch()
 
 
 def test_broken_files_are_listed(folder, tmp_path):
@@ -97,14 +284,14 @@ def test_two_ranks_train_one_run(folder, tmp_path):
 
 # Evaluation
 
-def test_evaluate_equals_its_parts(folder, tmp_path):
-    pretrain(folder, "cifar", tmp_path/"run", **SMALL)
-    table = evaluate(tmp_path/"run", folder, ("knn", "linear", "semi-supervised", "transfer"), num_workers=0)
-    encoder = load_encoder(tmp_path/"run/encoder.safetensors")
-    dls = labelled_dls(folder, 32, num_workers=0)
+def test_evaluate_equals_its_parts(run, trained):
+    folder = trained[0]/"images"
+    table = evaluate(run, folder, ("knn", "linear", "semi-supervised", "transfer"), num_workers=0)
+    encoder = load_encoder(run/"encoder.safetensors")
+    dls = labelled_dls(folder, 24, num_workers=0)
     h, y = encode(encoder, dls.train.new(shuffle=False, drop_last=False))
     h_test, y_test = encode(encoder, dls.valid)
-    row = table.loc["pictures"]
+    row = table.loc["images"]
     assert (row["images"], row["test images"], row["classes"]) == (32, 8, 2)
     assert row["kNN (k=20)"] == round(100*float(knn_accuracy(h_test, y_test, h, y, k=20)), 1)
     assert row["linear"] == round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
@@ -123,6 +310,41 @@ def test_evaluate_with_a_folder_of_test_images(folder, tmp_path):
     file = save_encoder(create_encoder("timm/test_resnet", pretrained=False), tmp_path/"e")
     with pytest.raises(ValueError, match="one data set"): evaluate(file, [folder, folder], test=folder)
     with pytest.raises(ValueError, match="protocol must be one of"): evaluate(tmp_path, folder, ("kmeans",))
+
+
+def test_images_seen_in_training_are_counted(trained, run, tmp_path, monkeypatch):
+    "Wherever they lie and whatever they are called; unseen ones are preferred where there are enough"
+    images = shutil.copytree(trained[0]/"images", tmp_path/"copy")
+    for i, f in enumerate(sorted(images.glob("*/*.png"))): f.rename(f.with_name(f"renamed{i}.png"))
+    row = evaluate(run, images, ("knn",), num_workers=0).iloc[0]
+    seen = runs.seen_in_training(run, sorted(images.glob("*/*.png")))
+    assert seen.sum() == 32 and len(seen) == 40
+    assert row["test images"] == 8 and 4 <= row["seen in training"] <= 8
+    monkeypatch.setattr(runs, "ENOUGH", 8)
+    row = evaluate(run, images, ("knn",), num_workers=0).iloc[0]
+    assert (row["test images"], row["seen in training"]) == (8, 0)
+    make_folder(tmp_path/"test", 44)
+    for f in (tmp_path/"test").glob("*/4*.png"): f.write_bytes(f.read_bytes() + b" ")   # four others
+    row = evaluate(run, images, ("knn",), tmp_path/"test", num_workers=0).iloc[0]
+    assert (row["test images"], row["seen in training"]) == (44, 32)
+    (run/"trained_on.npy").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="trained_on.npy cannot be read"):
+        row = evaluate(run, images, ("knn",), tmp_path/"test", num_workers=0).iloc[0]
+    assert row["seen in training"] == "not known"
+
+
+def test_two_folders_of_one_name_give_two_rows(trained, run, tmp_path):
+    for name in "AB": make_folder(tmp_path/name/"train")
+    table = evaluate(run, [tmp_path/"A/train", tmp_path/"B/train", trained[0]/"images"], ("knn",), num_workers=0)
+    assert list(table.index) == ["A/train", "B/train", "images"]
+    runs.save_evaluation(run, table, ("knn",))
+    assert list(json.loads((run/"evaluation.json").read_text())["rows"]) == list(table.index)
+    assert runs.names_of(["x", "x"]) == ["x (1)", "x (2)"] or len(set(runs.names_of(["x", "x"]))) == 2
+
+
+def test_few_labels_are_sampled_several_times(run, trained):
+    table = evaluate(run, trained[0]/"images", ("semi-supervised",), num_workers=0)
+    assert re.fullmatch(r"\d+\.\d ± \d+\.\d", table["10 % of the labels"].iloc[0])
 
 
 # Export
