@@ -138,6 +138,7 @@ def classifier_learner(model,               # a Learner, a `BarlowTwinsModel` or
     if metrics is None: metrics = default_metric(learn.loss_func)
     learn.metrics = L(metrics)
     learn.freeze()
+    net.train()   # the frozen encoder in eval mode, from the first call on
     return learn
 
 # %% ../nbs/31_classifiers.ipynb #11896490
