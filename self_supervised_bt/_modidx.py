@@ -45,6 +45,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations._size_pair': ( 'augmentations.html#_size_pair',
                                                                                                    'self_supervised_bt/augmentations.py'),
+                                                  'self_supervised_bt.augmentations._without_steps_off': ( 'augmentations.html#_without_steps_off',
+                                                                                                           'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations.blur_sigma': ( 'augmentations.html#blur_sigma',
                                                                                                    'self_supervised_bt/augmentations.py'),
                                                   'self_supervised_bt.augmentations.check_pipelines': ( 'augmentations.html#check_pipelines',
