@@ -158,6 +158,7 @@ def _check_angles(rotate_deg, shear_deg):
     if 0 <= rotate_deg <= 180 and 0 <= shear_deg < 90: return
     raise ValueError(f"rotate_deg must be in [0,180] and shear_deg in [0,90), got {rotate_deg!r}, {shear_deg!r}")
 
+# %% ../nbs/11_augmentations.ipynb #efba7bd0
 _OF_SWITCH = {
     "rotate": ("rotate_deg", "rotate_p", "shear_deg"),
     "jitter": ("jitter_s", "jitter_p", "exact_jitter"),
