@@ -256,6 +256,11 @@ VIEW_RECIPES = {
 }
 
 # %% ../nbs/11_augmentations.ipynb #92ed313e
+def _for_switches(view, given):
+    "The settings of a recipe, without those of steps that are switched off"
+    off = [name for switch,names in _OF_SWITCH.items() if given.get(switch, True) is False for name in names]
+    return {k: v for k,v in view.items() if k not in off}
+
 @delegates(get_batch_augs)
 def get_multi_aug_pipelines(n:int,          # number of views
                             size:int|tuple, # height and width of a view, pixels
@@ -265,7 +270,7 @@ def get_multi_aug_pipelines(n:int,          # number of views
     "`n` pipelines of one recipe, each with its own transforms"
     check_positive_int("n", n)
     check_choice("recipe", recipe, VIEW_RECIPES)
-    views = VIEW_RECIPES[recipe]
+    views = [_for_switches(view, kwargs) for view in VIEW_RECIPES[recipe]]
     arguments = [{**views[i % len(views)], **kwargs} for i in range(n)]
     return [Pipeline(get_batch_augs(size, **kw), split_idx=0) for kw in arguments]
 

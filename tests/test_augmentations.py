@@ -284,3 +284,10 @@ def test_numpy_integers_mean_what_pythons_mean():
     dict(blur=False, blur_s=(.1, 2.)), dict(recipe="cifar", blur_p=.5)], ids=str)
 def test_settings_of_a_step_that_is_switched_off_raise(options):
     with pytest.raises(ValueError, match="has no effect with"): get_barlow_twins_aug_pipelines(16, **options)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "cifar", "paper"])
+def test_a_step_of_a_recipe_can_be_switched_off(recipe):
+    for switch in ("rotate", "jitter", "bw", "blur"):
+        views = get_barlow_twins_aug_pipelines(16, recipe, **{switch: False})
+        assert len(views) == 2
