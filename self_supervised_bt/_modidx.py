@@ -693,6 +693,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'self_supervised_bt.doctor._rate_advice': ( 'doctor.html#_rate_advice',
                                                                                        'self_supervised_bt/doctor.py'),
                                            'self_supervised_bt.doctor._refusal': ('doctor.html#_refusal', 'self_supervised_bt/doctor.py'),
+                                           'self_supervised_bt.doctor._share_of_decay': ( 'doctor.html#_share_of_decay',
+                                                                                          'self_supervised_bt/doctor.py'),
                                            'self_supervised_bt.doctor._sorted_by_class': ( 'doctor.html#_sorted_by_class',
                                                                                            'self_supervised_bt/doctor.py'),
                                            'self_supervised_bt.doctor._step': ('doctor.html#_step', 'self_supervised_bt/doctor.py'),

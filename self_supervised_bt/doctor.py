@@ -202,7 +202,8 @@ def _batches(seen, twin, n):
     dl,device = seen.learn.dls.train,next(twin.model.parameters()).device
     if hasattr(dl, "new"): dl = dl.new()
     elif getattr(dl, "batch_sampler", None) is not None:   # PyTorch's
-        with loader_kept(dl): seen.order = [int(i) for idxs in islice(dl.batch_sampler, n) for i in idxs]
+        with loader_kept(dl): order = [i for idxs in islice(dl.batch_sampler, n) for i in idxs]
+        seen.order = order if None not in order else None   # a stream has no indices
     batches = iter(dl)
     while True:
         start = seconds(device)
@@ -255,9 +256,10 @@ class Part(NamedTuple):
     missing:tuple     # names of those of them that the optimizer does not have
     norm:float        # of all
     change:float      # norm of their change in the first step
-    reached:set       # names of those that had a gradient other than 0 in any step
+    reached:set       # names of those that had a gradient in any step
+    moved:set         # names of those whose gradient was not 0 throughout
     @property
-    def unreached(self): return [n for n in self.trained if n not in self.reached]
+    def unreached(self): return [n for n in self.trained if n not in self.reached] if self.moved else self.trained
 
 def _by_part(model):
     "Names and weights by the model's children: encoder, projector, perhaps a predictor"
@@ -270,7 +272,9 @@ def _norm(tensors): return sum(float(t.detach().float().square().sum()) for t in
 def _update(seen, twin):
     "A step of the optimizer; notes which weights had a gradient"
     for name,weights in _by_part(twin.model).items():
-        seen.parts[name].reached.update(n for n,p in weights.items() if p.grad is not None and p.grad.any())
+        reached = [n for n,p in weights.items() if p.grad is not None]
+        seen.parts[name].reached.update(reached)
+        seen.parts[name].moved.update(n for n in reached if weights[n].grad.any())
     twin.opt.step()
 
 def _first_step(seen, twin, bt, z):
@@ -287,15 +291,13 @@ def _first_step(seen, twin, bt, z):
     for name,weights in _by_part(twin.model).items():
         trained = tuple(n for n,p in weights.items() if p.requires_grad)
         missing = tuple(n for n in trained if id(weights[n]) not in held)
-        seen.parts[name] = Part(tuple(weights), trained, missing, _norm(weights.values()), 0., set())
+        seen.parts[name] = Part(tuple(weights), trained, missing, _norm(weights.values()), 0., set(), set())
     without_decay = _step_without_decay(twin, params)
     _update(seen, twin)
     for name,weights in _by_part(twin.model).items():
         change = _norm(p.detach() - before[id(p)] for p in weights.values())
         seen.parts[name] = seen.parts[name]._replace(change=change)
-    if without_decay is None: return
-    rest = _norm(w - before[id(p)] for p,w in zip(params, without_decay))
-    seen.decay = _norm(p.detach() - w for p,w in zip(params, without_decay))/max(rest, 1e-30)
+    seen.decay = 0. if without_decay is None else _share_of_decay(params, before, without_decay)
 
 # %% ../nbs/33_doctor.ipynb #d0c70007
 def _step_without_decay(twin, params):
@@ -306,6 +308,16 @@ def _step_without_decay(twin, params):
     opt.set_hypers(wd=0.)
     opt.step()
     return [p.detach() for p in copies]
+
+def _share_of_decay(params, before, without):
+    "What decay adds to the step of the weight matrices, relative to the rest; where the gradient is not 0"
+    decay,rest = [],[]
+    for p,w in zip(params, without):
+        if p.ndim < 2 or p.grad is None: continue
+        trained = p.grad != 0   # Adam makes a whole step of any decay where there is nothing else
+        decay.append((p.detach() - w)*trained)
+        rest.append((w - before[id(p)])*trained)
+    return _norm(decay)/max(_norm(rest), 1e-30)
 
 # %% ../nbs/33_doctor.ipynb #88012003
 def _rate(seen): return " and ".join(f"{lr:g}" for lr in dict.fromkeys(seen.rates))
@@ -542,7 +554,7 @@ def check_history(s):
                       "a shortcut")
         break
     ranks = column(s.learn, "effective_rank_z")
-    if len(ranks) < 2 or ranks[-1] >= max(ranks)/10: return
+    if len(ranks) < 2 or ranks[-1] >= min(4, max(ranks)/4): return
     yield Finding("rank falls", f"the effective rank of the embedding fell from {max(ranks):.3g} to {ranks[-1]:.3g}",
                   "use a larger lmb and a lower learning rate: a loss that falls by collapse teaches nothing")
 
@@ -601,6 +613,7 @@ def other_rate(s:Observations
 def check_training(s):
     "Are learning rate and weight decay far off?"
     seen,advice = _step_in_words(s),_rate_advice(s)
+    if not any(set(p.moved) - {*p.missing} for p in s.parts.values()): return   # another finding says why
     rates = [(s.weight_change, seen)]
     if other_rate(s) and max(s.rates):
         change = s.weight_change*other_rate(s)/max(s.rates)
