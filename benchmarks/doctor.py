@@ -3,7 +3,7 @@
     python benchmarks/doctor.py                         # digits, and images made on the spot
     python benchmarks/doctor.py path/to/cifar10-train   # photographs, too: a folder with one folder per class
 
-Every sick set-up (those of tests/test_doctor.py, and three real runs) has one fault that a fit does not report, or
+Every sick set-up (those of tests/test_doctor.py, and two real runs) has one fault that a fit does not report, or
 reports late. It counts as named if the finding that fits is among those of `diagnose`. A healthy set-up counts as clean
 if there is no finding. All are small: widths of 32 to 256.
 """
@@ -37,7 +37,6 @@ from self_supervised_bt.losses import VARIANTS, variant_loss  # noqa: E402
 from self_supervised_bt.mixed import MixedBarlowTwins  # noqa: E402
 from self_supervised_bt.recipes import bt_learner, get_recipe  # noqa: E402
 from self_supervised_bt.training import Autocast  # noqa: E402
-
 
 # images
 
@@ -155,8 +154,7 @@ HEALTHY = {
     "digits, mixed": lambda: of(settings=MIXED),
     "digits, mixed, target of the script": lambda: plain(MixedBarlowTwins(views(), target="script")),
     "digits, a dimension 5,000 times larger": large_dimension,
-    "digits, bfloat16": lambda: of(cbs=[Autocast()], fit=2),
-    "digits, 64-bit weights": lambda: plain(model=small_model().double()) if False else of(),
+    "digits, bfloat16": lambda: of(size=32, cbs=[Autocast()], fit=2),
     **{f"digits, {name}": partial(lambda name: of(loss=variant_loss(name)), name)
        for name in VARIANTS if name not in ("baseline", "invariance only")},
     "digits, cross-entropy, 5 epochs": lambda: of(loss=variant_loss("cross-entropy"), fit=5),
@@ -200,7 +198,7 @@ HEALTHY = {
 def photographs(folder):
     "Healthy set-ups on photographs, two images of each class per batch or more"
     x = class_folders(folder, 64, 1)[0]
-    files = partial(photos, x, "cifar")
+    def files(recipe="cifar", **kwargs): return photos(x, recipe, **kwargs)
     return {
         "photographs": files,
         "photographs, paper": partial(files, recipe="paper"),
@@ -217,34 +215,33 @@ def photographs(folder):
     }
 
 
-# three real runs that went wrong
+# two real runs that went wrong
 
 def shortcut():
     "A pattern that is in both views of an image: the loss falls, and what was learned of digits is lost"
     x, y = digits_images()
-    first = of(x[500:], bs=64, fit=8)
-    pattern = torch.rand(len(x) - 500, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    mixed = .15*x[500:]/255 + .85*pattern
-    learn = of(mixed, views=views(stats=statistics(mixed)), cbs=[OnlineEvaluation((x[:500], y[:500]), probe=False)])
+    first = of(x[500:], fit=8)
+    g = torch.Generator().manual_seed(0)
+    pattern = torch.rand(len(x) - 500, 1, 2, 2, generator=g).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    mixed = (.15*x[500:] + .85*255*pattern).to(torch.uint8)
+    learn = of(mixed, cbs=[OnlineEvaluation((x[:500], y[:500]), probe=False)])
     learn.model.load_state_dict(first.model.state_dict())
-    learn.fit_recipe(5)
+    learn.fit_recipe(6)
     return learn
 
 
 def no_redundancy():
-    learn = of(lmb=0., fit=10, cbs=[Diagnostics()])
-    return learn
+    return of(lmb=0., fit=10, cbs=[Diagnostics()])
 
 
 REAL = {
     "a run that learns a shortcut": ("accuracy falls", shortcut),
     "a run without a redundancy term": ("rank falls", no_redundancy),
-    "the same, by its embedding": ("dimensional collapse", no_redundancy),
 }
 
 
 def findings(make):
-    "What is found, and the first words of it"
+    "What is found in a set-up"
     set_seed(0)
     found = diagnose(make())
     return found.findings

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.learner import Learner, defaults
+from fastai.learner import Learner
+from fastai.learner import defaults as fastai_defaults
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor
@@ -423,11 +424,11 @@ def check_pixels(s):
     means,stds = (", ".join(f"{v:.2f}" for v in values) for values in (mean, std))
     seen = f"the pixels of the views have mean {means} and standard deviation {stds}"
     if blank > max(1, .1*len(x)):
-        yield Finding("blank images", f"{blank} of {len(x)} images have one colour throughout, near {float(x.mean()):.2f}",
-                      "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
+        yield Finding("blank images", f"{blank} of {len(x)} images have one colour throughout, all pixels are near "
+                      f"{float(x.mean()):.2f}", "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
     elif widths[0] > 2 or s.warned:
-        yield Finding("normalised twice", "; ".join([seen, *s.warned]), "normalise once: take Normalize out of the dls, "
-                      "and give the statistics of the data set to the pipelines alone")
+        yield Finding("normalised twice", "; ".join([seen, *s.warned]), "normalise once: take Normalize out of the "
+                      "dls, and give the statistics of the data set to the pipelines alone")
     elif offset > 1.5 and widths[1] < .5:
         yield Finding("not normalised", seen, "give the statistics of the data set to the pipelines: "
                       "get_barlow_twins_aug_pipelines(size, stats=(mean, std))")
@@ -599,14 +600,14 @@ def _step_in_words(s):
             "(1e-3 to 1e-1 is usual)")
 
 def _rate_advice(s):
-    lr = max(s.rates)
-    return f"try about {lr*.02/s.weight_change:.0e}, or learn.lr_find()" if lr and s.weight_change else "learn.lr_find()"
+    if not s.weight_change: return "find a learning rate with learn.lr_find()"
+    return f"try about {max(s.rates)*.02/s.weight_change:.0e}, or learn.lr_find()"
 
 def other_rate(s:Observations
               )->float: # `None` if there is no other
     "The learning rate that was given to the Learner, if the recipe's was tried"
     lr = s.learn.lr
-    if isinstance(lr, slice) or getattr(s.learn, "recipe", None) is None or lr == defaults.lr: return None
+    if isinstance(lr, slice) or getattr(s.learn, "recipe", None) is None or lr == fastai_defaults.lr: return None
     return float(np.max(lr))
 
 @register_check
@@ -623,9 +624,8 @@ def check_training(s):
         if change > 1: yield Finding("learning rate too high", words, advice)
         elif change < 1e-5: yield Finding("learning rate too low", words, advice)
     if s.decay > 1:
-        wd = s.wd
-        yield Finding("weight decay too high", f"the weight decay {wd:g} changes the weights {s.decay:.1f} times as far "
-                      "as the gradient", "use 1e-6 to 0.1: the weights shrink to 0 otherwise")
+        yield Finding("weight decay too high", f"the weight decay {s.wd:g} changes the weights {s.decay:.1f} times as "
+                      "far as the gradient", "use 1e-6 to 0.1: the weights shrink to 0 otherwise")
 
 @register_check
 def check_loader(s):
@@ -682,7 +682,8 @@ def _facts(s):
 
 def _loss_in_words(s):
     "The loss, and where it lies between the losses to expect"
-    if s.pair_loss is None: return f"{s.losses[0]:.4g} (not the loss of Barlow Twins: there is no value to compare it with)"
+    if s.pair_loss is None:
+        return f"{s.losses[0]:.4g} (not the loss of Barlow Twins: there is no value to compare it with)"
     independent,identical = (pair_loss(s.bt).scale*v for v in expected_losses(*s.zs[0].shape, s.bt.lmb))
     if s.pair_loss <= identical: meaning = "as low as for identical views"
     elif s.pair_loss < independent: meaning = "the views agree in part"

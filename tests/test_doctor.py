@@ -8,7 +8,7 @@ import torch
 from conftest import image_items, quiet, small_model
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.optimizer import SGD, OptimWrapper
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import TensorImage
 from fasttransform import Pipeline, Transform
 from torch import nn
@@ -18,14 +18,13 @@ from self_supervised_bt import doctor
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from self_supervised_bt.data import digits_images, tensor_dls
-from self_supervised_bt.diagnostics import Diagnostics, expected_losses
+from self_supervised_bt.diagnostics import Diagnostics
 from self_supervised_bt.doctor import CHECKS, Finding, diagnose, positive_pairs_closer, register_check
 from self_supervised_bt.evaluation import OnlineEvaluation
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.losses import VARIANTS, variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import bt_learner, get_recipe
-from self_supervised_bt.training import LARS, Autocast
 
 
 def learner(x=None, augs=None, bs=64, width=64, encoder="timm/test_resnet", **kwargs):
@@ -70,7 +69,35 @@ def mixed():
     return Learner(dls, small_model(width=32), cbs=[MixedBarlowTwins(get_barlow_twins_aug_pipelines(16, "digits"))])
 
 
+def low_contrast(contrast=.02):
+    "The photographs, faded, with statistics of their own"
+    x = .5 + contrast*(photographs() - .5)
+    augs = get_barlow_twins_aug_pipelines(32, "cifar", stats=(x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).tolist()))
+    dls = tensor_dls(x, bs=64, valid_pct=0, device="cpu")
+    return bt_learner(dls, "timm/test_resnet", 32, augs, small_stem=False, hidden_size=64, projection_size=64)
+
+
+def large_dimension():
+    def enlarge(model):
+        for p in model.projector[-1].parameters(): p[0] *= 5000
+    return with_weights(enlarge)
+
+
+def predictor():
+    encoder = create_encoder("timm/test_resnet", n_in=1, pretrained=False, size=16)
+    dls = tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu")
+    return Learner(dls, create_barlow_twins_model(encoder, 32, 32, predictor=True), cbs=[BarlowTwins(augs())])
+
+
 HEALTHY = {
+    "low contrast, statistics of its own": low_contrast,
+    "a dimension 5,000 times larger": large_dimension,
+    "a predictor": predictor,
+    "kornia's views": lambda: learner(augs=augs(backend="kornia")),
+    "PyTorch's loaders": lambda: plain_learner(torch_dls(*labelled(), shuffle=True)),
+    "adam with a decay of 1e-6": lambda: with_settings(opt="adam", wd=1e-6),
+    "lars": lambda: with_settings(opt="lars", lr=.2, lr_bias=.0048, wd=1e-6),
+    "kNN that rises": lambda: falling(.7, .8, .9, .88, .91, .9),
     "digits": learner,
     "digits, trained": trained,
     "photographs": photo_learner,
@@ -212,7 +239,7 @@ def freeze(part):
     return change
 
 
-def with_splitter(splitter): return learner(splitter=splitter)
+def with_splitter(part): return learner(splitter=lambda model: [*getattr(model, part).parameters()])
 
 
 def other_model():
@@ -343,13 +370,13 @@ FAULTY = {
     "half of the encoder detached": ("no gradient", lambda: with_model(detach_half)),
     "projector detached in the model": ("no gradient", lambda: with_model(detach("projector", Skipped))),
     "model detached": ("no gradient", lambda: with_model(detach("projector"))),
-    "splitter without the encoder": ("not in the optimizer", lambda: with_splitter(lambda m: [*m.projector.parameters()])),
-    "splitter without the projector": ("not in the optimizer", lambda: with_splitter(lambda m: [*m.encoder.parameters()])),
+    "splitter without the encoder": ("not in the optimizer", lambda: with_splitter("projector")),
+    "splitter without the projector": ("not in the optimizer", lambda: with_splitter("encoder")),
     "optimizer of another model": ("not in the optimizer", other_model),
     "two callbacks that make views": ("refused", two_callbacks),
     "mixed, with a predictor": ("refused", mixed_with_predictor),
     "a last batch of one image": ("refused", lambda: plain_learner(DataLoaders(
-        DataLoader(TensorDataset(labelled()[0][:65]), 64, shuffle=True), DataLoader(TensorDataset(labelled()[0])))) ),
+        DataLoader(TensorDataset(labelled()[0][:65]), 64, shuffle=True), DataLoader(TensorDataset(labelled()[0]))))),
     "loader too slow": ("loader too slow", slow_dls),
     "other channels": ("error", wrong_channels),
     "files that cannot be loaded": ("error", fails_to_load),
@@ -364,7 +391,7 @@ def test_every_sick_set_up_is_named(name):
     found = diagnose(make())
     assert finding in found, found
     assert all(f.advice for f in found.findings) and "! " + finding in repr(found)
-    if finding not in WITH_OTHERS: assert len(found.findings) == 1, found
+    if finding not in WITH_OTHERS: assert {f.name for f in found.findings} == {finding}, found
 
 
 @pytest.mark.parametrize("make,words", [
@@ -435,6 +462,58 @@ def test_thumbnails_of_positive_pairs_are_closer():
     assert positive_pairs_closer(x, x) == 1.
     assert abs(positive_pairs_closer(x, other) - .5) < .06
     assert positive_pairs_closer(x, torch.zeros_like(x)) == .5   # equal distances say nothing
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("baseline", "invariance only", "stop-gradient")])
+def test_a_variant_of_the_loss_is_not_measured_by_barlow_twins_yardstick(name):
+    found = diagnose(learner(loss=variant_loss(name)))
+    assert found.ok, found
+    assert "there is no value to compare it with" in found.facts["loss"] and "identical" not in found.facts["loss"]
+
+
+def test_what_fit_refuses_is_said_in_its_words():
+    learn = two_callbacks()
+    with pytest.raises(ValueError) as e: quiet(learn).fit(1)
+    assert str(e.value).strip().splitlines()[-1].split("\t")[-1] in diagnose(two_callbacks()).findings[0].seen
+
+
+def test_the_rates_are_those_of_the_recipe():
+    assert "at learning rate 0.02;" in diagnose(learner(recipe="digits")).facts["step"]
+    lars = learner(recipe=get_recipe("paper", lr=.8))   # 64 images per batch: a quarter of the rate for 256
+    assert "at learning rate 0.2 and 0.0012;" in diagnose(lars).facts["step"]
+
+
+def test_classes_per_batch_are_said():
+    seen = diagnose(not_shuffled("torch")).findings[0].seen
+    assert "in the order of the data: 1.6 class(es) per batch, of 5 in these 5 batches" in seen
+
+
+def test_the_time_of_a_step_ends_when_the_device_has_done_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
+    assert doctor.seconds(torch.device("cpu")) <= doctor.seconds(torch.device("cuda")) and len(calls) == 1
+    ends = []
+    monkeypatch.setattr(doctor, "seconds", lambda device: ends.append(device) or time.perf_counter())
+    diagnose(learner(), batches=2)
+    assert len(ends) >= 2*2 + 2*2   # both ends of loading and of training, for two batches
+
+
+def test_an_optimizer_given_as_an_object_stays_as_it_was():
+    dls = tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu")
+    model = small_model()
+    opt = OptimWrapper(model.parameters(), opt=torch.optim.SGD)
+    learn = Learner(dls, model, cbs=[BarlowTwins(augs())], opt_func=opt, lr=.01)
+    before = [p.clone() for p in model.parameters()]
+    assert diagnose(learn).ok and learn.opt_func is opt
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_loader_of_pytorch_gives_the_same_batches_afterwards():
+    learn = plain_learner(torch_dls(*labelled(), shuffle=True, generator=torch.Generator()))
+    learn.dls.train.generator.manual_seed(3)
+    state = learn.dls.train.generator.get_state()
+    diagnose(learn)
+    assert torch.equal(state, learn.dls.train.generator.get_state())
 
 
 def test_a_loss_without_lambda_and_three_views():
