@@ -410,8 +410,7 @@ class Checkpoints(Callback):
     "Save the whole state of a run, and resume it"
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
-    in_fit,stepped,stopped,handlers,protected = False,False,False,(),()
-    said = False   # that a checkpoint could not be written
+    in_fit,stepped,stopped,said,handlers,protected = False,False,False,False,(),()
     seconds_before,started,ended = 0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
     exit_status = {}              # of the process after a signal, 75 for those not named

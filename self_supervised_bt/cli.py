@@ -17,6 +17,7 @@ import warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from unittest import mock
 
 from fastcore.script import call_parse
 
@@ -42,15 +43,11 @@ def one_line_errors(f:callable # command
             raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
 
-@contextmanager
 def plain_warnings(options:set # names of the command's parameters
-                  ):
+                  ):           # a context
     "Inside, a warning is one line without a place in the source"
-    before = warnings.formatwarning
     def one_line(message, *_, **__): return f"Warning: {in_shell(' '.join(str(message).split()), options)}\n"
-    warnings.formatwarning = one_line
-    try: yield
-    finally: warnings.formatwarning = before
+    return mock.patch.object(warnings, "formatwarning", one_line)
 
 def own_message(e:Exception # raised by a command
                )->str:

@@ -142,6 +142,7 @@ def _saying_disk_is_full(folder):
         if isinstance(e, OSError) or not _is_write_error(e) or shutil.disk_usage(folder).free > 2**20: raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
+# %% ../nbs/00_core.ipynb #6509a1bb
 @contextmanager
 def whole_file(path:str|Path # file to write; its folder is made if needed
               ):             # yields the path to write to; raises `OSError`

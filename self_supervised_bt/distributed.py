@@ -74,6 +74,7 @@ def _read_slurm(env):
     for name,slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         if slurm in env: env[name] = env[slurm]
 
+# %% ../nbs/24_distributed.ipynb #2d74020f
 def end_with_launcher(every:float=2. # seconds between looks
                      )->threading.Thread: # that looks; only one is started
     "Send SIGTERM to this rank when its launcher is gone"

@@ -28,6 +28,8 @@ PROGRAM = Path(sys.executable).with_name("bt_pretrain")
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)
 LIMIT = 150   # seconds
+# torchrun's own last words
+LAUNCHER = re.compile(r"^Traceback.*\n(?: .*\n)+torch\.distributed\.elastic.*\n(?:.*\n)*", re.M) 
 
 
 def make_images(folder, n=80):
@@ -51,7 +53,7 @@ class Ended(NamedTuple):
     def said(self):
         "The lines below the table of epochs, without those of torchrun"
         table = re.compile(r"^ +(epoch|\d+/\d+) .*|^[WEI]\d{4} .*|^ *$|^\*+$|^Setting OMP|^\[rank\d\]:\[W.*")
-        return [line for line in self.text.splitlines() if not table.match(line)]
+        return [line for line in LAUNCHER.sub("", self.text).splitlines() if not table.match(line)]
 
 
 def start(command, cwd):
@@ -146,7 +148,8 @@ def judged(name, first, whole, cwd, prefix, command, status, most=2):
     again = run([*prefix, PROGRAM, *options] if options else command, cwd)
     same = outcome(cwd) == whole
     how = "resumed" if options else "started again"
-    quiet = "Traceback" not in "\n".join(first.said) and 1 <= len(first.said) <= most
+    silent = prefix and not first.files   # torchrun had started no rank that could say anything
+    quiet = "Traceback" not in "\n".join(first.said) and (silent or 1 <= len(first.said) <= most)
     clean = not [f for f in first.files if f.startswith(".")]
     result = f"{how}: {'same bytes' if same else f'DIFFERENT, exit {again.status}: ' + again.text[-800:]}"
     if not clean: result += "; hidden files left"
