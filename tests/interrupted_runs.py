@@ -29,7 +29,7 @@ RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc
 STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)
 LIMIT = 150   # seconds
 # torchrun's own last words
-LAUNCHER = re.compile(r"^Traceback.*\n(?: .*\n)+torch\.distributed\.elastic.*\n(?:.*\n)*", re.M) 
+LAUNCHER = re.compile(r"^Traceback.*\n(?: .*\n)+torch\.distributed\.elastic.*\n(?:.*\n)*", re.M)
 
 
 def make_images(folder, n=80):
