@@ -425,7 +425,8 @@ def check_pixels(s):
     seen = f"the pixels of the views have mean {means} and standard deviation {stds}"
     if blank > max(1, .1*len(x)):
         yield Finding("blank images", f"{blank} of {len(x)} images have one colour throughout, all pixels are near "
-                      f"{float(x.mean()):.2f}", "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
+                      f"{float(x.mean()):.2f}",
+                      "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
     elif widths[0] > 2 or s.warned:
         yield Finding("normalised twice", "; ".join([seen, *s.warned]), "normalise once: take Normalize out of the "
                       "dls, and give the statistics of the data set to the pipelines alone")
