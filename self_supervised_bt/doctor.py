@@ -270,6 +270,7 @@ def _by_part(model):
 
 def _norm(tensors): return sum(float(t.detach().float().square().sum()) for t in tensors)**.5
 
+# %% ../nbs/33_doctor.ipynb #d0c7000e
 def _update(seen, twin):
     "A step of the optimizer; notes which weights had a gradient"
     for name,weights in _by_part(twin.model).items():
