@@ -629,6 +629,7 @@ def check_training(s):
         yield Finding("weight decay too high", f"the weight decay {s.wd:g} changes the weights {s.decay:.1f} times as "
                       "far as the gradient", "use 1e-6 to 0.1: the weights shrink to 0 otherwise")
 
+# %% ../nbs/33_doctor.ipynb #d0c7000f
 @register_check
 def check_loader(s):
     "Does training wait for images?"
