@@ -1312,6 +1312,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'self_supervised_bt.layers._height_width': ( 'layers.html#_height_width',
                                                                                         'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers._is_name': ('layers.html#_is_name', 'self_supervised_bt/layers.py'),
+                                           'self_supervised_bt.layers._patch_size': ( 'layers.html#_patch_size',
+                                                                                      'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers._pool_layer': ( 'layers.html#_pool_layer',
                                                                                       'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers._pooling_type': ( 'layers.html#_pooling_type',

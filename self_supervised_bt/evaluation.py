@@ -163,7 +163,7 @@ def torch_in_order(dl, dataset): # PyTorch's loader; the images it reads
     random = [type(t).__name__ for t in transforms_in(dl) if AUGMENTS.match(f"{type(t).__module__}.{type(t).__name__}")]
     if random: warnings.warn(f"the dataset augments its images at random ({', '.join(random)}), which cannot be "
                              "switched off from here: pass a loader of a dataset without these transforms")
-    return loaders.DataLoader(dataset, batch_size=batch_size_of(dl), num_workers=dl.num_workers, collate_fn=dl.collate_fn,
+    return loaders.DataLoader(dataset, batch_size_of(dl), num_workers=dl.num_workers, collate_fn=dl.collate_fn,
                               pin_memory=dl.pin_memory, timeout=dl.timeout, worker_init_fn=dl.worker_init_fn,
                               generator=torch.Generator())   # so that no generator of the user's is used
 
@@ -273,14 +273,14 @@ class BatchEncoder:
         except RuntimeError as e:
             n_in,channels = encoder_channels(self.encoder),x.shape[1]
             if n_in in (None, channels): raise
-            raise ValueError(f"the encoder takes images of {n_in} channel(s), and these have {channels}: read them with "
-                             f"n_in={n_in}, or train an encoder for them") from e
+            raise ValueError(f"the encoder takes images of {n_in} channel(s), and these have {channels}: read them "
+                             f"with n_in={n_in}, or train an encoder for them") from e
 
     def warn_of_bytes(self, x): # once
         if self.said or x.min() < 0 or x.max() < 16: return
         self.said = True
-        warnings.warn(f"the images have values up to {float(x.max()):.0f}, and the encoder does not say what it expects: "
-                      "divide by 255 if it was trained on [0,1]")
+        warnings.warn(f"the images have values up to {float(x.max()):.0f}, and the encoder does not say what it "
+                      "expects: divide by 255 if it was trained on [0,1]")
 
 # %% ../nbs/30_evaluation.ipynb #4ef28547
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder

@@ -652,9 +652,9 @@ def test_values_up_to_255_are_said_where_the_encoder_does_not_say_what_it_expect
         for images in (x, x.mul(255).byte(), 3*x - 1.5, 60*(x - .5)): encode(nn.Flatten(), images)
 
 
-@pytest.mark.parametrize("data, words", [((torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)), r"data\[1\] must be labels"),
-                                         ([1, 2], "got a list of int"), ({1, 2}, "images must be a tensor"),
-                                         (((),), "no images")])
+@pytest.mark.parametrize("data, words", [
+    ((torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)), r"data\[1\] must be labels"), ([1, 2], "got a list of int"),
+    ({1, 2}, "images must be a tensor"), (((),), "no images")])
 def test_what_is_no_image_is_refused_in_words(data, words):
     with pytest.raises(ValueError, match=words): encode(nn.Flatten(), data)
 
