@@ -322,6 +322,7 @@ def same_representations(encoder:nn.Module, # from `create_encoder`
                         )->bool:
     "Do two models give the same representations of random images?"
     size = _input_of(encoder).get("size", (64, 64))
+    size = [min(pixels, 384) for pixels in size]   # larger ones show nothing more, and need memory
     device = next(encoder.parameters()).device
     with undisturbed(encoder):
         x = torch.rand(2, encoder.created_by["n_in"], *size)

@@ -194,6 +194,16 @@ def test_group_norm_as_an_argument_is_saved_and_read_with_encoder(tmp_path):
     assert same(load_encoder(file, make()), encoder)
 
 
+def test_a_size_in_a_file_takes_no_memory(good, tmp_path, monkeypatch):
+    "4,096 x 4,096 pixels would make the test run of an export gigabytes large"
+    changed = changed_file(good, tmp_path/"e.safetensors", json.dumps(dict(created_by=CALL, input=dict(size=[4096]*2))))
+    encoder = load_encoder(changed)
+    sizes = []
+    encoder.conv1.register_forward_pre_hook(lambda m, x: sizes.append(x[0].shape[-1]))
+    export_timm(encoder, tmp_path/"timm.safetensors")
+    assert sizes and max(sizes) <= 512
+
+
 def test_a_vit_that_pools_its_own_way_is_exported(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
