@@ -93,7 +93,7 @@ from .losses import cross_correlation
 from .recipes import Recipe, bt_learner, get_recipe
 from .reports import report, table_verdict
 from .training import Autocast
-from .weights import export_timm, load_encoder, save_encoder
+from .weights import check_undamaged, export_timm, load_encoder, save_encoder
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -386,8 +386,11 @@ def begin_run(out:Path,        # folder of the run
 def has_ended(out:Path # folder of a run
              )->bool:
     "Are the results of a whole run there?"
-    try: return read_json(out/"results.json").get("state") == "ended" and (out/"encoder.safetensors").is_file()
+    try:
+        if read_json(out/"results.json").get("state") != "ended": return False
+        check_undamaged(out/"encoder.safetensors")
     except ValueError: return False
+    return True
 
 def ended_results(out:Path # folder of a run that has ended
                  )->dict:  # the content of results.json
