@@ -1783,6 +1783,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.runs.ShortRun.name': ('runs.html#shortrun.name', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.as_data': ('runs.html#as_data', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.begin_run': ('runs.html#begin_run', 'self_supervised_bt/runs.py'),
+                                         'self_supervised_bt.runs.check_described_here': ( 'runs.html#check_described_here',
+                                                                                           'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.check_free': ('runs.html#check_free', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.check_workers': ('runs.html#check_workers', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.chunk_digests': ('runs.html#chunk_digests', 'self_supervised_bt/runs.py'),

@@ -313,7 +313,7 @@ def check_plain_architecture(arch:str,    # name of an architecture
     "Raise `ValueError` for a description of an architecture that is not plain data, or points to another place"
     if not isinstance(arch, str) or not re.fullmatch(r"[\w.:/@-]{1,200}", arch, re.ASCII):
         raise ValueError(f"arch must be the name of an architecture, got {arch!r:.80}")
-    if arch.startswith(REMOTE):
+    if any(place in arch for place in REMOTE):   # also after the name of a source, timm/hf-hub:...
         raise ValueError(f"{arch} is described elsewhere, and a description must not reach for it: "
                          f"build it yourself, create_encoder({arch!r}), and pass the encoder")
     if not isinstance(options, dict): raise ValueError(f"arguments of {arch} must be a dict, got {options!r:.80}")
