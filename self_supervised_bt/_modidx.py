@@ -1610,6 +1610,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.has_metrics': ( 'multiview.html#multiview.has_metrics',
                                                                                                       'self_supervised_bt/multiview.py'),
+                                              'self_supervised_bt.multiview.MultiView.in_model_precision': ( 'multiview.html#multiview.in_model_precision',
+                                                                                                             'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.input_images': ( 'multiview.html#multiview.input_images',
                                                                                                        'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.MultiView.lmb': ( 'multiview.html#multiview.lmb',

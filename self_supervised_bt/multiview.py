@@ -68,7 +68,7 @@ class ViewsLoss:
         try:
             loss = cb.loss(z)
             check_loss(loss, cb.named_views(z), True)
-            return loss
+            return loss.to(torch.float32) if loss.dtype == torch.float64 else loss   # as fastai's Recorder averages
         except FloatingPointError as error: return cb.on_nonfinite_loss(z, error)
     def activation(self, z): return z
     def decodes(self, z):
@@ -136,7 +136,7 @@ class MultiView(Callback):
     def before_validate(self): check_set_up(self.learn, self)
     def before_batch(self):
         x = self.input_images()
-        if self.predicting: self.learn.xb = (self.clean(x),)
+        if self.predicting: self.learn.xb = (self.in_model_precision(self.clean(x)),)
         else: self.train_on(x)
     def after_loss(self):
         if self.predicting: return
@@ -239,6 +239,12 @@ def predicting(self:MultiView):
     "Is this `get_preds`?"
     return len(self.learn._grab_cbs(GatherPredsCallback)) > 0
 
+@patch
+def in_model_precision(self:MultiView, x:Tensor)->Tensor: # images or views
+    "In float64 if the model is; of other precisions fastai's MixedPrecision or `Autocast` takes care"
+    weight = next(self.model.parameters(), None)
+    return x if weight is None or weight.dtype != torch.float64 else x.double()
+
 @patch(as_prop=True)
 def has_metrics(self:MultiView):
     "Does the Learner have metrics of the predictions?"
@@ -264,7 +270,8 @@ def train_on(self:MultiView, x:TensorImage):
     if len(shapes) > 1:
         raise ValueError(f"the pipelines make views of different shapes, {' and '.join(map(str, sorted(shapes)))}: "
                          "give all of them one size")
-    self.learn.xb = self.model_input()
+    views,*how = self.model_input()
+    self.learn.xb = (self.in_model_precision(views), *how)
     if len(self.xb) > 1 and isinstance(self.model, nn.DataParallel): self.refuse_data_parallel()
     if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
 
@@ -287,7 +294,8 @@ def refuse_data_parallel(self:MultiView):
 @patch
 def clean_pred(self:MultiView)->Tensor: # (B,D), input of the metrics
     "Embeddings of the batch's un-augmented images"
-    with torch.no_grad(): return to_float(self.model(self.clean(self.images).as_subclass(Tensor)))
+    x = self.in_model_precision(self.clean(self.images).as_subclass(Tensor))
+    with torch.no_grad(): return to_float(self.model(x))
 
 # %% ../nbs/14_multiview.ipynb #3a8b2de9
 def multiview_of(learn:Learner # any Learner

@@ -533,3 +533,14 @@ def test_normalisation_in_the_dls_warns(make_learner, make_dls):
     needs_no_unit_range = get_barlow_twins_aug_pipelines(8, jitter=False, bw=False, stats=None)
     learn.add_cb(BarlowTwins(needs_no_unit_range))
     with pytest.warns(UserWarning, match="take Normalize out"): learn.fit(1)
+
+
+def test_a_model_in_float64_trains_and_predicts(make_dls):
+    "Views are float32, and fastai's Recorder averages float32 losses"
+    augs = get_barlow_twins_aug_pipelines(8, stats=None)
+    learn = quiet(Learner(make_dls(), small_model().double(), cbs=[BarlowTwins(augs)]))
+    weight = learn.model.projector[0].weight
+    before = weight.detach().clone()
+    learn.fit(1, 1e-2)
+    assert weight.dtype == torch.float64 and not torch.equal(weight, before)
+    assert len(learn.get_preds()[0]) == 20 and learn.validate()[0] > 0
