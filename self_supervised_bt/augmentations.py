@@ -158,6 +158,7 @@ def _check_angles(rotate_deg, shear_deg):
     if 0 <= rotate_deg <= 180 and 0 <= shear_deg < 90: return
     raise ValueError(f"rotate_deg must be in [0,180] and shear_deg in [0,90), got {rotate_deg!r}, {shear_deg!r}")
 
+# %% ../nbs/11_augmentations.ipynb #efba7bd0
 _OF_SWITCH = {
     "rotate": ("rotate_deg", "rotate_p", "shear_deg"),
     "jitter": ("jitter_s", "jitter_p", "exact_jitter"),
@@ -173,6 +174,11 @@ def _check_switches(given):
             if given[switch] or given[name] == defaults[name].default: continue
             raise ValueError(f"{name}={given[name]!r} has no effect with {switch}=False (given, or the recipe's): "
                              f"pass {switch}=True as well, or leave {name} out")
+
+def _without_steps_off(view, given):
+    "A view's settings without those of steps that the arguments given switch off"
+    off = [name for switch,names in _OF_SWITCH.items() if not given.get(switch, True) for name in names]
+    return {k: v for k,v in view.items() if k not in off}
 
 # %% ../nbs/11_augmentations.ipynb #50b4ae4a
 def blur_sigma(blur_s:tuple,         # a pair of floats (sigma in pixels) or ints (width at 224 pixels)
@@ -266,7 +272,7 @@ def get_multi_aug_pipelines(n:int,          # number of views
     check_positive_int("n", n)
     check_choice("recipe", recipe, VIEW_RECIPES)
     views = VIEW_RECIPES[recipe]
-    arguments = [{**views[i % len(views)], **kwargs} for i in range(n)]
+    arguments = [{**_without_steps_off(views[i % len(views)], kwargs), **kwargs} for i in range(n)]
     return [Pipeline(get_batch_augs(size, **kw), split_idx=0) for kw in arguments]
 
 # %% ../nbs/11_augmentations.ipynb #2cc0acac

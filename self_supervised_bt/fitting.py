@@ -105,7 +105,8 @@ def images_per_epoch(dl # fastai's loader, or PyTorch's
     "Images that a loader gives in one epoch, on this rank"
     bs,n = batch_size_of(dl),sampled_images(dl)
     if not bs or n is None: return None
-    by = dl if hasattr(dl, "bs") else getattr(dl, "batch_sampler", None) or dl
+    sampler = getattr(dl, "batch_sampler", None)   # asking a sampler without a length for its truth raises
+    by = dl if hasattr(dl, "bs") or sampler is None else sampler
     return n - n % bs if getattr(by, "drop_last", False) else n
 
 # %% ../nbs/03_fitting.ipynb #ed3831aa

@@ -7,7 +7,9 @@ __all__ = ['MultiView']
 
 # %% ../nbs/14_multiview.ipynb #2dd97482
 import inspect
+import sys
 import warnings
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -34,6 +36,7 @@ from .core import check_positive_int, unwrapped
 from self_supervised_bt.fitting import (
     Column,
     add_columns,
+    around_fit,
     batch_size_of,
     images_per_epoch,
     look_at_batch,
@@ -323,6 +326,39 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
     if bs == 1 or n % bs == 1:
         raise ValueError(f"the training dl gives a batch of one image ({n} images, bs={bs}), which has no correlation: "
                          "use drop_last=True or another bs")
+
+# %% ../nbs/14_multiview.ipynb #128c46f3
+@contextmanager
+def _replaced(o, name, value):
+    "An attribute has another value, and its own afterwards"
+    own = getattr(o, name)
+    setattr(o, name, value)
+    try: yield
+    finally: setattr(o, name, own)
+
+def _named(o):
+    "A setting as JSON can hold it: numbers and texts, and the names of other objects"
+    if isinstance(o, (bool, int, float, str, type(None))): return o
+    if isinstance(o, (list, tuple, L)): return [_named(part) for part in o]
+    return getattr(o, "__name__", type(o).__name__)
+
+def _settings(init_args, o):
+    "An object's name and the settings it was made with, or a plain value"
+    made_with = init_args(o) if hasattr(o, "__dict__") else {}
+    return {"_name": _named(o), **{k: _named(v) for k,v in made_with.items()}} if made_with else _named(o)
+
+@around_fit
+@contextmanager
+def logging_of_views(learn):
+    "fastai's loggers in a fit on views: no predicted labels, and settings of any type"
+    with ExitStack() as stack:
+        if multiview_of(learn) is not None:
+            loggers = [cb for cb in learn.cbs if "log_preds" in vars(cb)]
+            for cb in loggers: stack.enter_context(_replaced(cb, "log_preds", False))
+            wandb = sys.modules.get("fastai.callback.wandb")
+            if hasattr(wandb, "init_args"):   # neither in an older fastai, nor needed there
+                stack.enter_context(_replaced(wandb, "_format_config_value", partial(_settings, wandb.init_args)))
+        yield
 
 # %% ../nbs/14_multiview.ipynb #15e29060
 def training_images(dls # `DataLoaders` of fastai's or PyTorch's loaders

@@ -155,7 +155,7 @@ def _steps_of(aug):
 
 def _steps_in(transform):
     "The steps of one transform; a fused one holds several"
-    if not hasattr(transform, "crop"): return [str(getattr(transform, "aug", getattr(transform, "name", transform)))]
+    if not hasattr(transform, "steps"): return [str(getattr(transform, "aug", getattr(transform, "name", transform)))]
     steps = [type(step).__name__.removesuffix("Step") + _values(step) for step in (transform.crop, *transform.steps)]
     return steps + ([] if transform.norm is None else [f"Normalise{_values(transform.norm)}"])
 

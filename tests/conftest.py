@@ -1,5 +1,6 @@
 "Small real inputs, made on the spot"
 import gc
+import signal
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,8 @@ from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_mod
 from self_supervised_bt.data import digits_images
 
 matplotlib.use("Agg")
+# A shell without job control lets its background jobs ignore Ctrl-C, which some tests send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
 
 

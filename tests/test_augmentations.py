@@ -284,3 +284,12 @@ def test_numpy_integers_mean_what_pythons_mean():
     dict(blur=False, blur_s=(.1, 2.)), dict(recipe="cifar", blur_p=.5)], ids=str)
 def test_settings_of_a_step_that_is_switched_off_raise(options):
     with pytest.raises(ValueError, match="has no effect with"): get_barlow_twins_aug_pipelines(16, **options)
+
+
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+def test_any_step_of_a_recipe_can_be_switched_off(recipe):
+    "The recipe's own settings of that step go with it; those given beside it are refused"
+    x = torch.rand(4, 3, 20, 20)
+    for step in ("rotate", "jitter", "bw", "blur"):
+        assert get_barlow_twins_aug_pipelines(16, recipe, **{step: False})[0](x).shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match="blur_p"): get_barlow_twins_aug_pipelines(16, recipe, blur=False, blur_p=.7)

@@ -1,5 +1,7 @@
 "Diagnostics: numbers against their definitions, plots from tensors, columns and figures in their loggers"
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -176,9 +178,10 @@ def test_columns_and_figures_reach_tensorboard(make_learner, tmp_path):
     pytest.importorskip("tensorboard")
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    tensorboard = TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)
+    tensorboard = TensorBoardCallback(tmp_path, trace_model=False)   # log_preds=True
     learn = make_learner(cbs=[Diagnostics(), ImageLogger(every=2), tensorboard])
     learn.fit(4, 1e-3)
+    assert tensorboard.log_preds   # off in the fit alone: there are no labels
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {"train_loss", "invariance", "effective_rank_z", "gradient_norm"} <= set(events.Tags()["scalars"])
@@ -191,15 +194,28 @@ def test_columns_and_figures_reach_tensorboard(make_learner, tmp_path):
 
 
 def test_figures_reach_weights_and_biases(make_learner, monkeypatch):
-    import sys
-    import types
     sent = []
-    wandb = types.SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step)))
+    wandb = SimpleNamespace(Image=lambda f: f, log=lambda d, step: sent.append((d, step)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     class LikeWandb(Callback):
         _wandb_step = 7
     make_learner(cbs=[ImageLogger(), LikeWandb()]).fit(1, 1e-3)
     assert [list(d) for d, _ in sent] == [["views"], ["cross_correlation"]] and sent[0][1] == 7
+
+
+def test_weights_and_biases_reads_the_settings_of_every_callback(make_learner, monkeypatch):
+    "fastai's own callback, which asks numbers and texts for attributes"
+    settings, logged = {}, []
+    wandb = ModuleType("wandb")
+    wandb.run = SimpleNamespace(step=0, summary={})
+    wandb.config = SimpleNamespace(update=lambda d, **_: settings.update(d))
+    wandb.log = lambda d, **_: logged.append(d)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delitem(sys.modules, "fastai.callback.wandb", raising=False)
+    from fastai.callback.wandb import WandbCallback
+    logger = WandbCallback()   # log_preds=True
+    make_learner(cbs=[Diagnostics(every=2), logger]).fit(1, 1e-3)
+    assert settings["Diagnostics"]["every"] == 2 and any("invariance" in d for d in logged) and logger.log_preds
 
 
 @pytest.mark.parametrize("callback", [BarlowTwins, MixedBarlowTwins])
