@@ -342,6 +342,7 @@ def with_optimizer(recipe:Recipe,
     if recipe.wd is None: raise ValueError("wd_bn_bias=True needs to know the decay: pass wd as well")
     return recipe.changed(wd_bias=recipe.wd)
 
+# %% ../nbs/21_recipes.ipynb #7f526598
 def with_given(recipe:Recipe,
                arch, aug_pipelines, loss, # as given to `bt_learner`
                **given                    # settings, `None` for not given
