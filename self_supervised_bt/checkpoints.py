@@ -48,7 +48,7 @@ from self_supervised_bt.core import (
     whole_file,
 )
 from .data import digest
-from .fitting import around_fit
+from .fitting import around_fit, epoch_values
 from .folders import bytes_in, folder_of_all
 from .recipes import Recipe
 
@@ -410,7 +410,7 @@ class Checkpoints(Callback):
     "Save the whole state of a run, and resume it"
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
-    in_fit,stepped,stopped,handlers,protected = False,False,False,(),()
+    in_fit,stepped,stopped,said,handlers,protected = False,False,False,False,(),()
     seconds_before,started,ended = 0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
     exit_status = {}              # of the process after a signal, 75 for those not named
@@ -452,7 +452,7 @@ class Checkpoints(Callback):
 def begin(self:Checkpoints):
     "Nothing is left of an earlier fit, the clock starts, and signals are caught"
     self.best,self.stop_signal,self.failed = None,None,None
-    self.stepped,self.stopped = False,False
+    self.stepped,self.stopped,self.said = False,False,False
     self.seconds_before,self.started,self.ended = 0.,time.perf_counter(),None
     self.catch_signals()
 
@@ -491,8 +491,10 @@ def after_epoch(self:Checkpoints):
 @patch
 def after_fit(self:Checkpoints):
     if not self.failed: return
-    raise OSError(f"the run is complete, but its last checkpoint is missing: {self.failed}. "
-                  f"The Learner holds the weights: once there is room, learn.checkpoints.save(0, epoch={self.n_epoch})")
+    later = f"Once there is room, continue with {self.resume_with}"
+    if self.resume_with == Checkpoints.resume_with:   # in Python
+        later = f"The Learner holds the weights: once there is room, learn.checkpoints.save(0, epoch={self.n_epoch})"
+    raise OSError(f"the run is complete, but its last checkpoint is missing: {self.failed}. {later}")
 
 # %% ../nbs/22_checkpoints.ipynb #b0016aeb
 def checkpoints_in(path:str|Path # folder
@@ -658,7 +660,9 @@ def try_to_write(self:Checkpoints, state:dict, file:Path)->bool: # is it written
     try: write_checkpoint(state, file)
     except OSError as e:
         self.failed = e
-        warnings.warn(f"{e}. Training continues; the older checkpoints are complete")
+        if not self.said:   # once, until one can be written again
+            warnings.warn(f"{e}. Training continues; the older checkpoints are complete")
+        self.said = True
         return False
     return True
 
@@ -673,6 +677,7 @@ def write(self:Checkpoints,
     if new_best: self.best = better
     step = state["train_iter"]
     if not self.try_to_write({**state, "best": self.best}, self.path/f"step-{step:010d}.pt"): return
+    self.said = self.failed is not None
     old = [file for file in checkpoints_in(self.path) if step_of(file) <= step][self.keep:]
     for file in old:
         with suppress(FileNotFoundError): file.unlink()
@@ -696,7 +701,7 @@ def _moments(state):
 def better_value(self:Checkpoints)->float: # `None` if the epoch is not the best so far
     "Compare the monitored column with the best value"
     if not self.monitor or not self.recorder.values: return None
-    value = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))[self.monitor]
+    value = epoch_values(self.learn)[-1].get(self.monitor)   # an epoch that was ended early may not have it
     if value is None or math.isnan(value): return None
     sign = 1 if self.mode == "max" else -1
     return float(value) if self.best is None or sign*value > sign*self.best else None
@@ -767,7 +772,8 @@ def stop(self:Checkpoints, name:str):
     "End the process; exit status 75 asks for the run to be started again"
     from_all_ranks(None)   # until rank 0 has written: launchers end the other ranks when the first one ends
     self.stop_signal,self.stopped = name,True
-    if self.failed: raise SystemExit(f"{name}: {self.failed}")
+    if self.failed:
+        raise SystemExit(f"{name}: {self.failed}. The older checkpoints are complete, continue with {self.resume_with}")
     said = f"{name}: checkpoint saved in {self.path}, continue with {self.resume_with}"
     if not rank_distrib(): print(said)
     if name == "SIGINT": raise KeyboardInterrupt(said)

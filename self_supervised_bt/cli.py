@@ -17,6 +17,7 @@ import warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from unittest import mock
 
 from fastcore.script import call_parse
 
@@ -30,7 +31,7 @@ def one_line_errors(f:callable # command
     @wraps(f)
     def command(*args, **kwargs):
         try:
-            with stoppable():
+            with stoppable(), plain_warnings(options):
                 import matplotlib
                 matplotlib.use("Agg")   # pictures are written to files, no screen is needed
                 return f(*args, **kwargs)
@@ -41,6 +42,12 @@ def one_line_errors(f:callable # command
         except (OSError, ValueError, RuntimeError, FloatingPointError) as e:
             raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
+
+def plain_warnings(options:set # names of the command's parameters
+                  ):           # a context
+    "Inside, a warning is one line without a place in the source"
+    def one_line(message, *_, **__): return f"Warning: {in_shell(' '.join(str(message).split()), options)}\n"
+    return mock.patch.object(warnings, "formatwarning", one_line)
 
 def own_message(e:Exception # raised by a command
                )->str:
@@ -102,6 +109,7 @@ def bt_demo(data:str="",      # folder of images; the embedded digits if not giv
             no_labels:bool=False # ignore class folders?
            ):
     "Train an encoder on images without labels, and show whether it worked"
+    from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data or "digits", not no_labels, epochs=epochs or None, size=size or None)
     folder = short_run_folder(run, out)
@@ -111,7 +119,7 @@ def bt_demo(data:str="",      # folder of images; the embedded digits if not giv
     compared = train_and_compare(run, seed)
     measure = " (%, mean ± standard deviation over 10 samples of the labels)" if run.labels else ""
     print(f"\nTrained in {compared.seconds:.0f} s. On the {run.n_test:,} held-out images{measure}:\n\n"
-          f"{compared.table.to_string()}\n")
+          f"{compared.table.to_string()}\n\n{table_verdict(compared.table, run.n_test)}\n")
     files = save_short_run(run, compared, folder, seed)
     print(f"Saved in {folder}/: {', '.join(str(f.relative_to(folder)) for f in files)}\n"
           f"Open {files[-1]} in a browser to see the report.")
@@ -184,7 +192,9 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
     changes = {k: v for k,v in changes.items() if v is not None}
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
-        from self_supervised_bt.runs import pretrain
+        from self_supervised_bt.runs import get_recipe, pretrain
+        other_map = (arch or size) and not resume   # of another height and width than the recipe's
+        if other_map and get_recipe(recipe or "cifar").pool_type == "catavgmax": changes["pool_type"] = None
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
                            resume_with=again, **changes)
     if not results: return   # not rank 0

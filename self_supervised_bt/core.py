@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00_core.ipynb #127f9c72
+import errno
 import glob
 import json
 import os
@@ -146,6 +147,15 @@ def _is_write_error(e):
     return isinstance(e, (OSError, RuntimeError)) or type(e).__name__ == "SafetensorError"
 
 @contextmanager
+def _saying_disk_is_full(folder):
+    "An error of a writer in C++ does not tell that the disk is full: the disk does"
+    try: yield
+    except Exception as e:
+        if isinstance(e, OSError) or not _is_write_error(e) or shutil.disk_usage(folder).free > 2**20: raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+
+# %% ../nbs/00_core.ipynb #6509a1bb
+@contextmanager
 def whole_file(path:str|Path # file to write; its folder is made if needed
               ):             # yields the path to write to; raises `OSError`
     "Write a file in a hidden folder and rename it when it is complete"
@@ -157,9 +167,10 @@ def whole_file(path:str|Path # file to write; its folder is made if needed
             part = folder/path.name
             part.touch()
             mode = part.stat().st_mode    # as the umask has it
-            yield part
-            part.chmod(mode)              # some writers make files for their owner alone
-            _flush(part)
+            with _saying_disk_is_full(folder):
+                yield part
+                part.chmod(mode)          # some writers make files for their owner alone
+                _flush(part)
             os.replace(part, path)
         if os.name == "posix": _flush(path.parent)
     except Exception as e:

@@ -8,12 +8,16 @@ __all__ = ['tensor_dls', 'digits_images', 'hold_out', 'digits_dls', 'image_files
 # %% ../nbs/01_data.ipynb #8460440e
 import errno
 import hashlib
+import multiprocessing
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import fastai_path
+from fastai.data.load import _FakeLoader
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, MultiCategory, image_extensions
 from fastai.learner import replacing_yield
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
@@ -135,13 +140,68 @@ def warn_of_empty_images(x:Tensor # (N,C,H,W) some images, uint8 or float in [0,
                       "were they saved with fewer bits than their files have?")
     elif len(x) > 1 and (flat == flat[0]).all(): warnings.warn(f"the {n} are all the same: is this the right data?")
 
+# %% ../nbs/01_data.ipynb #70af3109
+PATIENCE = 1800   # seconds that a batch of worker processes may take
+
+@patch
+@contextmanager
+def no_multiproc(self:_FakeLoader):
+    "fastai's, without the time limit, which PyTorch refuses without worker processes"
+    timeout,self.timeout = self.timeout,0
+    try:
+        with self._orig_no_multiproc() as dl: yield dl
+    finally: self.timeout = timeout
+
+def wake_workers():
+    "Continue worker processes that were stopped"
+    for p in multiprocessing.active_children():
+        with suppress(ProcessLookupError):
+            if p.daemon and hasattr(signal, "SIGCONT"): os.kill(p.pid, signal.SIGCONT)
+
+def watch_workers(waiting_since:list,  # seconds of `time.monotonic`, or infinity
+                  done:threading.Event # ends this
+                 ):
+    "In a thread: wake the worker processes if a batch has taken half of `PATIENCE`"
+    while not done.wait(PATIENCE/20):
+        if time.monotonic() - waiting_since[0] < PATIENCE/2: continue
+        waiting_since[0] = float("inf")   # once per batch
+        wake_workers()
+        warnings.warn(f"no batch for {PATIENCE/2:g} seconds: worker processes that were stopped are continued")
+
+# %% ../nbs/01_data.ipynb #396ebc71
+def patiently(batches,        # of a loader
+              num_workers:int # its worker processes
+             ):               # the same; raises `RuntimeError` if they give none for `PATIENCE` seconds
+    "Batches, as long as they come"
+    batches,waiting_since,done = iter(batches),[0.],threading.Event()
+    thread = threading.Thread(target=watch_workers, args=(waiting_since, done), daemon=True)
+    try:
+        while True:
+            waiting_since[0] = time.monotonic()
+            try: b = next(batches)
+            except StopIteration: return
+            waiting_since[0] = float("inf")
+            if num_workers and thread.ident is None: thread.start()   # not before the workers are forked
+            yield b
+    except RuntimeError as e:
+        if "timed out" not in str(e): raise
+        seconds = "".join(re.findall(r"([\d.]+) seconds", str(e))) or PATIENCE
+        raise RuntimeError(f"the worker processes that read files gave no batch for {seconds} seconds: does the disk "
+                           "not answer? With num_workers=0 this process reads the files itself") from e
+    finally:
+        done.set()
+        if num_workers: wake_workers()   # the end of this process would wait for those that were stopped
+
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
     "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fake_l.timeout = (self.timeout or PATIENCE) if self.fake_l.num_workers else 0
     def __iter__(self):
-        for b in super().__iter__():
+        for b in patiently(super().__iter__(), self.fake_l.num_workers):
             if hasattr(self.dataset, "warn_of_broken_files"): self.dataset.warn_of_broken_files()
             if len(b[0]): yield b   # only here, so that worker processes keep their turns
     def new(self, dataset=None, cls=None, **kwargs):

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from .core import check_choice
+from .data import patiently
 from .fitting import around_fit
 from self_supervised_bt.losses import (
     AllPairs,
@@ -73,6 +74,7 @@ def _read_slurm(env):
     for name,slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         if slurm in env: env[name] = env[slurm]
 
+# %% ../nbs/24_distributed.ipynb #2d74020f
 def end_with_launcher(every:float=2. # seconds between looks
                      )->threading.Thread: # that looks; only one is started
     "Send SIGTERM to this rank when its launcher is gone"
@@ -115,6 +117,9 @@ def patch_fastai():
         if n is None or self.bs is None: return self._orig___len__()
         own = -(-n//self.world_size)   # images of this rank, rounded up
         return own//self.bs if self.drop_last else -(-own//self.bs)
+
+    @patch
+    def __iter__(self:DistributedDL): return patiently(self._orig___iter__(), self.fake_l.num_workers)
 
     @patch
     def _wrap_dl(self:DistributedTrainer, dl): return dl if _is_stream(dl) else self._orig__wrap_dl(dl)

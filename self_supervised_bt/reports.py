@@ -348,19 +348,58 @@ def _results(run):
     more = {"Images labelled by their nearest neighbours": _knn(run), "OnlineEvaluation": _watched(run.learn)}
     return {**tables, **{title: df for title,df in more.items() if df is not None}}
 
-def verdict(results:dict # from `_results`
-           )->str:       # one or two sentences
+def verdict(results:dict, # from `_results`
+            n:int         # images measured
+           )->str:        # one or two sentences
     "What the results say, in words"
     pairs = next(iter(results.values())).iloc[0]
-    found,chance,rank,width = pairs.iloc[:4]
-    text = (f"The nearest of all second views is the one of the same image in {found} (chance {chance}); "
-            f"the effective rank of h is {rank}, its width {width}.")
+    text = f"{pairs_in_words(pairs)}; {rank_in_words(pairs)}."
     knn = results.get("Images labelled by their nearest neighbours")
     if knn is None: return text
     h,pixels,chance = knn.iloc[:, 0]
-    gain = float(h[:-2]) - float(pixels[:-2])
-    compared = "better than" if gain > 1 else "worse than" if gain < -1 else "as good as"
-    return f"kNN top-1 is {h}, {compared} raw pixels ({pixels}); always the largest class gives {chance}. {text}"
+    return (f"kNN top-1 is {h}, {versus(h, pixels, n)} raw pixels ({pixels}); always the largest class gives {chance}. "
+            f"{text}")
+
+# %% ../nbs/34_reports.ipynb #a1f720f3
+def percent(text)->float:
+    "The number in `95.2`, `95.2%` or `95.2 %`"
+    return float(str(text).rstrip("% "))
+
+def versus(value,  # percent of n images, a number or text
+           base,   # of the same images, compared with
+           n:int   # images
+          )->str:
+    "Which is better, if the difference is more than chance: two standard errors, and at least one point"
+    a,b = percent(value),percent(base)
+    error = ((a*(100 - a) + b*(100 - b))/n)**.5
+    if abs(a - b) <= max(1, 2*error): return "not clearly different from"
+    return "better than" if a > b else "worse than"
+
+def pairs_in_words(row # of `unlabelled_table`
+                  )->str:
+    "How many positive pairs are found"
+    return (f"The nearest of all second views is the one of the same image in {row['positive pairs found']} "
+            f"(chance {row['chance']})")
+
+def rank_in_words(row # of `unlabelled_table`
+                 )->str:
+    "How many directions are in use"
+    return f"the effective rank of h is {row['effective rank of h']}, its width {row['width']}"
+
+# %% ../nbs/34_reports.ipynb #7f9d110d
+def table_verdict(table:pd.DataFrame, # rows `raw pixels`, `untrained encoder` and `trained encoder`
+                  n:int               # held-out images
+                 )->str:              # a sentence or two
+    "What a table of `label_table` or `unlabelled_table` says of the training, in words"
+    pixels,before,after = (table.loc[name] for name in ("raw pixels", "untrained encoder", "trained encoder"))
+    column = table.columns[0]
+    others = ((before, "the untrained encoder"), (pixels, "raw pixels"))
+    compared = " and ".join(f"{versus(after[column], o[column], n)} {name} ({percent(o[column]):g} %)"
+                            for o,name in others)
+    if column == "positive pairs found": text = f"{pairs_in_words(after)}: {compared}; {rank_in_words(after)}."
+    else: text = f"{column} of the trained encoder is {percent(after[column]):g} %: {compared}."
+    helped = versus(after[column], before[column], n) == "better than"
+    return text if helped else f"{text} Training has not helped yet: train for more epochs, or on more images."
 
 # %% ../nbs/34_reports.ipynb #94d7d631
 def epochs_frame(learn:Learner # after a fit
@@ -385,7 +424,7 @@ def _content(run, out, tables):
     epochs = [_frame(epochs_frame(run.learn))] if epoch_values(run.learn) else []
     results = _results(run)
     shown = [o for title,df in {**results, **tables}.items() for o in (xml.P(title), _frame(df))]
-    return [xml.P(verdict(results), cls="verdict"),
+    return [xml.P(verdict(results, len(run.x)), cls="verdict"),
             *_section("Diagnosis", _diagnosis(run.learn)),
             *_section("Results", *shown),
             *_section("Training", figures("loss", "terms"), *epochs),

@@ -59,6 +59,7 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
+from .fitting import epoch_values
 
 # %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
@@ -89,7 +90,7 @@ from .fused import image_batch
 from .guard import NonFiniteGuard
 from .losses import cross_correlation
 from .recipes import Recipe, bt_learner, get_recipe
-from .reports import report
+from .reports import report, table_verdict
 from .training import Autocast
 from .weights import export_timm, load_encoder, save_encoder
 
@@ -291,7 +292,7 @@ class ProgressLogger(Callback):
         if self.first_step is None: self.first_step = self.learn.train_iter - 1
         if self.live: print(f"\r{self.position()}   ", end="", flush=True)
     def after_epoch(self):
-        values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
+        values = epoch_values(self.learn)[-1]
         cells = [" "*16 if values.get(n) is None else f"{values[n]:16.4g}" for n in self.names]
         time_so_far = hours_minutes_seconds(self.seconds())
         line = " ".join([f"{self.epoch + 1:5}/{self.n_epoch:<3}", *cells, f"{time_so_far:>9}"])
@@ -356,9 +357,10 @@ def begin_run(out:Path,        # folder of the run
     "Refuse other images than those of a run to resume, and files in the way; write run.json"
     now = dict(images=sum(len(dl.dataset) for dl in dls.loaders), identity=data_identity(dls))
     if s.get("identity") not in (None, now["identity"]):
-        raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out}: {now['images']:,} "
-                         f"images now, {s.get('images')} then, or other names or sizes of files. "
-                         "Restore the images, or train into another folder")
+        differ = f"{now['images']} now, {s.get('images')} then"
+        if now["images"] == s.get("images"): differ = f"{now['images']} as then, but other names or sizes of files"
+        raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out} ({differ}): "
+                         "restore them, or train into another folder")
     s = {**s, **now}
     if rank_distrib() or has_ended(out) and resume: return s
     resuming = resume and bool(checkpoints_in(out))
@@ -391,9 +393,12 @@ class RunFiles(Callback):
                  out:Path, # folder of the run
                  s:dict    # its settings
                 ): self.out,self.s = out,s
+    said = False   # that they could not be written
     def after_epoch(self):
         try: write_results(self.learn, self.out, run_results(self.learn, self.s, "running"))
-        except OSError as e: warnings.warn(f"{e}. Training continues")
+        except OSError as e:
+            if not self.said: warnings.warn(f"{e}. Training continues")
+            self.said = True
     def state_dict(self)->dict: return {k: self.s[k] for k in self.kept}
     def load_state_dict(self, state:dict):
         differ = [f"{k}={self.s[k]!r} (was {v!r})" for k,v in state.items() if self.s.get(k) != v]
@@ -448,7 +453,8 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
         checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
         checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
         files = [] if rank_distrib() else [RunFiles(out, s)]
-        learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
+        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
+        except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
         fit_run(learn)
         return {} if rank_distrib() else save_results(learn, out, s)
 
@@ -480,8 +486,9 @@ def save_results(learn:Learner, # after a fit
         results = {**run_results(learn, s, "ended", kind), **unlabelled_scores(learn)}
         write_results(learn, out, results)
     except OSError as e:
-        again = "" if kind == "demo" else f". The last checkpoint in {out} is complete: resume=True writes the results"
-        raise OSError(f"{e}{again}") from e
+        if kind == "demo": raise
+        again = f"once there is room, continue with {learn.checkpoints.resume_with}"
+        raise OSError(f"{e}. The checkpoints in {out} are complete: {again}") from e
     return results
 
 # %% ../nbs/50_runs.ipynb #195bc337
@@ -503,10 +510,10 @@ def run_results(learn:Learner, # in or after a fit
 # %% ../nbs/50_runs.ipynb #5866c75c
 def history_table(learn:Learner # after a fit
                  )->pd.DataFrame: # one row per epoch
-    "The Recorder's table"
-    rows = [list(v) for v in learn.recorder.values]
-    width = len(rows[0]) if rows else 0
-    return pd.DataFrame(rows, columns=list(learn.recorder.metric_names)[1:1 + width])
+    "The Recorder's table, with gaps where an epoch was ended early"
+    rows = epoch_values(learn)
+    found = {name for row in rows for name in row}
+    return pd.DataFrame(rows, columns=[name for name in learn.recorder.metric_names if name in found])
 
 def unlabelled_scores(learn:Learner # after a fit
                      )->dict:       # plain numbers
@@ -688,8 +695,8 @@ def folder_run(folder:str,    # folder of images
     if n < 20:
         raise ValueError(f"{folder} holds {n} image(s), at least 20 are needed to train on some and test on others")
     n_test = min(2000, n//5)
-    recipe = get_recipe("cifar", name="folder", arch_args={}, small_stem=False, lmb=5e-3, scale_lr=False,
-                        size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
+    recipe = get_recipe("cifar", name="folder", arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
+                        scale_lr=False, size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
                         epochs=max(5, min(60, 150_000//n)))
     about = f"{n:,} images of {folder}" + (f" in {len(classes)} class folders" if classes else ", without labels")
     if len(checked): about += f"; {len(checked)} broken file(s) left out"
@@ -807,7 +814,7 @@ def short_run_folder(run:ShortRun,     # from `short_run`
     except ValueError: earlier = {}
     if (earlier.get("kind"), earlier.get("data")) == ("demo", as_data(run.data)): return out
     of = f", of {earlier['data']}" if "data" in earlier else ""
-    raise ValueError(f"{out} holds {', '.join(found)}{of}, which would be overwritten: choose another folder with out")
+    raise ValueError(f"{out} holds {', '.join(found)}{of}, which would be overwritten: choose another folder")
 
 def save_short_run(run:ShortRun,        # from `short_run`
                    compared:Comparison, # from `train_and_compare`
@@ -821,7 +828,8 @@ def save_short_run(run:ShortRun,        # from `short_run`
         save_digests(out, [run.images[i] for i in split_indices(run.n, run.n_test/run.n, seed)[0]])
     pictures = save_pictures(compared, out)
     write_csv(compared.table, out/"table.csv")
-    tables = {f"On {run.n_test:,} held-out images": compared.table}
+    said = table_verdict(compared.table, run.n_test)
+    tables = {f"On {run.n_test:,} held-out images. {said}": compared.table}
     page = report(compared.learn, out/"report", tables=tables, title=f"Barlow Twins: {run.name}")
     names = ("encoder.safetensors", "results.json", "history.csv", "table.csv")
     return [*(out/name for name in names), *pictures, page]

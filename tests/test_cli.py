@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from self_supervised_bt import runs
-from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrain, resume_command
+from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrain, one_line_errors, resume_command
 from self_supervised_bt.runs import run_dls, short_run
 from self_supervised_bt.weights import load_encoder
 
@@ -142,6 +143,21 @@ def test_sigterm_to_the_process_group_saves_and_says_how_to_resume(folder, tmp_p
     assert process.returncode == 143 and err == ""
     assert out.splitlines()[-1].endswith("continue with bt_pretrain --out run --resume --workers 1")
     assert json.loads((tmp_path/"run/results.json").read_text())["state"] == "running"
+
+
+def test_a_warning_is_one_line_and_names_options():
+    def said(): return warnings.formatwarning("many files: pass bs=8,\n or pool_type='avg'", UserWarning, "file.py", 7)
+    @one_line_errors
+    def command(bs:int=0): return said()
+    assert command() == "Warning: many files: pass --bs 8, or pool_type='avg'\n" and "file.py:7" in said()
+
+
+def test_another_architecture_pools_as_its_map_allows(folder, tmp_path, capsys):
+    "And no warning advises an option that the shell has not"
+    out = tmp_path/"run"
+    bt_pretrain(str(folder), out=str(out), **{**SMALL, "arch": "timm/resnet10t", "size": 16, "epochs": 1})
+    assert "Warning" not in capsys.readouterr().err
+    assert json.loads((out/"run.json").read_text())["recipe"]["pool_type"] is None
 
 
 def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):

@@ -1,11 +1,15 @@
 "Runs: the commands of the README on small images; settings, evaluation, export"
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from callbacks import DoAt
+from fastai.callback.core import CancelEpochException
 from PIL import Image
 from torch import nn
 
 from self_supervised_bt import runs
+from self_supervised_bt.checkpoints import read_checkpoint
+from self_supervised_bt.data import PATIENCE
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.folders import labelled_dls
 from self_supervised_bt.layers import create_encoder
@@ -240,7 +247,7 @@ def test_results_lost_on_a_full_disk_name_the_file_and_can_be_written_later(trai
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as m:
         m.setattr(pd.DataFrame, "to_csv", full)
-        with pytest.raises(OSError, match="history.csv could not be written.*No space left.*resume=True writes"):
+        with pytest.raises(OSError, match="history.csv .*No space left.*once there is room, continue with resume=True"):
             pretrain(out=unfinished, resume=True, num_workers=0)
     assert pretrain(out=unfinished, resume=True, num_workers=0)["steps"] == trained[1]["steps"]
 
@@ -249,8 +256,55 @@ def test_training_continues_when_the_disk_is_full_for_a_moment(trained, run, mon
     def full(*args): raise OSError("history.csv could not be written")
     monkeypatch.setattr(runs, "write_results", full)
     monkeypatch.setattr(runs, "run_results", lambda *args: {})
-    with pytest.warns(UserWarning, match="history.csv could not be written. Training continues"):
-        runs.RunFiles(run, {}).after_epoch()
+    files = runs.RunFiles(run, {})
+    with pytest.warns(UserWarning, match="history.csv could not be written. Training continues"): files.after_epoch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")   # it is said once
+        files.after_epoch()
+
+
+def test_a_stopped_worker_is_continued(trained, tmp_path, monkeypatch):
+    "Otherwise it would be waited for without end, at its next batch or when the process ends"
+    stopped = []
+    def stop_workers(learn):
+        if stopped: return
+        stopped.extend(p.pid for p in multiprocessing.active_children())
+        for pid in stopped: os.kill(pid, signal.SIGSTOP)
+    do_at(monkeypatch, "before_batch", stop_workers)
+    monkeypatch.setattr("self_supervised_bt.data.PATIENCE", 4)
+    with pytest.warns(UserWarning, match="no batch for 2 seconds: worker processes that were stopped are continued"):
+        results = pretrain(trained[0]/"images", "cifar", tmp_path/"run", valid_pct=.2, **{**SMALL, "num_workers": 1})
+    assert results["train_loss"] == trained[1]["train_loss"] and stopped
+
+
+def test_a_disk_that_does_not_answer_ends_the_loop(trained, monkeypatch, quick_end):
+    monkeypatch.setattr("self_supervised_bt.data.PATIENCE", 1)
+    dl = labelled_dls(trained[0]/"images", 16, num_workers=1).train
+    monkeypatch.setattr(type(dl.dataset), "read", lambda *args: time.sleep(60))
+    with pytest.raises(RuntimeError, match="no batch for 1 seconds: does the disk.*With num_workers=0"): list(dl)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_batch_and_copies_of_a_loader_have_no_limit_that_pytorch_refuses(trained, workers):
+    dls = labelled_dls(trained[0]/"images", 16, num_workers=workers)
+    for dl in (dls.train, dls.train.new(num_workers=0), dls.train.new(num_workers=1)):
+        assert dl.fake_l.timeout == (PATIENCE if dl.fake_l.num_workers else 0)
+        assert len(dl.one_batch()) == 2
+        assert dl.fake_l.timeout == (PATIENCE if dl.fake_l.num_workers else 0)
+
+
+def test_an_epoch_that_was_ended_early_has_its_own_columns(trained, tmp_path, monkeypatch, capsys):
+    "Its values are not taken for those of other columns, and its training loss is not the best validation loss"
+    def end(learn):
+        if learn.epoch == 1: raise CancelEpochException()
+    do_at(monkeypatch, "before_validate", end)
+    monkeypatch.setattr(runs, "unlabelled_scores", lambda learn: {})
+    pretrain(trained[0]/"images", "cifar", tmp_path/"run", valid_pct=.2, **{**SMALL, "epochs": 3})
+    table = pd.read_csv(tmp_path/"run/history.csv")
+    assert len(table) == 3 and table["valid_loss"].isna().tolist() == [False, True, False]
+    assert read_checkpoint(tmp_path/"run/best.pt")["best"] == table["valid_loss"].min()
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("    2/3") and row[26:43].strip() == ""
 
 
 def test_broken_files_are_listed(folder, tmp_path):
