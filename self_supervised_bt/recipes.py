@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fastai.callback.schedule  # noqa: F401  fit_one_cycle
 import torch
-from fastai.learner import Learner
+from fastai.learner import Learner, defaults
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch
@@ -324,12 +324,9 @@ def global_bs(dls)->int: # images per batch, over all ranks
 # %% ../nbs/21_recipes.ipynb #7426f4ae
 def with_optimizer(recipe:Recipe,
                    opt_func=None,   # all below as given to `bt_learner`
-                   lr=None, wd=None, wd_bn_bias=None
+                   wd=None, wd_bn_bias=None
                   )->Recipe:        # raises `ValueError`
     "The recipe with an optimizer and a decay that were given"
-    if lr is not None:
-        raise ValueError(f"lr={lr} belongs to a fit, learn.fit(epochs, {lr}), or to the recipe of fit_recipe, "
-                         f"recipe=get_recipe(..., lr={lr}): leave it out of bt_learner")
     if opt_func is None and recipe.opt == OWN: raise ask_for(recipe, "opt", "opt_func")
     if opt_func is not None and recipe.opt not in DECAYS:
         raise ValueError(f"opt_func and opt={recipe.opt!r} of the recipe, whose rates are for it, exclude each other: "
@@ -420,7 +417,7 @@ def bt_learner(dls,                      # images, with or without labels
     recipe = with_given(get_recipe(recipe), arch, aug_pipelines, loss, size=size, pretrained=pretrained, bn=bn,
                         lmb=lmb, pool_type=pool_type, small_stem=small_stem, hidden_size=hidden_size, bias=bias,
                         projection_size=projection_size, nlayers=nlayers, separate_bn=separate_bn)
-    given = {k: kwargs.pop(k) for k in ("lr", "wd", "wd_bn_bias") if k in kwargs}
+    given = {k: kwargs.pop(k) for k in ("wd", "wd_bn_bias") if k in kwargs}
     recipe = with_optimizer(recipe, kwargs.get("opt_func"), **given)
     augs,channels,view_size = recipe_views(recipe, aug_pipelines, training_images(dls), size, n_in)
     encoder = arch if isinstance(arch, nn.Module) else recipe_encoder(recipe, view_size, channels)
@@ -454,6 +451,9 @@ def fit_recipe(self:Learner,
     for name in sorted({"lr", "lr_max", "wd"} & set(kwargs)):
         raise ValueError(f"{name} is the recipe's in fit_recipe: set learn.recipe = learn.recipe.changed(...), "
                          "or use learn.fit")
+    if self.lr != defaults.lr:
+        raise ValueError(f"lr={self.lr} of the Learner is that of learn.fit, fit_recipe takes the recipe's: give it to "
+                         f"the recipe, recipe=get_recipe(..., lr={self.lr})")
     self.recipe = recipe.changed(bs=global_bs(self.dls))
     recipe = self.recipe if epochs is None else self.recipe.changed(epochs=epochs)
     if self.opt is None: self.create_opt()

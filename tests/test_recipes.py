@@ -386,7 +386,7 @@ def test_an_optimizer_beside_a_recipe_with_one_is_refused():
     recipe = get_recipe("paper", size=16, **SMALL)
     with pytest.raises(ValueError, match="opt_func and opt='lars'"):
         bt_learner(small_dls(), tiny(), recipe=recipe, opt_func=LARS)
-    with pytest.raises(ValueError, match="lr=0.5 belongs to a fit"): bt_learner(small_dls(), tiny(), lr=.5)
+    with pytest.raises(ValueError, match="lr=0.5 of the Learner"): bt_learner(small_dls(), tiny(), lr=.5).fit_recipe()
     with pytest.raises(ValueError, match="wd_bn_bias has no effect"):
         bt_learner(small_dls(), tiny(), recipe=recipe, wd_bn_bias=True)
 
