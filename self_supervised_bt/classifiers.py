@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
+# %% ../nbs/31_classifiers.ipynb #5b1d90c7
 from .core import check_choice, check_positive_int
 from .data import loss_for_labels
 from self_supervised_bt.evaluation import (
@@ -228,6 +229,7 @@ def subset_dl(dl,         # a loader, fastai's or PyTorch's
     def shuffled(): return [idx[i] for i in torch.randperm(len(idx))]
     return dl.new(n=len(idx), get_idxs=shuffled, bs=bs, shuffle=True, drop_last=len(idx) > bs)
 
+# %% ../nbs/31_classifiers.ipynb #7c0e2a51
 def trained_accuracy(model, method, train_dl, dls, n_out, epochs, size):
     "Validation accuracy after training on `train_dl` by a protocol"
     encoder = reinitialised(model) if method == "scratch" else model

@@ -12,7 +12,7 @@ import re
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from .augmentations import CropTfm
 from .core import check_positive_int, undisturbed, unwrapped
-from .fitting import Column, add_columns, sampled_images
+from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
+from .layers import encoder_channels
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
@@ -117,7 +118,11 @@ def as_data(data # as for `encode`
            ):    # images, (images, labels), or a loader; raises `ValueError`
     "Arrays and lists as tensors, loaders as they are"
     if isinstance(data, tuple) and len(data) == 2:
-        return as_images(data[0]) if data[1] is None else (as_images(data[0]), as_labels(data[1]))
+        x,y = as_images(data[0]),None if data[1] is None else as_labels(data[1])
+        if y is not None and y.ndim > 2:
+            raise ValueError(f"data[1] must be labels, got {tuple(y.shape)}: pass all images in one tensor, "
+                             "torch.cat(data)")
+        return x if y is None else (x, y)
     if hasattr(data, "loaders"): raise ValueError("data is a DataLoaders: pass one of its loaders, e.g. dls.valid")
     if isinstance(data, (str, Path, dict)) or not hasattr(data, "__iter__"):
         raise ValueError(f"data must be a loader, images (N,C,H,W) or (images, labels), got a {type(data).__name__}: "
@@ -158,7 +163,7 @@ def torch_in_order(dl, dataset): # PyTorch's loader; the images it reads
     random = [type(t).__name__ for t in transforms_in(dl) if AUGMENTS.match(f"{type(t).__module__}.{type(t).__name__}")]
     if random: warnings.warn(f"the dataset augments its images at random ({', '.join(random)}), which cannot be "
                              "switched off from here: pass a loader of a dataset without these transforms")
-    return loaders.DataLoader(dataset, batch_size=dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
+    return loaders.DataLoader(dataset, batch_size_of(dl), num_workers=dl.num_workers, collate_fn=dl.collate_fn,
                               pin_memory=dl.pin_memory, timeout=dl.timeout, worker_init_fn=dl.worker_init_fn,
                               generator=torch.Generator())   # so that no generator of the user's is used
 
@@ -207,7 +212,11 @@ class RowBuffer:
     def rows(self): return None if self.buffer is None else self.buffer[:self.filled]
 
 # %% ../nbs/30_evaluation.ipynb #c06d952f
-def images_in(b): return b[0] if isinstance(b, (tuple, list)) else b
+def images_in(b): return b[0] if isinstance(b, (tuple, list)) and len(b) else b
+
+def has_rows(b): # False if none of its files can be read
+    x = images_in(b)
+    return not isinstance(x, Tensor) or len(x) > 0   # what is no tensor is refused later
 
 def labels_in(b # batch of a loader
              )->Tensor: # `None` if it has none; raises `ValueError`
@@ -242,6 +251,7 @@ class BatchEncoder:
         self.unit = expects_unit_range(model, self.clean)
         if size is not None: self.clean = at_size(self.clean, size)
         self.device,self.dtype = placement(self.encoder)
+        self.said = False
 
     def takes(self, data): # as for `encode`
         "The data ready to be read in order, if this encoder can see it; else raises ValueError"
@@ -252,10 +262,25 @@ class BatchEncoder:
     def __call__(self, b): # batch; (B,F) float32 on the CPU
         x = batch_images(to_device(b, self.device))
         check_pixels(x, self.unit)
-        h = self.encoder(self.clean(x).as_subclass(Tensor).to(self.dtype))
+        if not self.unit: self.warn_of_bytes(x)
+        h = self.forward(self.clean(x).as_subclass(Tensor).to(self.dtype))
         if isinstance(h, Tensor) and h.ndim == 2: return h.float().cpu()
         got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"the encoder must give representations (B,F), got {got}: pool and flatten its output")
+
+    def forward(self, x): # raises ValueError if the encoder takes another number of channels
+        try: return self.encoder(x)
+        except RuntimeError as e:
+            n_in,channels = encoder_channels(self.encoder),x.shape[1]
+            if n_in in (None, channels): raise
+            raise ValueError(f"the encoder takes images of {n_in} channel(s), and these have {channels}: read them "
+                             f"with n_in={n_in}, or train an encoder for them") from e
+
+    def warn_of_bytes(self, x): # once
+        if self.said or x.min() < 0 or x.max() < 16: return
+        self.said = True
+        warnings.warn(f"the images have values up to {float(x.max()):.0f}, and the encoder does not say what it "
+                      "expects: divide by 255 if it was trained on [0,1]")
 
 # %% ../nbs/30_evaluation.ipynb #4ef28547
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
@@ -270,7 +295,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     h,y = RowBuffer(n),RowBuffer(n)
     with undisturbed(encoder.encoder), ordered_batches(data) as batches:
         for b in progress_bar(batches, leave=False) if progress else batches:
-            if not len(images_in(b)): continue   # none of its files can be read
+            if not has_rows(b): continue
             h.add(encoder(b))
             labels = labels_in(b)
             if labels is not None: y.add(labels)
@@ -485,6 +510,7 @@ def mean_average_precision(scores:Tensor, # (N,classes)
     "Area under the precision-recall curve, averaged over classes (scikit-learn's)"
     from sklearn.metrics import average_precision_score
     check_zeros_and_ones("y", y)
+    if scores.shape != y.shape: raise ValueError(f"scores are {tuple(scores.shape)} and y {tuple(y.shape)}: give alike")
     if scores.isnan().any(): raise ValueError("scores must be numbers, got NaN: look at the classifier")
     present = (y > 0).any(0)
     truth = y[:, present].cpu().numpy() > 0
@@ -493,7 +519,8 @@ def mean_average_precision(scores:Tensor, # (N,classes)
 # %% ../nbs/30_evaluation.ipynb #1b18e174
 def check_C(C):
     "Raises ValueError unless `C` is a positive number"
-    if not 0 < C < float("inf"): raise ValueError(f"C must be a positive number, got {C}: the smaller, the simpler")
+    if not isinstance(C, Real) or not 0 < C < float("inf"):
+        raise ValueError(f"C must be a positive number, got {C!r}: the smaller, the simpler")
 
 def count_classes(y): return int(y.max()) + 1 if y.ndim == 1 else y.shape[1]
 
@@ -568,9 +595,10 @@ def search_C(h, y, Cs, parts):
 
 def choose_C(h, y, Cs, part, seed):
     "The only one of `Cs`, or the best on held-out rows; and the losses there by `C`"
-    Cs = [float(C) for C in np.ravel(Cs)]
+    Cs = [C.item() if isinstance(C, Tensor) else C for C in np.ravel(np.asarray(Cs, dtype=object))]
     if not Cs: raise ValueError("Cs is empty: give at least one number, e.g. Cs=(1.,)")
     for C in Cs: check_C(C)
+    Cs = [float(C) for C in Cs]
     if len(Cs) == 1: return Cs[0],{}
     n = len(h)
     if n < 20: raise ValueError(f"h has {n} rows, too few to choose C on a part of them: give one, e.g. Cs=(1.,)")
@@ -657,12 +685,12 @@ def sample_labels(y:Tensor,    # (N,) class indices
     "Indices of some rows of each class, sampled without replacement, at least one per class; raises ValueError"
     y = several_classes("y", y)
     share = is_share(n)
-    if isinstance(n, bool) or not n > 0 or share and n > 1:
+    if isinstance(n, (bool, str)) or not n > 0 or share and n > 1:
         raise ValueError("n must be a whole number of labels per class, e.g. 10, or a share from 0 to 1, e.g. .1, "
                          f"with 1.0 for all labels; got {n!r}")
     g = torch.Generator().manual_seed(seed)
     rows = [(y == c).nonzero()[:, 0] for c in y.unique()]
-    counts = [max(1, round(n*len(r))) if share else int(n) for r in rows]
+    counts = [max(1, round(float(n)*len(r))) if share else int(n) for r in rows]
     short = [f"class {int(y[r[0]])} has {len(r)}" for r,count in zip(rows, counts) if len(r) < count]
     if short: raise ValueError(f"n={n} labels per class were requested, but {', '.join(short[:5])}: use a smaller n")
     return torch.cat([r[torch.randperm(len(r), generator=g)[:count]] for r,count in zip(rows, counts)])
@@ -785,7 +813,7 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
     with undisturbed(learn.model), ordered_batches(data) as batches:
         torch.manual_seed(seed)   # `undisturbed` restores the random state
         for b in batches:
-            if not len(images_in(b)): continue
+            if not has_rows(b): continue
             x = batch_images(to_device(b, encoder.device))
             hs = [model.encoder(aug(x).as_subclass(Tensor).to(encoder.dtype)) for aug in views.augs[:2]]
             zs = [model.projector(h) for h in hs]

@@ -313,7 +313,7 @@ def check_plain_architecture(arch:str,    # name of an architecture
     "Raise `ValueError` for a description of an architecture that is not plain data, or points to another place"
     if not isinstance(arch, str) or not re.fullmatch(r"[\w.:/@-]{1,200}", arch, re.ASCII):
         raise ValueError(f"arch must be the name of an architecture, got {arch!r:.80}")
-    if arch.startswith(REMOTE):
+    if any(place in arch for place in REMOTE):   # also after the name of a source, timm/hf-hub:...
         raise ValueError(f"{arch} is described elsewhere, and a description must not reach for it: "
                          f"build it yourself, create_encoder({arch!r}), and pass the encoder")
     if not isinstance(options, dict): raise ValueError(f"arguments of {arch} must be a dict, got {options!r:.80}")
@@ -334,10 +334,17 @@ def _build(arch, pretrained, n_in, pool_type, small_stem, size, options):
     encoder.created_by = dict(arch=arch, n_in=n_in, pool_type=pool_type.value, small_stem=stem, **kept)
     return encoder
 
+def _patch_size(encoder):
+    "Height and width of the patches that an encoder cuts images into; overlapping ones leave no rest"
+    embed = getattr(encoder, "patch_embed", None)
+    stride = getattr(getattr(embed, "proj", None), "stride", None)
+    patch = _height_width(getattr(embed, "patch_size", (1, 1)))
+    return patch if stride in (None, patch) else (1, 1)
+
 def _try_size(encoder, size):
     "The representations of two random images; an image that is not a whole number of patches would lose its edge"
-    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1, 1))
-    if any(pixels % p for pixels,p in zip(size, _height_width(patch))):
+    patch = _patch_size(encoder)
+    if any(pixels % p for pixels,p in zip(size, patch)):
         raise ValueError(f"its patches have {patch} pixels, and the size is no multiple of it")
     with undisturbed(encoder): return encoder(torch.rand(2, encoder.created_by["n_in"], *size))
 

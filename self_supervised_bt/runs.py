@@ -88,11 +88,12 @@ from self_supervised_bt.folders import (
 )
 from .fused import image_batch
 from .guard import NonFiniteGuard
+from .layers import check_plain_architecture
 from .losses import cross_correlation
 from .recipes import Recipe, bt_learner, get_recipe
 from .reports import report, table_verdict
 from .training import Autocast
-from .weights import export_timm, load_encoder, save_encoder
+from .weights import check_undamaged, export_timm, load_encoder, save_encoder
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -146,7 +147,18 @@ def saved_settings(file:Path, # of a run's settings
     if differ:
         raise ValueError(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
                          "Leave them out to resume it, or choose another folder")
+    if "arch" not in given: check_described_here(file, saved["recipe"])
     return {**saved, "data": data}
+
+# %% ../nbs/50_runs.ipynb #3c71b0a4
+def check_described_here(file:Path,    # of a run's settings
+                         recipe:Recipe # that it holds
+                        )->None:       # raises `ValueError`
+    "Nothing is fetched because a file says so: an architecture of another place must be given again"
+    try: check_plain_architecture(recipe.arch, recipe.arch_args)
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged or was edited, or holds an architecture of another place ({e}). "
+                         "If you trust it, give the same arch again") from e
 
 def moved_data(file:Path, # of a run's settings
                data:str   # name or folder of its images
@@ -374,8 +386,11 @@ def begin_run(out:Path,        # folder of the run
 def has_ended(out:Path # folder of a run
              )->bool:
     "Are the results of a whole run there?"
-    try: return read_json(out/"results.json").get("state") == "ended" and (out/"encoder.safetensors").is_file()
+    try:
+        if read_json(out/"results.json").get("state") != "ended": return False
+        check_undamaged(out/"encoder.safetensors")
     except ValueError: return False
+    return True
 
 def ended_results(out:Path # folder of a run that has ended
                  )->dict:  # the content of results.json

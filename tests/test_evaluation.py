@@ -1,5 +1,6 @@
 "Evaluation against references that share no code with it"
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 from torchvision import transforms
 
 from self_supervised_bt.classifiers import subset_dl
@@ -621,3 +623,50 @@ def test_bad_input(reps, make_learner):
     with pytest.raises(ValueError, match="dead"): effective_rank(torch.zeros(5, 4))
     with pytest.raises(ValueError, match="share"): sample_labels(y, 1.5)
     with pytest.raises(ValueError, match="every"): OnlineEvaluation((h, y), every=0)
+
+
+# What lies about
+
+def test_all_images_of_a_loader_with_a_batch_sampler_are_encoded():
+    "PyTorch then says batch_size=None, which a new loader would take for no batches at all"
+    x, y = torch.rand(20, 3, 8, 8), torch.arange(20)
+    data = torch.utils.data.TensorDataset(x, y)
+    batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(data), 8, True)
+    h, labels = encode(nn.Flatten(), torch.utils.data.DataLoader(data, batch_sampler=batches))
+    assert torch.equal(h, x.flatten(1)) and torch.equal(labels, y)
+
+
+def test_images_of_other_channels_are_refused_in_words():
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), and these have 1: .*n_in=3"):
+        encode(encoder, torch.rand(2, 1, 8, 8))
+
+
+def test_values_up_to_255_are_said_where_the_encoder_does_not_say_what_it_expects():
+    x = torch.rand(9, 3, 8, 8)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(255*x), 2)
+    with pytest.warns(UserWarning, match="values up to 25.*divide by 255") as said: encode(nn.Flatten(), data)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for images in (x, x.mul(255).byte(), 3*x - 1.5, 60*(x - .5)): encode(nn.Flatten(), images)
+
+
+@pytest.mark.parametrize("data, words", [
+    ((torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)), r"data\[1\] must be labels"), ([1, 2], "got a list of int"),
+    ({1, 2}, "images must be a tensor"), (((),), "no images")])
+def test_what_is_no_image_is_refused_in_words(data, words):
+    with pytest.raises(ValueError, match=words): encode(nn.Flatten(), data)
+
+
+@pytest.mark.parametrize("C", ["x", None, (None,), (1., "x")])
+def test_a_regularisation_that_is_no_number(C):
+    h, y = torch.randn(40, 4), torch.arange(40) % 2
+    with pytest.raises(ValueError, match="C must be a positive number"): linear_probe(h, y, h, y, Cs=C)
+    with pytest.raises(ValueError, match="C must be a positive number"): k_shot_accuracy(h, y, h, y, 2, C=C)
+    with pytest.raises(ValueError, match="C must be a positive number"): OnlineEvaluation((h, y), C=C)
+
+
+def test_scores_of_another_number_of_classes():
+    with pytest.raises(ValueError, match="scores are .*4.* and y .*3"):
+        mean_average_precision(torch.rand(5, 4), torch.ones(5, 3))

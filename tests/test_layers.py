@@ -326,3 +326,14 @@ def test_a_last_map_of_one_pixel_is_not_pooled_twice(arch, kwargs):
     torch.manual_seed(0)
     assert all(map(torch.equal, encoder.parameters(), make(pool_type="avg").parameters()))   # the seed means the same
     with pytest.warns(UserWarning, match="holds every number twice"): make(size=16, pool_type="catavgmax")
+
+
+@pytest.mark.parametrize("arch", ["pvt_v2_b0", "test_vit"])
+def test_overlapping_patches_leave_no_rest(arch):
+    "Pyramid ViTs cut 7 x 7 pixels at every fourth: any size will do; 14 x 14 side by side would lose the edge"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if arch == "pvt_v2_b0":
+            assert create_encoder(arch, pretrained=False, size=64)(torch.rand(2, 3, 64, 64)).ndim == 2
+        else:
+            with pytest.raises(ValueError, match="no multiple of it"): create_encoder(arch, pretrained=False, size=40)

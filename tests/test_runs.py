@@ -432,3 +432,32 @@ def test_export_raises_without_a_counterpart_in_timm(tmp_path):
     changed.relu = nn.Identity()
     with pytest.raises(ValueError, match="other representations"): export_timm(changed, file)
     assert not file.exists() and not (tmp_path/"e.py").exists()
+
+
+@pytest.mark.parametrize("change", [dict(arch="hf-hub:somebody/model"), dict(arch="timm/hf-hub:somebody/model"),
+                                    dict(arch_args={"pretrained_cfg": {"url": "http://x"}}),
+                                    dict(arch_args={"x=None); open('executed', 'w') #": 1}),
+                                    dict(arch="local-dir:/tmp")])
+def test_nothing_is_fetched_or_run_because_the_settings_of_a_run_say_so(unfinished, monkeypatch, change):
+    for call in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(call, lambda *a, **k: pytest.fail("reached for the network"))
+    settings = json.loads((unfinished/"run.json").read_text())
+    settings["recipe"].update(change)
+    (unfinished/"run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="run.json is damaged or was edited, or .*give the same arch again") as e:
+        pretrain(out=unfinished, resume=True, num_workers=0)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("at", [.001, .3, .9])
+def test_a_damaged_encoder_is_noticed_and_written_again(trained, run, at):
+    "One bit of the weights would change every representation without a word"
+    file = run/"encoder.safetensors"
+    content = file.read_bytes()
+    i = int(at*len(content))
+    file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1:])
+    for use in (load_encoder, lambda f: export_timm(load_encoder(f), run/"timm.safetensors")):
+        with pytest.raises(ValueError, match="damaged|not a safetensors|cannot be read|does not"): use(file)
+    if at < .01: return   # no longer known as a file of this library: it is not overwritten
+    results = pretrain(out=run, resume=True, num_workers=0)
+    assert results["steps"] == trained[1]["steps"] and load_encoder(file)

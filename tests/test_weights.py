@@ -63,7 +63,10 @@ MALFORMED_CALLS = {
     "arch is empty": dict(CALL, arch=""), "unknown arch": dict(CALL, arch="timm/nothing"),
     "arch with code": dict(CALL, arch="test_resnet'); open('executed', 'w') #"),
     "arch with newline": dict(CALL, arch="test_resnet\nopen('executed', 'w')"),
-    "arch of the hub": dict(CALL, arch="hf-hub:somebody/model"), "arch of a folder": dict(CALL, arch="local-dir:/tmp"),
+    "arch of the hub": dict(CALL, arch="hf-hub:somebody/model"),
+    "arch of the hub with its source": dict(CALL, arch="timm/hf-hub:somebody/model"),
+    "arch of a folder with its source": dict(CALL, arch="timm/local-dir:/tmp"),
+    "arch of a folder": dict(CALL, arch="local-dir:/tmp"),
     "n_in is a text": dict(CALL, n_in="3"), "n_in is 0": dict(CALL, n_in=0), "n_in is true": dict(CALL, n_in=True),
     "n_in is huge": dict(CALL, n_in=10**30), "n_in is null": dict(CALL, n_in=None),
     "unknown pool": dict(CALL, pool_type="median"), "pool is a list": dict(CALL, pool_type=["avg"]),
@@ -97,7 +100,8 @@ TEXTS = {**{f"text: {k}": v for k, v in MALFORMED.items()},
 def test_malformed_metadata_is_one_line(good, tmp_path, monkeypatch, name):
     "And nothing is run, downloaded, or built for real"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("reached for the network"))
+    for call in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(call, lambda *a, **k: pytest.fail("reached for the network"))
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("read a pickle"))
     monkeypatch.setattr(builtins, "exec", lambda *a: pytest.fail("ran code"))
     file = changed_file(good, tmp_path/"e.safetensors", TEXTS[name])
@@ -192,6 +196,16 @@ def test_group_norm_as_an_argument_is_saved_and_read_with_encoder(tmp_path):
         file = save_encoder(encoder, tmp_path/"e.safetensors")
     with pytest.raises(ValueError, match="encoder="): load_encoder(file)
     assert same(load_encoder(file, make()), encoder)
+
+
+def test_a_size_in_a_file_takes_no_memory(good, tmp_path, monkeypatch):
+    "4,096 x 4,096 pixels would make the test run of an export gigabytes large"
+    changed = changed_file(good, tmp_path/"e.safetensors", json.dumps(dict(created_by=CALL, input=dict(size=[4096]*2))))
+    encoder = load_encoder(changed)
+    sizes = []
+    encoder.conv1.register_forward_pre_hook(lambda m, x: sizes.append(x[0].shape[-1]))
+    export_timm(encoder, tmp_path/"timm.safetensors")
+    assert sizes and max(sizes) <= 512
 
 
 def test_a_vit_that_pools_its_own_way_is_exported(tmp_path):
