@@ -376,7 +376,7 @@ def recipe_views(recipe:Recipe,
         augs,shape = get_barlow_twins_aug_pipelines(size, **recipe.views),(x.shape[1], *plain_pair(size))
     else:
         augs = check_pipelines(aug_pipelines)
-        with random_states_kept(): shape = tuple(augs[0](x[:2]).shape[1:])
+        with random_states_kept(): shape = tuple(augs[0](torch.zeros_like(x[:2])).shape[1:])   # whatever x holds
     if n_in not in (None, shape[0]):
         raise ValueError(f"n_in={n_in}, but the views have {shape[0]} channel(s): leave n_in out")
     if size is not None and plain_pair(size) != shape[1:]:
