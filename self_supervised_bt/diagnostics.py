@@ -78,10 +78,10 @@ def plot_cross_correlation(c:Tensor,      # (D,D) cross-correlation
 
 # %% ../nbs/32_diagnostics.ipynb #feaebeb0
 def dead_dimensions(std:Tensor,     # (D,) standard deviation of each dimension over a batch
-                    share:float=1e-3 # of the largest; a dimension with less is dead
+                    share:float=1e-3 # of the large ones (90 % quantile); a dimension with less is dead
                    )->Tensor:       # scalar: how many
     "The number of dimensions that hardly vary"
-    return (std <= share*std.max()).sum()
+    return (std <= share*std.float().quantile(.9)).sum()   # one dimension may be far larger
 
 # %% ../nbs/32_diagnostics.ipynb #68af9cec
 def plot_std(std:Tensor,  # (D,) standard deviation of each dimension over a batch

@@ -7,9 +7,9 @@ __all__ = ['diagnose']
 
 # %% ../nbs/33_doctor.ipynb #77a64765
 import time
-from copy import deepcopy
+import warnings
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,46 +17,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.learner import Learner
-from fastai.torch_core import to_device
+from fastai.learner import defaults as fastai_defaults
+from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import check_positive_int, undisturbed
-from .diagnostics import dead_dimensions, expected_losses
+from .diagnostics import expected_losses
 from .evaluation import standardised_rank
+from .fitting import batch_size_of, epoch_values, images_per_epoch, loader_kept
 from .fused import batch_images
-from .guard import all_finite, bad_rows, find_forward
+from .guard import all_finite, bad_rows, epoch_order, find_forward
 from .losses import cross_correlation
 from .multiview import MultiView, check_model, multiview_of
+from .recipes import global_bs
 
 # %% ../nbs/33_doctor.ipynb #a6c16f0d
 @dataclass
 class Observations:
-    "What a few training steps on a copy of the model showed"
+    "What a few training steps on a copy of the Learner showed"
     learn:Learner            # the Learner itself
     bt:MultiView             # its callback that makes views
-    lr:float                 # learning rate tried
+    rates:tuple = ()         # learning rates tried, those of the parameter groups
     x:Tensor = None          # (B,C,H,W) images of the first batch
+    clean:Tensor = None      # the same, normalised without the random steps of a view
     views:tuple = ()         # their views
     zs:tuple = ()            # (B,D) embeddings of the views
-    weight_change:float = 0. # norm of the first step, relative to the norm of the weights
+    pair_loss:float = None   # loss of the first batch as in `expected_losses`; `None` for losses of another kind
+    parts:dict = field(default_factory=dict) # `Part` of the model by name: "encoder", "projector" ...
+    wd:float = 0.            # largest weight decay of the parameter groups
+    decay:float = 0.         # what weight decay adds to the first step, relative to the rest of the step
     shared_pipeline:int = None # the first pipeline that samples once for the whole batch, from 1
+    order:list = None        # indices into the data in the order of the loader, if known
+    refused:Exception = None # why a fit would not begin
+    warned:list = field(default_factory=list)       # what a fit would warn of
     error:Exception = None   # what a step raised
     nonfinite:str = None     # where values are not finite
     losses:list = field(default_factory=list)       # one per step
     closer:list = field(default_factory=list)       # `positive_pairs_closer` of each step
+    shapes_closer:list = field(default_factory=list) # the same with brightness and contrast taken out
+    images:list = field(default_factory=list)       # of each batch, a hash of every image
+    labels:list = field(default_factory=list)       # of each batch, the class indices if it has any
     load_seconds:list = field(default_factory=list) # one per batch
     step_seconds:list = field(default_factory=list) # one per step
 
     @property
-    def ok(self): return bool(self.losses) and not self.error and not self.nonfinite
-    @cached_property
-    def std(self): return self.zs[0].std(0, correction=0)
-    @cached_property
-    def dead(self): return int(dead_dimensions(self.std))
-    @cached_property
-    def rank(self): return standardised_rank(self.zs[0]) if self.std.max() > 0 else 0.
-    @cached_property
-    def diagonal(self): return float(cross_correlation(*self.zs[:2]).diagonal().mean())
+    def ok(self): return bool(self.losses) and not (self.refused or self.error or self.nonfinite)
     @property
     def share_closer(self): return sum(self.closer)/len(self.closer)
     @property
@@ -65,10 +71,89 @@ class Observations:
     @property
     def waiting(self): return self.times[0]/(sum(self.times) or 1.)
 
+# %% ../nbs/33_doctor.ipynb #d0c70001
+@patch(as_prop=True)
+def constant(self:Observations)->Tensor: # (D,) bool
+    "Dimensions of the embedding that are the same for all images, up to rounding"
+    z = self.zs[0]
+    return z.std(0, correction=0) <= 1e-6*z.square().mean(0).sqrt()
+
+@patch(as_prop=True)
+def dead(self:Observations)->int:
+    "Number of dimensions that stay near 0 after the loss has standardised them"
+    variance = self.zs[0].var(0, correction=0)
+    eps = getattr(pair_loss(self.bt), "eps", 0.)   # beside which a variance counts; other losses have none
+    return int((self.constant | (variance < eps)).sum())
+
+@patch(as_prop=True)
+def rank(self:Observations)->float:
+    "Standardised rank of the embedding; 0 if it is constant"
+    return 0. if self.constant.all() else standardised_rank(self.zs[0])
+
+@patch(as_prop=True)
+def diagonal(self:Observations)->float:
+    "Mean of the diagonal of `c`: how far the views agree"
+    return float(cross_correlation(*self.zs[:2]).diagonal().mean())
+
+@patch(as_prop=True)
+def weight_change(self:Observations)->float:
+    "Norm of the first step, relative to the norm of the weights"
+    norm,change = (sum(getattr(p, name)**2 for p in self.parts.values())**.5 for name in ("norm", "change"))
+    return change/max(norm, 1e-30)
+
+# %% ../nbs/33_doctor.ipynb #d0c70003
+def pair_loss(bt:MultiView # callback
+             ):            # its loss of two views; `None` if that is not the sum of the two terms of Barlow Twins
+    "The loss that can be compared with that of independent and of identical views"
+    loss = getattr(bt.pair_objective, "objective", bt.pair_objective)   # out of `AllPairs`
+    return loss if getattr(loss, "divisible", False) and getattr(loss, "invariance", True) else None
+
+def seconds(device:torch.device # of the model
+           )->float:
+    "The time when the device has done all that it was given"
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    elif device.type == "mps": torch.mps.synchronize()
+    elif device.type != "cpu" and hasattr(torch, "accelerator"): torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+# %% ../nbs/33_doctor.ipynb #d0c70005
+def twin_of(learn:Learner,   # to diagnose
+            lr               # learning rate, or one per parameter group; what a fit would use if not given
+           )->Learner:       # with `opt`, and no other state of a fit
+    "A copy of a Learner as a fit would begin with it"
+    twin = copy(learn)
+    own = learn.opt_func if isinstance(learn.opt_func, OptimWrapper) else None   # an optimizer, not a function
+    twin.model,twin.opt,own = deepcopy((check_model(learn.model), learn.opt, own))
+    if own is not None: twin.opt_func = own
+    device = getattr(learn.dls, "device", None)
+    if device is not None: twin.model.to(device)   # as a fit does
+    if twin.opt is None: twin.create_opt()
+    if learn.wd is not None: twin.opt.set_hypers(wd=learn.wd)
+    twin.opt.set_hypers(lr=planned_rates(twin) if lr is None else lr)
+    twin.training = True
+    twin.model.train()
+    return twin
+
+def planned_rates(learn:Learner # with an optimizer
+                 ):             # a number, a slice, or a list with one per parameter group
+    "The largest learning rates of `fit_recipe`, or the Learner's if it has no recipe"
+    recipe = getattr(learn, "recipe", None)
+    if recipe is None: return learn.lr
+    rates = recipe.peak_lrs(global_bs(learn.dls))
+    return rates if len(rates) == len(learn.opt.hypers) else rates[:1]
+
+def views_of(twin:Learner # from `twin_of`
+            )->MultiView:
+    "Its callback, as a copy with a loss of its own"
+    bt = copy(multiview_of(twin))
+    bt.learn,bt.objective,bt.columns = twin,deepcopy(bt.objective),()
+    if hasattr(bt.objective, "reset"): bt.objective.reset()
+    return bt
+
 # %% ../nbs/33_doctor.ipynb #1b04d2b6
 def examine(learn:Learner,  # with a `BarlowTwins` callback
             batches:int=5,  # batches to train on
-            lr:float=None   # learning rate to try; the Learner's if not given
+            lr:float=None   # learning rate to try; the recipe's or the Learner's if not given
            )->Observations: # raises `ValueError` if there is no such callback, or less than 2 batches
     "Train a copy of the model on a few batches"
     bt = multiview_of(learn)
@@ -76,71 +161,170 @@ def examine(learn:Learner,  # with a `BarlowTwins` callback
         raise ValueError("the Learner has no BarlowTwins callback, nothing to diagnose: add one, or use bt_learner")
     check_positive_int("batches", batches)
     if batches < 2: raise ValueError(f"batches must be at least 2, got {batches}")
-    lr = lr or learn.lr
-    if isinstance(lr, slice): lr = lr.stop
-    seen = Observations(learn, bt, lr)
-    with undisturbed(learn.model, evaluate=False):
-        _train_copy(seen, batches)
-        if seen.ok: seen.shared_pipeline = shared_pipeline(bt.augs, seen.x)
+    check_model(learn.model)
+    seen = Observations(learn, bt)
+    with undisturbed(learn.model, evaluate=False), loader_kept(learn.dls.train): _examine(seen, batches, lr)
     return seen
 
-def _train_copy(seen, batches):
-    "Training steps, until something fails or the loader ends"
-    model = deepcopy(check_model(seen.learn.model)).train()
-    opt = seen.learn.opt_func(seen.learn.splitter(model), lr=seen.lr)
-    objective = deepcopy(seen.bt.pair_objective)
-    seen.nonfinite = _nonfinite_weights(seen, model)
-    if seen.nonfinite: return
-    for x in islice(_batches(seen), batches):
-        seen.nonfinite = _nonfinite_images(x)
-        if seen.nonfinite: return
-        try: _step(seen, model, opt, objective, x)
-        except (ValueError, TypeError, RuntimeError, FloatingPointError) as e: seen.error = e
-        if seen.error or seen.nonfinite: return
+def _examine(seen, batches, lr):
+    "Make the copy and train it; what is raised becomes a finding"
+    try:
+        twin = twin_of(seen.learn, lr)
+        bt = views_of(twin)
+        seen.rates = tuple(float(h["lr"]) for h in twin.opt.hypers)
+        seen.wd = max(float(h.get("wd") or 0) for h in twin.opt.hypers)
+        seen.refused = _refusal(seen, bt)
+        if not seen.refused: _train(seen, twin, bt, batches)
+        if seen.ok: seen.shared_pipeline = shared_pipeline(bt.augs, seen.x)
+    except Exception as e: seen.error = e
+
+def _refusal(seen, bt):
+    "What a fit would raise before it begins, `None` if nothing; notes its warnings"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            bt.check_ranks()
+            bt.before_train()
+        except Exception as e: return e
+    seen.warned = [str(w.message) for w in caught]
 
 # %% ../nbs/33_doctor.ipynb #b232a6f1
-def _batches(seen):
-    "Training images, batch by batch; notes how long each takes to load"
-    dl,device = seen.learn.dls.train,next(seen.learn.model.parameters()).device
-    batches = iter(dl.new() if hasattr(dl, "new") else dl)
+def _train(seen, twin, bt, batches):
+    "Training steps, until something fails or the loader ends"
+    seen.nonfinite = _nonfinite_weights(seen, twin.model)
+    if seen.nonfinite: return
+    for batch in islice(_batches(seen, twin, batches), batches):
+        seen.nonfinite = _nonfinite_images(batch_images(batch))
+        if not seen.nonfinite: _step(seen, twin, bt, batch)
+        if seen.nonfinite: return
+
+def _batches(seen, twin, n):
+    "Training batches; notes how long each takes to load, and the order of the first `n`"
+    dl,device = seen.learn.dls.train,next(twin.model.parameters()).device
+    if hasattr(dl, "new"): dl = dl.new()
+    elif getattr(dl, "batch_sampler", None) is not None:   # PyTorch's
+        with loader_kept(dl): order = [i for idxs in islice(dl.batch_sampler, n) for i in idxs]
+        seen.order = order if None not in order else None   # a stream has no indices
+    batches = iter(dl)
     while True:
-        start = time.perf_counter()
+        start = seconds(device)
         batch = next(batches, None)
         if batch is None: return
-        seen.load_seconds.append(time.perf_counter() - start)
-        yield batch_images(to_device(batch, device))
+        if not seen.load_seconds and seen.order is None: seen.order = epoch_order(dl)
+        batch = twin._set_device(batch)
+        seen.load_seconds.append(seconds(device) - start)
+        yield batch
 
 # %% ../nbs/33_doctor.ipynb #065f0f56
-def _step(seen, model, opt, objective, x):
-    "One training step on the copy; images, views and embeddings of the first one are kept"
-    start = time.perf_counter()
-    with torch.no_grad(): views = tuple(aug(x).as_subclass(Tensor) for aug in seen.bt.augs)
-    seen.nonfinite = _nonfinite_views(views) or _nonfinite_module(seen, model, views)
+def _step(seen, twin, bt, batch):
+    "One training step of the copy, as a fit makes it"
+    device = next(twin.model.parameters()).device
+    start = seconds(device)
+    twin._split(batch)
+    labels = twin.yb
+    bt.before_batch()
+    seen.nonfinite = _nonfinite_views(bt.views) or _nonfinite_module(seen, twin)
     if seen.nonfinite: return
-    z = model(torch.cat(views))
+    z = twin.pred = twin.model(*twin.xb)
     if not all_finite(z): seen.nonfinite = f"the embeddings are not finite{_after_a_step(seen)}"
     if seen.nonfinite: return
-    zs = z.chunk(len(views))
-    loss = objective(*zs)
-    loss.backward()
-    before = [w.detach().clone() for w in model.parameters()]
-    opt.step()
-    opt.zero_grad()
-    if not seen.losses:
-        seen.x,seen.views,seen.zs = x,views,tuple(z.detach().float() for z in zs)
-        seen.weight_change = _relative_change(before, model.parameters())
+    if hasattr(type(bt), "after_pred"): bt.after_pred()
+    loss = bt.loss(z)
+    if loss.requires_grad: loss.backward()
+    if seen.losses: _update(seen, twin)
+    else: _first_step(seen, twin, bt, z)
+    twin.opt.zero_grad()
     seen.losses.append(float(loss.detach()))
-    seen.closer.append(positive_pairs_closer(*views[:2]))
-    seen.step_seconds.append(time.perf_counter() - start)
-    seen.nonfinite = _nonfinite_weights(seen, model)
+    seen.step_seconds.append(seconds(device) - start)
+    _look_at_batch(seen, bt, labels)
+    seen.nonfinite = _nonfinite_weights(seen, twin.model)
 
-def _relative_change(before, after):
-    "Norm of the change of all weights, relative to their norm"
-    change = sum(float((a.detach() - b).square().sum()) for a,b in zip(after, before))
-    return (change/sum(float(b.square().sum()) for b in before))**.5
+def _look_at_batch(seen, bt, labels):
+    "How alike the views are, which images are equal, and their classes"
+    v1,v2 = (v.as_subclass(Tensor) for v in bt.views[:2])
+    seen.closer.append(positive_pairs_closer(v1, v2))
+    seen.shapes_closer.append(positive_pairs_closer(v1, v2, standardise=True))
+    pixels = bt.images.as_subclass(Tensor).cpu().contiguous()
+    seen.images.append([hash(image.numpy().tobytes()) for image in pixels])
+    y = labels[0] if len(labels) else None
+    if isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point(): seen.labels.append(y.tolist())
+
+# %% ../nbs/33_doctor.ipynb #d0c70006
+class Part(NamedTuple):
+    "Weights of a part of the model, in the first steps"
+    names:tuple       # of all its weights
+    trained:tuple     # names of those that are to be trained: `requires_grad`
+    missing:tuple     # names of those of them that the optimizer does not have
+    norm:float        # of all
+    change:float      # norm of their change in the first step
+    reached:set       # names of those that had a gradient in any step
+    moved:set         # names of those whose gradient was not 0 throughout
+    @property
+    def unreached(self): return [n for n in self.trained if n not in self.reached] if self.moved else self.trained
+
+def _by_part(model):
+    "Names and weights by the model's children: encoder, projector, perhaps a predictor"
+    parts = {}
+    for name,p in model.named_parameters(): parts.setdefault(name.partition(".")[0], {})[name] = p
+    return parts
+
+def _norm(tensors): return sum(float(t.detach().float().square().sum()) for t in tensors)**.5
+
+# %% ../nbs/33_doctor.ipynb #d0c7000e
+def _update(seen, twin):
+    "A step of the optimizer; notes which weights had a gradient"
+    for name,weights in _by_part(twin.model).items():
+        reached = [n for n,p in weights.items() if p.grad is not None]
+        seen.parts[name].reached.update(reached)
+        seen.parts[name].moved.update(n for n in reached if weights[n].grad.any())
+    twin.opt.step()
+
+def _first_step(seen, twin, bt, z):
+    "The first step: images, views and embeddings are kept, and the change of the weights is measured"
+    seen.x,seen.views = bt.images,tuple(v.as_subclass(Tensor) for v in bt.views)
+    seen.zs = tuple(part.detach().float() for part in z.chunk(len(bt.views)))
+    loss = deepcopy(pair_loss(bt))
+    with torch.no_grad():
+        seen.clean = bt.clean(seen.x).as_subclass(Tensor)
+        seen.pair_loss = None if loss is None else float(loss(*seen.zs[:2]))
+    params = [p for p in twin.model.parameters()]
+    held = {id(p) for group in twin.opt.param_lists for p in group}
+    before = {id(p): p.detach().clone() for p in params}
+    for name,weights in _by_part(twin.model).items():
+        trained = tuple(n for n,p in weights.items() if p.requires_grad)
+        missing = tuple(n for n in trained if id(weights[n]) not in held)
+        seen.parts[name] = Part(tuple(weights), trained, missing, _norm(weights.values()), 0., set(), set())
+    without_decay = _step_without_decay(twin, params)
+    _update(seen, twin)
+    for name,weights in _by_part(twin.model).items():
+        change = _norm(p.detach() - before[id(p)] for p in weights.values())
+        seen.parts[name] = seen.parts[name]._replace(change=change)
+    seen.decay = 0. if without_decay is None else _share_of_decay(params, before, without_decay)
+
+# %% ../nbs/33_doctor.ipynb #d0c70007
+def _step_without_decay(twin, params):
+    "The weights after the same step without weight decay; `None` if there is no decay"
+    if not any(hypers.get("wd") for hypers in twin.opt.hypers): return None
+    copies,opt = deepcopy((params, twin.opt))
+    for p,like in zip(copies, params): p.grad = None if like.grad is None else like.grad.clone()
+    opt.set_hypers(wd=0.)
+    opt.step()
+    return [p.detach() for p in copies]
+
+def _share_of_decay(params, before, without):
+    "What decay adds to the step of the weight matrices, relative to the rest; where the gradient is not 0"
+    decay,rest = [],[]
+    for p,w in zip(params, without):
+        if p.ndim < 2 or p.grad is None: continue
+        trained = p.grad != 0   # Adam makes a whole step of any decay where there is nothing else
+        decay.append((p.detach() - w)*trained)
+        rest.append((w - before[id(p)])*trained)
+    return _norm(decay)/max(_norm(rest), 1e-30)
 
 # %% ../nbs/33_doctor.ipynb #88012003
-def _after_a_step(seen): return f" after a step at learning rate {seen.lr:g}" if seen.losses else ""
+def _rate(seen): return " and ".join(f"{lr:g}" for lr in dict.fromkeys(seen.rates))
+
+def _after_a_step(seen): return f" after a step at learning rate {_rate(seen)}" if seen.losses else ""
 
 def _nonfinite_weights(seen, model):
     "Which weights are not finite, in words"
@@ -160,19 +344,21 @@ def _nonfinite_views(views):
     bad = [i for i,v in enumerate(views, 1) if not all_finite(v)]
     if bad: return f"the images are finite and view {bad[0]} is not: its pipeline makes NaN or inf"
 
-def _nonfinite_module(seen, model, views):
+def _nonfinite_module(seen, twin):
     "Which module makes values that are not finite, in words; at the first step only, as it runs the model again"
-    origin = None if seen.losses else find_forward(model, (torch.cat(views),))
+    origin = None if seen.losses else find_forward(twin.model, twin.xb)
     if origin is None: return None
     name = f"{origin.name or 'the model itself'} ({type(origin.module).__name__})"
     return f"the first module with a non-finite output of finite inputs is {name}"
 
 # %% ../nbs/33_doctor.ipynb #512e915f
 def positive_pairs_closer(v1:Tensor, # (B,C,H,W) view 1
-                          v2:Tensor  # (B,C,H,W) view 2
+                          v2:Tensor, # (B,C,H,W) view 2
+                          standardise:bool=False # bring every thumbnail to mean 0 and variance 1?
                          )->float:   # between 0 and 1, .5 is chance
     "How often a view is closer to the other view of its image than to a view of another image, as thumbnails"
     a,b = (F.adaptive_avg_pool2d(v.float(), 4).flatten(1) for v in (v1, v2))
+    if standardise: a,b = (F.layer_norm(t, t.shape[1:], eps=0. if t.std(1).all() else 1e-12) for t in (a, b))
     distances = torch.cdist(a, b)
     own = distances.diagonal()[:,None]
     closer = (own < distances).float() + .5*(own == distances)
@@ -213,33 +399,47 @@ def recorded(learn:Learner, # any
 
 @register_check
 def check_steps(s):
-    "Do the steps run, and are their numbers finite?"
-    if s.error:
+    "Does a fit begin, do the steps run, and are their numbers finite?"
+    n = images_per_epoch(s.learn.dls.train)
+    if n == 0 or not (s.ok or s.refused or s.error or s.nonfinite):
+        yield Finding("no data", "the training loader gives no batch", "use a smaller bs or more images")
+    elif s.refused:
+        yield Finding("refused", f"a fit does not begin: {s.refused}", "do what the message says, then diagnose again")
+    elif s.error:
         yield Finding("error", f"a training step fails: {s.error}", "fix what the message names, then diagnose again")
+    elif s.nonfinite and s.weight_change > 1:
+        yield Finding("learning rate too high", f"{s.nonfinite}; {_step_in_words(s)}", _rate_advice(s))
     elif s.nonfinite:
         yield Finding("non-finite", s.nonfinite, "repair the images, load other weights, use a lower learning rate, or "
                       "train without half precision")
-    elif not s.losses: yield Finding("no data", "the training loader gives no batch", "use a smaller bs or more images")
 
 # %% ../nbs/33_doctor.ipynb #2b5439d6
 @register_check
 def check_pixels(s):
-    "Are the images blank, not normalised, or normalised twice?"
-    x,pixels = s.x.float(),torch.cat(s.views)
-    mean,std = pixels.mean((0,2,3)),pixels.std((0,2,3)).clamp(min=1e-6)
-    offset,width = float((mean.abs()/std).mean()),float(std.mean())
+    "Are images blank, not normalised, or normalised twice?"
+    x = s.x.as_subclass(Tensor).float()
+    blank = int((x.amax((2,3)) - x.amin((2,3)) < 1e-6).all(1).sum())   # every channel is constant
+    (mean,std),(clean_mean,clean_std) = (_mean_and_std(v) for v in (torch.cat(s.views), s.clean))
+    offset = min(float((m.abs()/sd).mean()) for m,sd in ((mean, std), (clean_mean, clean_std)))
+    widths = sorted((float(std.mean()), float(clean_std.mean())))
     means,stds = (", ".join(f"{v:.2f}" for v in values) for values in (mean, std))
     seen = f"the pixels of the views have mean {means} and standard deviation {stds}"
-    if float(x.std()) < 1e-4:
-        yield Finding("blank images", f"all pixels of the batch are near {float(x.mean()):.2f}",
-                      "look at the images: learn.barlow_twins.show(original=True)")
-    elif width > 2:
-        yield Finding("normalised twice", seen, "normalise once: take Normalize out of the dls, and give stats to the "
-                      "pipelines alone")
-    elif offset > 1.5 and width < .5:
+    if blank > max(1, .1*len(x)):
+        yield Finding("blank images", f"{blank} of {len(x)} images have one colour throughout, all pixels are near "
+                      f"{float(x.mean()):.2f}",
+                      "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
+    elif widths[0] > 2 or s.warned:
+        yield Finding("normalised twice", "; ".join([seen, *s.warned]), "normalise once: take Normalize out of the "
+                      "dls, and give the statistics of the data set to the pipelines alone")
+    elif offset > 1.5 and widths[1] < .5:
         yield Finding("not normalised", seen, "give the statistics of the data set to the pipelines: "
                       "get_barlow_twins_aug_pipelines(size, stats=(mean, std))")
 
+def _mean_and_std(x):
+    "Mean and standard deviation of each channel"
+    return x.float().mean((0,2,3)),x.float().std((0,2,3)).clamp(min=1e-6)
+
+# %% ../nbs/33_doctor.ipynb #d0c70008
 @register_check
 def check_augmentation(s):
     "Are the views too similar, or too different?"
@@ -249,25 +449,61 @@ def check_augmentation(s):
         yield Finding("same crop for all images",
                       f"pipeline {s.shared_pipeline} samples one crop and one set of colours for the whole batch",
                       "leave same_on_batch=True out: each image needs a crop of its own")
+    if _blank_or_repeated(s): return   # there is nothing to tell images apart
     if torch.equal(v1.flatten(2), v2.flatten(2)):
         yield Finding("identical views", "both views are equal in every pixel",
                       "use pipelines with random transforms, e.g. get_barlow_twins_aug_pipelines(size)")
     elif s.share_closer > .97:
         yield Finding("augmentation too weak", f"{share} pairs (65 to 90 % is usual)",
                       "use a wider range of crops (resize_scale=(.2,1.)), colour jitter, blur")
-    elif s.share_closer < .53:
+    elif max(s.share_closer, float(np.mean(s.shapes_closer))) < .53:
         yield Finding("augmentation too strong", f"{share} pairs (50 % is chance, 65 to 90 % is usual)",
                       "use larger crops (resize_scale) and less jitter. See learn.barlow_twins.show(original=True)")
+
+def _blank_or_repeated(s): return any(len(set(images)) < .5*len(images) for images in s.images)
+
+# %% ../nbs/33_doctor.ipynb #d0c7000a
+@register_check
+def check_sample(s):
+    "Are the batches random samples of the data, of images that differ?"
+    images = [image for batch in s.images for image in batch]
+    if len(set(images)) < .5*len(images):
+        yield Finding("repeated images", f"only {len(set(images))} of {len(images)} images of an epoch are different",
+                      "list each image once; to train longer, use more epochs")
+    bs,n = batch_size_of(s.learn.dls.train),images_per_epoch(s.learn.dls.train)
+    several = not (bs and n) or n >= 2*bs
+    order = s.order[:len(images)] if s.order is not None else []
+    in_order = len(order) > 1 and all(a < b for a,b in zip(order, order[1:]))
+    if several and (in_order or _sorted_by_class(s)):
+        how = "in the order of the data" if in_order else "sorted by class"
+        yield Finding("not shuffled", f"the training loader gives the images {how}{_classes_in_words(s)}",
+                      "shuffle: DataLoader(..., shuffle=True), or DataLoaders.from_dsets(train, valid), which does")
+
+def _distinct(labels, sizes):
+    "Number of classes to expect in random batches of these sizes"
+    counts = np.bincount(np.unique(labels, return_inverse=True)[1])
+    n = len(labels)
+    misses = [np.prod([np.clip((n - counts - i)/(n - i), 0, 1) for i in range(size)], axis=0) for size in sizes]
+    return float(np.mean([(1 - m).sum() for m in misses]))
+
+def _sorted_by_class(s):
+    "Do batches hold less than half of the classes of random batches of the same images?"
+    if len(s.labels) < 2: return False
+    expected = _distinct([y for batch in s.labels for y in batch], [len(batch) for batch in s.labels])
+    return np.mean([len(set(batch)) for batch in s.labels]) < .5*expected
+
+def _classes_in_words(s):
+    if not s.labels: return ""
+    n,total = np.mean([len(set(y)) for y in s.labels]),len({y for batch in s.labels for y in batch})
+    return f": {n:.3g} class(es) per batch, of {total} in these {len(s.labels)} batches"
 
 # %% ../nbs/33_doctor.ipynb #626e07e2
 @register_check
 def check_embedding(s):
     "Has the embedding collapsed, or some of its dimensions?"
     n,d = s.zs[0].shape
-    power = s.zs[0].square().mean(0)
-    constant = float(s.std.square().sum()/power.sum().clamp(min=1e-30)) < 1e-5
-    if constant or s.rank == 0:
-        std,rms = float(s.std.mean()),float(power.mean().sqrt())
+    if s.dead == d:
+        std,rms = float(s.zs[0].std(0, correction=0).mean()),float(s.zs[0].square().mean().sqrt())
         yield Finding("collapse",
                       f"all images have the same embedding: standard deviation {std:.1e}, root mean square {rms:.1e}",
                       "reinitialise the model, with BatchNorm in the projector (bn=True) and a lower learning rate")
@@ -284,17 +520,57 @@ def check_embedding(s):
 def check_progress(s):
     "Do the views agree after a while?"
     steps = len(recorded(s.learn, "losses"))
-    if steps < 100 or s.diagonal >= .1: return
+    if steps < 100 or s.diagonal >= .1 or s.pair_loss is None: return
     yield Finding("nothing learned",
                   f"after {steps} steps the views do not agree: the mean of the diagonal of c is {s.diagonal:.2f}",
                   "find a learning rate with learn.lr_find(), and look at the views: they may share too little")
 
+# %% ../nbs/33_doctor.ipynb #d0c7000c
+def column(learn:Learner, # after or during a fit
+           name:str       # of the column
+          )->list:        # one number per epoch, those that are finite
+    "A column of the Recorder"
+    values = [row.get(name) for row in epoch_values(learn)]
+    return [float(v) for v in values if v is not None and np.isfinite(float(v))]
+
+def _labelled(learn):
+    "Number of images that `OnlineEvaluation` tests; its default use has 500"
+    data = getattr(getattr(learn, "online_evaluation", None), "data", None)
+    images = data[0] if isinstance(data, (tuple, list)) else getattr(data, "dataset", ())
+    return len(images) or 500
+
+@register_check
+def check_history(s):
+    "Did the kNN accuracy or the rank fall during the last fit?"
+    before = getattr(getattr(s.learn, "online_evaluation", None), "before", {})
+    losses = column(s.learn, "train_loss")
+    for name in ("knn_accuracy", "linear_accuracy"):
+        values = [before[name]] if name in before else []
+        values += column(s.learn, name)
+        if len(values) < 4: continue
+        best,last = max(values),max(values[-2:])
+        bound = max(.03, 3*(2*best*(1 - best)/_labelled(s.learn))**.5)
+        if best - last <= bound: continue
+        course = f", while the loss went from {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+        yield Finding("accuracy falls", f"{name} fell from {best:.1%} to {values[-1]:.1%}{course}", "go back to the "
+                      "checkpoint of the best epoch, use a lower learning rate, or fewer epochs; the views may allow "
+                      "a shortcut")
+        break
+    ranks = column(s.learn, "effective_rank_z")
+    if len(ranks) < 2 or ranks[-1] >= min(4, max(ranks)/4): return
+    yield Finding("rank falls", f"the effective rank of the embedding fell from {max(ranks):.3g} to {ranks[-1]:.3g}",
+                  "use a larger lmb and a lower learning rate: a loss that falls by collapse teaches nothing")
+
 # %% ../nbs/33_doctor.ipynb #550d81ad
 @register_check
 def check_batch_size(s):
-    "Is the batch large enough for the width of the embedding?"
+    "Is the weight of the redundancy term right for the batch and the width of the embedding?"
     lmb,(n,d) = s.bt.lmb,s.zs[0].shape
-    if lmb is None: return
+    if lmb is not None and lmb*(d - 1) < .01:
+        yield Finding("no redundancy term", f"with lmb={lmb:g} and {d} dimensions the redundancy term is at most "
+                      f"{lmb*(d - 1):.1g} times the invariance term: equal dimensions cost nothing",
+                      f"use lmb=5e-3, or about {.02*n/d:.1g}")
+    if lmb is None or s.pair_loss is None: return
     noise = expected_losses(n, d, lmb)[1]/d
     if noise <= .15: return
     yield Finding("batch too small",
@@ -302,18 +578,58 @@ def check_batch_size(s):
                   f"{noise:.2f} per dimension to the loss (0.01 to 0.05 is usual)",
                   f"use bs={2**int(lmb*d/.05).bit_length()}, lmb={.02*n/d:.1g}, or fewer dimensions")
 
+# %% ../nbs/33_doctor.ipynb #d0c7000d
+@register_check
+def check_gradients(s):
+    "Is every part of the model trained?"
+    for name,part in s.parts.items():
+        n = len(part.trained)
+        if not n:
+            yield Finding(f"frozen {name}", f"no weight of the {name} is trained: requires_grad is False",
+                          "learn.unfreeze(), or set requires_grad_(True)")
+        elif part.missing:
+            yield Finding("not in the optimizer", f"the optimizer lacks {len(part.missing)} of {n} weights of the "
+                          f"{name}, the first is {part.missing[0]}",
+                          "let the splitter return all parameters; learn.create_opt() after a change of the model")
+        elif len(part.unreached) > .1*n:
+            yield Finding("no gradient", f"no gradient reaches {len(part.unreached)} of {n} weights of the {name}, "
+                          f"the first is {part.unreached[0]}",
+                          "look for detach(), torch.no_grad() and .data in the model's forward")
+
 # %% ../nbs/33_doctor.ipynb #7b77da13
+def _step_in_words(s):
+    return (f"the first step at learning rate {_rate(s)} changes the weights by {s.weight_change:.1e} of their norm "
+            "(1e-3 to 1e-1 is usual)")
+
+def _rate_advice(s):
+    if not s.weight_change: return "find a learning rate with learn.lr_find()"
+    return f"try about {max(s.rates)*.02/s.weight_change:.0e}, or learn.lr_find()"
+
+def other_rate(s:Observations
+              )->float: # `None` if there is no other
+    "The learning rate that was given to the Learner, if the recipe's was tried"
+    lr = s.learn.lr
+    if isinstance(lr, slice) or getattr(s.learn, "recipe", None) is None or lr == fastai_defaults.lr: return None
+    return float(np.max(lr))
+
 @register_check
 def check_training(s):
-    "Is the learning rate far off, or the encoder frozen?"
-    if not any(p.requires_grad for p in check_model(s.learn.model).encoder.parameters()):
-        yield Finding("frozen encoder", "no weight of the encoder is trained", "learn.unfreeze()")
-    seen = (f"the first step at learning rate {s.lr:g} changes the weights by {s.weight_change:.1e} of their norm "
-            "(1e-3 to 1e-1 is usual)")
-    advice = f"try about {s.lr*.02/max(s.weight_change, 1e-12):.0e}, or learn.lr_find()"
-    if s.weight_change > 1: yield Finding("learning rate too high", seen, advice)
-    elif s.weight_change < 1e-5: yield Finding("learning rate too low", seen, advice)
+    "Are learning rate and weight decay far off?"
+    seen,advice = _step_in_words(s),_rate_advice(s)
+    if not any(set(p.moved) - {*p.missing} for p in s.parts.values()): return   # another finding says why
+    rates = [(s.weight_change, seen)]
+    if other_rate(s) and max(s.rates):
+        change = s.weight_change*other_rate(s)/max(s.rates)
+        rates.append((change, f"at the Learner's lr={other_rate(s):g} the first step changes the weights by "
+                      f"{change:.1e} of their norm (1e-3 to 1e-1 is usual)"))
+    for change,words in rates:
+        if change > 1: yield Finding("learning rate too high", words, advice)
+        elif change < 1e-5: yield Finding("learning rate too low", words, advice)
+    if s.decay > 1:
+        yield Finding("weight decay too high", f"the weight decay {s.wd:g} changes the weights {s.decay:.1f} times as "
+                      "far as the gradient", "use 1e-6 to 0.1: the weights shrink to 0 otherwise")
 
+# %% ../nbs/33_doctor.ipynb #d0c7000f
 @register_check
 def check_loader(s):
     "Does training wait for images?"
@@ -344,7 +660,7 @@ class Diagnosis:
 # %% ../nbs/33_doctor.ipynb #a9b59274
 def diagnose(learn:Learner, # with a `BarlowTwins` callback, trained or not
              batches:int=5, # batches to train a copy of the model on
-             lr:float=None  # learning rate to try; the Learner's if not given
+             lr:float=None  # learning rate to try; the largest of the recipe, or the Learner's, if not given
             )->Diagnosis:   # prints as text; `findings`, `facts`, `ok`
     "Train a copy of the model on a few batches, and say in plain words what is wrong and what to do"
     seen,findings = examine(learn, batches, lr),[]
@@ -359,19 +675,22 @@ def _facts(s):
     n,d = s.zs[0].shape
     image,view = ("x".join(map(str, x.shape[1:])) for x in (s.x, s.views[0]))
     return {"batch": f"{n} images of {image}, {len(s.views)} views of {view}",
-            "loss": _loss_in_words(s.losses[0], n, d, s.bt.lmb),
+            "loss": _loss_in_words(s),
             "views": "closer to the other view of their image than to views of other images in "
                      f"{s.share_closer:.0%} of pairs (chance: 50%)",
             "embedding": f"{d} dimensions, {s.dead} dead, standardised rank {s.rank:.0f} of {min(n, d)}, "
                          f"mean of the diagonal of c {s.diagonal:.2f}",
-            "step": f"changes the weights by {s.weight_change:.1e} of their norm at learning rate {s.lr:g}; "
+            "step": f"changes the weights by {s.weight_change:.1e} of their norm at learning rate {_rate(s)}; "
                     f"{s.waiting:.0%} of the time is waiting for data"}
 
-def _loss_in_words(loss, n, d, lmb):
+def _loss_in_words(s):
     "The loss, and where it lies between the losses to expect"
-    if lmb is None: return f"{loss:.4g} (a loss without lmb: there is no value to compare it with)"
-    independent,identical = expected_losses(n, d, lmb)
-    if loss <= identical: meaning = "as low as for identical views"
-    elif loss < independent: meaning = "the views agree in part"
+    if s.pair_loss is None:
+        return f"{s.losses[0]:.4g} (not the loss of Barlow Twins: there is no value to compare it with)"
+    independent,identical = (pair_loss(s.bt).scale*v for v in expected_losses(*s.zs[0].shape, s.bt.lmb))
+    if s.pair_loss <= identical: meaning = "as low as for identical views"
+    elif s.pair_loss < independent: meaning = "the views agree in part"
     else: meaning = "dimensions are correlated, as in an untrained network"
-    return f"{loss:.4g}: {meaning} (independent views give {independent:.4g}, identical views {identical:.4g})"
+    more = f" (with the regulariser {s.losses[0]:.4g})" if type(s.bt.objective) is not type(pair_loss(s.bt)) else ""
+    return (f"{s.pair_loss:.4g}{more}: {meaning} (independent views give {independent:.4g}, identical views "
+            f"{identical:.4g})")

@@ -103,7 +103,7 @@ def checksum(text:str,    # what is written about the encoder
             )->str:       # hexadecimal digits
     "SHA-256 of the content of an encoder's file"
     h = hashlib.sha256(text.encode())
-    for name,t in sorted(tensors.items()):
+    for name,t in sorted((_plain_name(name), t) for name,t in tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
@@ -113,11 +113,11 @@ def check_undamaged(path:str|Path # file that `save_encoder` wrote
     "Compare the checksum of an encoder's file; files of earlier versions have none"
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            text,expected = metadata.get("self_supervised_bt"),metadata.get("sha256")
-            if text is None: raise ValueError(f"{path} is not a file that save_encoder wrote")
-            if expected in (None, checksum(text, {k: f.get_tensor(k) for k in f.keys()})): return
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path} cannot be read ({_one_line(e)})") from e
+            about = json.loads((f.metadata() or {})["self_supervised_bt"])
+            expected = about.pop("sha256", None)
+            if expected in (None, checksum(json.dumps(about), {k: f.get_tensor(k) for k in f.keys()})): return
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read ({_one_line(e)})") from e
     raise ValueError(f"{path} was damaged: its checksum differs. Get it again, or write it again from the run")
 
 # %% ../nbs/40_weights.ipynb #cb85ad1e
@@ -128,8 +128,9 @@ def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
     encoder,clean = encoder_of(model)
     check_replaceable(path, "self_supervised_bt")
     about = dict(created_by=_created_by(encoder), input=describe_input(clean))
-    tensors,text = _separate(_weights(encoder)),json.dumps(about)
-    metadata = {"self_supervised_bt": text, "sha256": checksum(text, tensors)}
+    tensors = _separate(_weights(encoder))
+    sealed = {**about, "sha256": checksum(json.dumps(about), tensors)}
+    metadata = {"self_supervised_bt": json.dumps(sealed)}   # of several keys safetensors would write any order
     with whole_file(path) as part: save_file(tensors, part, metadata=metadata)
     return Path(path)
 
@@ -178,6 +179,7 @@ def _read_about(path):
         raise ValueError(f"{path} holds tensors, but not how to use them: pass a file that save_encoder wrote")
     try:
         about = json.loads(text)
+        if isinstance(about, dict): about.pop("sha256", None)   # `check_undamaged` compares it
         if not isinstance(about, dict) or about.keys() != {"created_by", "input"}:
             raise ValueError(f"it must have created_by and input, got {about!r:.80}")
         if about["created_by"] is not None: _check_created_by(about["created_by"])

@@ -45,6 +45,7 @@ from self_supervised_bt.checkpoints import (
     write_checkpoint,
 )
 from self_supervised_bt.data import digits_dls, digits_images, tensor_dls
+from self_supervised_bt.evaluation import OnlineEvaluation
 from self_supervised_bt.fitting import Column, add_columns
 from self_supervised_bt.folders import unlabelled_dls
 from self_supervised_bt.layers import PoolingType
@@ -337,6 +338,16 @@ class Counting(Callback):
     def after_epoch(self): self.epochs += 1
     def state_dict(self): return dict(epochs=self.epochs)
     def load_state_dict(self, state): self.epochs = state["epochs"]
+
+
+def test_the_online_evaluation_of_a_resumed_run_knows_what_was_before_training(tmp_path):
+    x, y = digits_images()
+    def make(cbs): return tiny([OnlineEvaluation((x[:80].float()/255, y[:80]), every=2, k=5), *cbs])
+    whole, again = whole_and_resumed(make, lambda learn: learn.fit(4, 1e-2), tmp_path, 8, every=1)
+    for name in ("before", "epochs_measured"):
+        assert getattr(whole.online_evaluation, name) == getattr(again.online_evaluation, name), name
+    assert whole.online_evaluation.epochs_measured == [0, 2, 3]
+    for a, b in zip(whole.recorder.values, again.recorder.values): assert list(map(float, a)) == list(map(float, b))
 
 
 class CountingItems(list):

@@ -169,6 +169,12 @@ def test_an_epoch_that_was_resumed_has_all_its_numbers(make_learner, make_dls, t
     assert list(whole.recorder.values) == list(resumed.recorder.values)
 
 
+def test_one_dimension_that_is_5000_times_larger_makes_no_other_dead():
+    z = torch.randn(100, 64)
+    z[:, 3] *= 5000
+    assert int(dead_dimensions(z.std(0))) == 0
+
+
 def test_dead_dimensions_are_counted():
     z = torch.randn(64, 10)*torch.tensor([1.]*7 + [0., 1e-6, 5e-4])
     assert int(dead_dimensions(z.std(0))) == 3 and int(dead_dimensions(torch.zeros(5))) == 5

@@ -8,19 +8,23 @@ import torch
 from conftest import image_items, quiet, small_model
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import TensorImage
 from fasttransform import Pipeline, Transform
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from self_supervised_bt import doctor
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from self_supervised_bt.data import digits_images, tensor_dls
+from self_supervised_bt.diagnostics import Diagnostics
 from self_supervised_bt.doctor import CHECKS, Finding, diagnose, positive_pairs_closer, register_check
+from self_supervised_bt.evaluation import OnlineEvaluation
 from self_supervised_bt.layers import create_encoder
-from self_supervised_bt.losses import variant_loss
+from self_supervised_bt.losses import VARIANTS, variant_loss
 from self_supervised_bt.mixed import MixedBarlowTwins
-from self_supervised_bt.recipes import bt_learner
+from self_supervised_bt.recipes import bt_learner, get_recipe
 
 
 def learner(x=None, augs=None, bs=64, width=64, encoder="timm/test_resnet", **kwargs):
@@ -65,7 +69,35 @@ def mixed():
     return Learner(dls, small_model(width=32), cbs=[MixedBarlowTwins(get_barlow_twins_aug_pipelines(16, "digits"))])
 
 
+def low_contrast(contrast=.02):
+    "The photographs, faded, with statistics of their own"
+    x = .5 + contrast*(photographs() - .5)
+    augs = get_barlow_twins_aug_pipelines(32, "cifar", stats=(x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).tolist()))
+    dls = tensor_dls(x, bs=64, valid_pct=0, device="cpu")
+    return bt_learner(dls, "timm/test_resnet", 32, augs, small_stem=False, hidden_size=64, projection_size=64)
+
+
+def large_dimension():
+    def enlarge(model):
+        for p in model.projector[-1].parameters(): p[0] *= 5000
+    return with_weights(enlarge)
+
+
+def predictor():
+    encoder = create_encoder("timm/test_resnet", n_in=1, pretrained=False, size=16)
+    dls = tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu")
+    return Learner(dls, create_barlow_twins_model(encoder, 32, 32, predictor=True), cbs=[BarlowTwins(augs())])
+
+
 HEALTHY = {
+    "low contrast, statistics of its own": low_contrast,
+    "a dimension 5,000 times larger": large_dimension,
+    "a predictor": predictor,
+    "kornia's views": lambda: learner(augs=augs(backend="kornia")),
+    "PyTorch's loaders": lambda: plain_learner(torch_dls(*labelled(), shuffle=True)),
+    "adam with a decay of 1e-6": lambda: with_settings(opt="adam", wd=1e-6),
+    "lars": lambda: with_settings(opt="lars", lr=.2, lr_bias=.0048, wd=1e-6),
+    "kNN that rises": lambda: falling(.7, .8, .9, .88, .91, .9),
     "digits": learner,
     "digits, trained": trained,
     "photographs": photo_learner,
@@ -170,41 +202,203 @@ def wrong_channels():
     return learner(x=torch.rand(256, 3, 8, 8)*300, encoder=encoder)
 
 
+class Detached(nn.Module):
+    "A module whose output has no gradient"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x): return self.inner(x).detach()
+
+
+class Skipped(nn.Module):
+    "A projector that is computed, and has no part in the gradient"
+    def __init__(self, projector):
+        super().__init__()
+        self.projector = projector
+    def forward(self, h): return self.projector(h).detach() + h[:, :64]
+
+
+def with_model(change, recipe="default", **changes):
+    "A Learner whose model is changed first"
+    learn = learner(recipe=get_recipe(recipe, **changes))
+    change(learn.model)
+    return learn
+
+
+def detach(part, wrapper=Detached):
+    def change(model): setattr(model, part, wrapper(getattr(model, part)))
+    return change
+
+
+def detach_half(model):
+    model.encoder.get_submodule("layer2")[0] = Detached(model.encoder.get_submodule("layer2")[0])
+
+
+def freeze(part):
+    def change(model): getattr(model, part).requires_grad_(False)
+    return change
+
+
+def with_splitter(part): return learner(splitter=lambda model: [*getattr(model, part).parameters()])
+
+
+def other_model():
+    "A model that came after the optimizer"
+    learn = learner()
+    learn.create_opt()
+    learn.model = learner().model
+    return learn
+
+
+def with_settings(**changes):
+    "A Learner by a recipe"
+    return learner(recipe=get_recipe("default", scale_lr=False, **changes))
+
+
+def two_callbacks():
+    learn = learner()
+    learn.add_cb(MixedBarlowTwins(augs()))
+    return learn
+
+
+def mixed_with_predictor():
+    learn = mixed()
+    learn.model.predictor = nn.Linear(32, 32)
+    return learn
+
+
+def labelled(n=640, by_class=True):
+    "Digits in [0,1] with labels, class by class"
+    x, y = (t[:n] for t in digits_images())
+    order = y.argsort(stable=True) if by_class else torch.arange(n)
+    return x[order].float()/255, y[order]
+
+
+def plain_learner(dls, **kwargs): return Learner(dls, small_model(), cbs=[BarlowTwins(augs())], **kwargs)
+
+
+def torch_dls(*tensors, bs=64, **kwargs):
+    def loader(): return DataLoader(TensorDataset(*tensors), batch_size=bs, drop_last=True, **kwargs)
+    return DataLoaders(loader(), loader(), device="cpu")
+
+
+def not_shuffled(kind):
+    x, y = labelled()
+    if kind == "torch": return plain_learner(torch_dls(x, y))
+    if kind == "images alone": return plain_learner(torch_dls(x))
+    items = [(TensorImage(i), int(c)) for i, c in zip(x, y)]
+    return plain_learner(DataLoaders.from_dsets(items, items, bs=64, shuffle=False, num_workers=0, device="cpu"))
+
+
+def stream_by_class():
+    "Nothing says the order of a stream, but its labels do"
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(zip(*labelled()))
+    return plain_learner(DataLoaders(DataLoader(Stream(), batch_size=32), DataLoader(Stream(), batch_size=32)))
+
+
+def partly_black():
+    x = digits_images()[0][:256].clone()
+    x[::3] = 0
+    return x
+
+
+def with_history(callback, **columns):
+    "A Learner after a fit with these columns"
+    learn = learner(cbs=[callback])
+    learn.recorder.metric_names = ["epoch", "train_loss", *columns, "time"]
+    n = len(next(iter(columns.values())))
+    learn.recorder.values = [[60 - 5*i, *(values[i] for values in columns.values())] for i in range(n)]
+    return learn
+
+
+def falling(*accuracies):
+    return with_history(OnlineEvaluation(labelled(500), probe=False), knn_accuracy=accuracies)
+
+
+def fails_to_load():
+    class Fails(TensorDataset):
+        def __getitem__(self, i): raise IndexError("no such row")
+    dls = [DataLoader(Fails(*labelled()), batch_size=64, shuffle=True) for _ in range(2)]
+    return plain_learner(DataLoaders(*dls))
+
+
+# set-up -> the finding that fits, and how it is made
 FAULTY = {
-    "same crop for all images": lambda: learner(augs=augs(same_on_batch=True)),
-    "identical views": lambda: learner(augs=no_augmentation()),
-    "augmentation too weak": lambda: photo_learner(resize_scale=(.95, 1.), jitter=False, bw=False, flip_p=0.),
-    "augmentation too strong": lambda: noise_learner(bs=512),
-    "not normalised": lambda: photo_learner(stats=None),
-    "normalised twice": lambda: photo_learner(stats=([.5]*3, [.06]*3)),
-    "blank images": lambda: learner(x=torch.full((256, 1, 8, 8), 128, dtype=torch.uint8)),
-    "batch too small": lambda: learner(bs=8, width=1024),
-    "learning rate too high": lambda: learner(lr=100.),
-    "learning rate too low": lambda: learner(lr=1e-9),
-    "collapse": lambda: with_weights(constant),
-    "dimensional collapse": lambda: with_weights(low_rank),
-    "dead dimensions": lambda: with_weights(dead),
-    "nothing learned": never_learns,
-    "frozen encoder": frozen,
-    "loader too slow": slow_dls,
-    "error": wrong_channels,
+    "same crop for all images": ("same crop for all images", lambda: learner(augs=augs(same_on_batch=True))),
+    "identical views": ("identical views", lambda: learner(augs=no_augmentation())),
+    "crops of nearly the whole image": (
+        "augmentation too weak", lambda: photo_learner(resize_scale=(.95, 1.), jitter=False, bw=False, flip_p=0.)),
+    "views of noise": ("augmentation too strong", lambda: noise_learner(bs=512)),
+    "no statistics": ("not normalised", lambda: photo_learner(stats=None)),
+    "statistics of images that are normalised": (
+        "normalised twice", lambda: photo_learner(stats=([.5]*3, [.06]*3))),
+    "grey images": ("blank images", lambda: learner(x=torch.full((256, 1, 8, 8), 128, dtype=torch.uint8))),
+    "black images": ("blank images", lambda: learner(x=torch.zeros(256, 1, 8, 8, dtype=torch.uint8))),
+    "every third image black": ("blank images", lambda: learner(x=partly_black())),
+    "images of one colour each": ("blank images", lambda: learner(x=torch.rand(256, 3, 1, 1).expand(-1, -1, 8, 8))),
+    "one image": ("repeated images", lambda: learner(x=digits_images()[0][:1].repeat(256, 1, 1, 1))),
+    "eight images repeated": ("repeated images", lambda: learner(x=digits_images()[0][:8].repeat(40, 1, 1, 1))),
+    "class by class, fastai": ("not shuffled", lambda: not_shuffled("fastai")),
+    "class by class, PyTorch": ("not shuffled", lambda: not_shuffled("torch")),
+    "not shuffled, without labels": ("not shuffled", lambda: not_shuffled("images alone")),
+    "class by class, a stream": ("not shuffled", stream_by_class),
+    "8 images, 1024 dimensions": ("batch too small", lambda: learner(bs=8, width=1024)),
+    "lmb=0": ("no redundancy term", lambda: learner(lmb=0.)),
+    "lmb=1e-9": ("no redundancy term", lambda: learner(lmb=1e-9)),
+    "Learner with lr=100": ("learning rate too high", lambda: learner(lr=100.)),
+    "Learner with lr=1e-9": ("learning rate too low", lambda: learner(lr=1e-9)),
+    "recipe with lr=500": ("learning rate too high", lambda: with_settings(lr=500.)),
+    "recipe with lr=500, sgd": ("learning rate too high", lambda: with_settings(lr=500., opt="sgd")),
+    "recipe with lr=5e4, lars": ("learning rate too high", lambda: with_settings(lr=5e4, opt="lars")),
+    "recipe with lr=1e-9": ("learning rate too low", lambda: with_settings(lr=1e-9)),
+    "recipe with lr=0": ("learning rate too low", lambda: with_settings(lr=0.)),
+    "recipe with wd=100, adamw": ("weight decay too high", lambda: with_settings(wd=100., opt="adamw")),
+    "recipe with wd=100, adam": ("weight decay too high", lambda: with_settings(wd=100., opt="adam")),
+    "recipe with wd=100, sgd": ("weight decay too high", lambda: with_settings(wd=100., opt="sgd", lr=1e-2)),
+    "recipe with wd=100, lars": ("weight decay too high", lambda: with_settings(wd=100., opt="lars", lr=.2)),
+    "Learner with wd=100": ("weight decay too high", lambda: learner(wd=100.)),
+    "embedding constant": ("collapse", lambda: with_weights(constant)),
+    "embedding of rank one": ("dimensional collapse", lambda: with_weights(low_rank)),
+    "a third of the dimensions constant": ("dead dimensions", lambda: with_weights(dead)),
+    "nothing learned": ("nothing learned", never_learns),
+    "kNN falls": ("accuracy falls", lambda: falling(.81, .92, .84, .71, .66, .6)),
+    "rank falls": ("rank falls", lambda: with_history(Diagnostics(), effective_rank_z=(30., 12., 4., 2.5))),
+    "encoder frozen": ("frozen encoder", frozen),
+    "projector frozen": ("frozen projector", lambda: with_model(freeze("projector"))),
+    "encoder detached in the model": ("no gradient", lambda: with_model(detach("encoder"))),
+    "half of the encoder detached": ("no gradient", lambda: with_model(detach_half)),
+    "projector detached in the model": ("no gradient", lambda: with_model(detach("projector", Skipped))),
+    "model detached": ("no gradient", lambda: with_model(detach("projector"))),
+    "splitter without the encoder": ("not in the optimizer", lambda: with_splitter("projector")),
+    "splitter without the projector": ("not in the optimizer", lambda: with_splitter("encoder")),
+    "optimizer of another model": ("not in the optimizer", other_model),
+    "two callbacks that make views": ("refused", two_callbacks),
+    "mixed, with a predictor": ("refused", mixed_with_predictor),
+    "a last batch of one image": ("refused", lambda: plain_learner(DataLoaders(
+        DataLoader(TensorDataset(labelled()[0][:65]), 64, shuffle=True), DataLoader(TensorDataset(labelled()[0]))))),
+    "loader too slow": ("loader too slow", slow_dls),
+    "other channels": ("error", wrong_channels),
+    "files that cannot be loaded": ("error", fails_to_load),
 }
-WITH_OTHERS = "error", "collapse", "blank images", "augmentation too strong", "nothing learned"
+WITH_OTHERS = ("error", "collapse", "blank images", "augmentation too strong", "nothing learned", "repeated images",
+               "learning rate too high", "weight decay too high")
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_every_finding_is_provoked(name):
-    found = diagnose(FAULTY[name]())
-    assert name in found, found
-    assert all(f.advice for f in found.findings) and "! " + name in repr(found)
-    if name not in WITH_OTHERS: assert len(found.findings) == 1, found
+def test_every_sick_set_up_is_named(name):
+    finding, make = FAULTY[name]
+    found = diagnose(make())
+    assert finding in found, found
+    assert all(f.advice for f in found.findings) and "! " + finding in repr(found)
+    if finding not in WITH_OTHERS: assert {f.name for f in found.findings} == {finding}, found
 
 
 @pytest.mark.parametrize("make,words", [
     (lambda: with_weights(nan_weight), "the weights encoder.layer2.0.conv1.weight are not finite"),
     (lambda: learner(x=nan_pixels()), "64 of 64 images have pixels that are not finite"),
     (overflow, r"the first module with a non-finite output of finite inputs is encoder.1 \(Overflows\)"),
-    (lambda: learner(lr=1e30), "at learning rate 1e\\+30")],
+    (lambda: with_settings(lr=1e30), "at learning rate 1e\\+30")],
     ids=["weights", "images", "module", "step"])
 def test_what_is_not_finite_is_named(make, words):
     import re
@@ -216,7 +410,7 @@ def test_every_check_has_a_finding_here():
     import inspect
     import re
     names = {n for c in CHECKS for n in re.findall(r'Finding\("([^"]+)"', inspect.getsource(c))}
-    assert names == {*FAULTY, "non-finite", "no data"}
+    assert names | {"frozen encoder", "frozen projector"} == {f for f, _ in FAULTY.values()} | {"non-finite", "no data"}
 
 
 def test_no_data():
@@ -268,6 +462,58 @@ def test_thumbnails_of_positive_pairs_are_closer():
     assert positive_pairs_closer(x, x) == 1.
     assert abs(positive_pairs_closer(x, other) - .5) < .06
     assert positive_pairs_closer(x, torch.zeros_like(x)) == .5   # equal distances say nothing
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("baseline", "invariance only", "stop-gradient")])
+def test_a_variant_of_the_loss_is_not_measured_by_barlow_twins_yardstick(name):
+    found = diagnose(learner(loss=variant_loss(name)))
+    assert found.ok, found
+    assert "there is no value to compare it with" in found.facts["loss"] and "identical" not in found.facts["loss"]
+
+
+def test_what_fit_refuses_is_said_in_its_words():
+    learn = two_callbacks()
+    with pytest.raises(ValueError) as e: quiet(learn).fit(1)
+    assert str(e.value).strip().splitlines()[-1].split("\t")[-1] in diagnose(two_callbacks()).findings[0].seen
+
+
+def test_the_rates_are_those_of_the_recipe():
+    assert "at learning rate 0.02;" in diagnose(learner(recipe="digits")).facts["step"]
+    lars = learner(recipe=get_recipe("paper", lr=.8))   # 64 images per batch: a quarter of the rate for 256
+    assert "at learning rate 0.2 and 0.0012;" in diagnose(lars).facts["step"]
+
+
+def test_classes_per_batch_are_said():
+    seen = diagnose(not_shuffled("torch")).findings[0].seen
+    assert "in the order of the data: 1.6 class(es) per batch, of 5 in these 5 batches" in seen
+
+
+def test_the_time_of_a_step_ends_when_the_device_has_done_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
+    assert doctor.seconds(torch.device("cpu")) <= doctor.seconds(torch.device("cuda")) and len(calls) == 1
+    ends = []
+    monkeypatch.setattr(doctor, "seconds", lambda device: ends.append(device) or time.perf_counter())
+    diagnose(learner(), batches=2)
+    assert len(ends) >= 2*2 + 2*2   # both ends of loading and of training, for two batches
+
+
+def test_an_optimizer_given_as_an_object_stays_as_it_was():
+    dls = tensor_dls(digits_images()[0][:256], bs=64, valid_pct=0, device="cpu")
+    model = small_model()
+    opt = OptimWrapper(model.parameters(), opt=torch.optim.SGD)
+    learn = Learner(dls, model, cbs=[BarlowTwins(augs())], opt_func=opt, lr=.01)
+    before = [p.clone() for p in model.parameters()]
+    assert diagnose(learn).ok and learn.opt_func is opt
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_loader_of_pytorch_gives_the_same_batches_afterwards():
+    learn = plain_learner(torch_dls(*labelled(), shuffle=True, generator=torch.Generator()))
+    learn.dls.train.generator.manual_seed(3)
+    state = learn.dls.train.generator.get_state()
+    diagnose(learn)
+    assert torch.equal(state, learn.dls.train.generator.get_state())
 
 
 def test_a_loss_without_lambda_and_three_views():
