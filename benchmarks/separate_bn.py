@@ -28,19 +28,17 @@ WAYS = {"joint": False, "separate": True}
 SCORES = "kNN", "linear"
 
 
-def images(path, seed):
+def images(path, seed, per_class=1000):
     "x, y, x_test, y_test"
     if path is None: return hold_out(*digits_images(), 500, seed)
-    if Path(path).is_dir(): return class_folders(path, 1000, 500)
+    if Path(path).is_dir(): return class_folders(path, per_class, 500)
     arrays = np.load(path)
     return [torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")]
 
 
 def learner(x, seed, recipe, separate):
     set_seed(seed)
-    learn = bt_learner(tensor_dls(x, bs=recipe.bs, valid_pct=0), recipe=recipe)
-    learn.barlow_twins.separate_bn = separate
-    return learn
+    return bt_learner(tensor_dls(x, bs=recipe.bs, valid_pct=0), recipe=recipe, separate_bn=separate)
 
 
 def seconds_of(learn, epochs):
@@ -104,13 +102,15 @@ def arguments():
     p.add_argument("path", nargs="?", help="folder with one folder of images per class, or an .npz file")
     p.add_argument("--epochs", type=int, help="of the faster way; those of the recipe if not given")
     p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--per-class", type=int, default=1000, help="images of class folders to train on")
+    p.add_argument("--equal-epochs", action="store_true", help="leave the comparison at equal seconds out")
     return p.parse_args()
 
 
 def main():
     a = arguments()
     recipe = get_recipe("cifar" if a.path else "digits")
-    fixed = images(a.path, 0) if a.path else None
+    fixed = images(a.path, 0, a.per_class) if a.path else None
     def data_of(seed): return fixed or images(None, seed)
     x, _, x_test, _ = data_of(0)
     print(machine("fastai", "timm"))
@@ -119,6 +119,7 @@ def main():
     print("seconds of a step: " + ", ".join(f"{way} {t:.4f}" for way, t in steps.items()))
     most, done = a.epochs or recipe.epochs, {}
     compare("equal epochs", dict.fromkeys(WAYS, most), data_of, recipe, a.seeds, done)
+    if a.equal_epochs: return
     fewer = {way: max(1, round(most*min(steps.values())/t)) for way, t in steps.items()}
     if len(set(fewer.values())) == 1: print("\nequal seconds: the same epochs, as the ways take the same time")
     else: compare("equal seconds", fewer, data_of, recipe, a.seeds, done)

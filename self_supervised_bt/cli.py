@@ -190,7 +190,6 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
 --no-python bt_pretrain photos"
     changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
     changes = {k: v for k,v in changes.items() if v is not None}
-    if arch: changes |= dict(arch_args={}, small_stem=None)   # the recipe's are for its own architecture
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
         from self_supervised_bt.runs import get_recipe, pretrain

@@ -14,6 +14,7 @@ import random
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,17 @@ def check_positive_int(name:str,   # name of the argument
     "Raise `ValueError` unless `value` is an int of at least 1"
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}{hint and ': '}{hint}")
+
+# %% ../nbs/00_core.ipynb #1c4940cb
+def check_number(name:str,       # name of the argument
+                 value,          # its value
+                 zero:bool=True, # may it be 0?
+                 most:float=1e6  # the largest that is allowed
+                )->None:         # raises `ValueError`
+    "Raise `ValueError` unless `value` is a number from 0, or above it, to `most`"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if number and 0 <= value <= most and (zero or value > 0): return
+    raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, of at most {most:g}, got {value!r}")
 
 # %% ../nbs/00_core.ipynb #dfe708b3
 def rng_states()->dict: # plain data and tensors

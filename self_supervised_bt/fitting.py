@@ -12,6 +12,7 @@ from random import Random
 import torch
 from fastai.learner import Learner, Metric
 from fastcore.basics import first, patch
+from fastcore.xtras import ContextManagers
 
 from .core import rng_states, set_rng_states
 
@@ -60,6 +61,20 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
         for context in self._fit_contexts.values(): stack.enter_context(context(self))
         stack.callback(_release, self)
         return self._orig_fit(n_epoch, lr, wd, None, reset_opt, start_epoch)
+
+@patch
+def validation_context(self:Learner, cbs=None, inner=False):
+    "fastai's context of `validate` and `get_preds`; callbacks are released however it ends, also by another callback"
+    context = self._orig_validation_context(cbs, inner)
+    return context if inner else ContextManagers([_left_in_turn(self, context.default)])
+
+@contextmanager
+def _left_in_turn(learn, contexts):
+    "All contexts; if one cannot be entered, those before it are left, or the Learner's lock would stay closed for ever"
+    with ExitStack() as stack:
+        stack.callback(_release, learn)
+        for context in contexts: stack.enter_context(context)
+        yield
 
 # %% ../nbs/03_fitting.ipynb #4a8a552f
 def batch_size_of(dl # fastai's loader, or PyTorch's

@@ -7,12 +7,16 @@ __all__ = ['LARS', 'WarmupCosine', 'Autocast']
 
 # %% ../nbs/20_training.ipynb #0e36327c
 import math
+from functools import partial
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import Optimizer
+from fastcore.foundation import L
 from torch import nn
+
+from .core import check_number
 
 # %% ../nbs/20_training.ipynb #b02dc1ad
 def split_norm_bias(model:nn.Module # any
@@ -78,7 +82,10 @@ class WarmupCosine(ParamScheduler):
                  warmup:float,   # epochs that it rises
                  end:float=1e-3  # share of it at the end
                 ):
-        if warmup < 0: raise ValueError(f"warmup must be a number of epochs >= 0, got {warmup}")
+        check_number("warmup", warmup)
+        check_number("end", end, most=1)
+        if not isinstance(lr, (list, tuple, L)): lr = [lr]
+        for rate in lr: check_number("lr", rate, zero=False)
         self.lr,self.warmup,self.end = list(lr),warmup,end
         super().__init__({"lr": self.rates})
     def rates(self, pct): return [lr*warmup_cosine(pct, self.warmup/self.n_epoch, self.end) for lr in self.lr]
@@ -89,34 +96,38 @@ class WarmupCosine(ParamScheduler):
     def before_batch(self): self._update_val((self.epoch*self.n_iter + self.iter)/(self.n_epoch*self.n_iter))
 
 # %% ../nbs/20_training.ipynb #4008c13a
-def autocast_hooks(dtype:torch.dtype # of matrix products and convolutions
-                  )->tuple:          # forward pre-hook and forward hook of a model
-    "Hooks that switch autocast on for a model's `forward`; functions, as copies of a model copy its hooks"
-    running = []
-    def enter(model, args):
-        running.append(torch.autocast(next(model.parameters()).device.type, dtype))
-        running[-1].__enter__()
-    def leave(model, args, out):
-        if running: running.pop().__exit__(None, None, None)
-    return enter,leave
+def call_in_autocast(model:nn.Module,   # any
+                     call:callable,     # what calls it
+                     dtype:torch.dtype, # of matrix products and convolutions
+                     *args, **kwargs    # for `call`
+                    ):                  # what `call` returns
+    "A model's output, computed under autocast on the device of the model"
+    with torch.autocast(next(model.parameters()).device.type, dtype): return call(*args, **kwargs)
 
 # %% ../nbs/20_training.ipynb #7099547b
 class Autocast(Callback):
     "The model's forward pass in bfloat16, on the device it is on"
-    hooks = ()
+    cast = None   # the model whose calls are in bfloat16
     def __init__(self, dtype:torch.dtype=torch.bfloat16 # of matrix products and convolutions
                 ):
         if dtype != torch.bfloat16:
             raise ValueError(f"dtype must be torch.bfloat16, got {dtype!r}: "
                              "float16 needs gradient scaling, use learn.to_fp16() on a GPU")
         self.dtype = dtype
-    def before_fit(self):
+    def before_fit(self): self.release()   # of a Learner that was saved in a fit
+    def before_batch(self):
+        if self.cast is self.learn.model: return
         self.release()
-        model = self.learn.model
-        enter,leave = autocast_hooks(self.dtype)
-        self.hooks = model.register_forward_pre_hook(enter),model.register_forward_hook(leave, always_call=True)
+        self.cast = model = self.learn.model
+        call = model._compiled_call_impl or model._call_impl
+        vars(model)["_compiled_call_impl"] = partial(call_in_autocast, model, call, self.dtype)
     def after_fit(self): self.release()
     def release(self):
-        "Remove the hooks, after every fit, however it ended"
-        for h in self.hooks: h.remove()
-        self.hooks = ()
+        "Call the model as before, after every fit, however it ended"
+        if self.cast is None: return
+        ours = vars(self.cast).get("_compiled_call_impl")
+        if isinstance(ours, partial):   # a copy of the model has none
+            own = ours.args[1]
+            if own == self.cast._call_impl: del vars(self.cast)["_compiled_call_impl"]
+            else: vars(self.cast)["_compiled_call_impl"] = own
+        self.cast = None

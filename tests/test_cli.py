@@ -1,6 +1,7 @@
 "The commands: what they print and write, errors in one line, signals"
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,3 +168,13 @@ def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):
     with pytest.raises(SystemExit) as e: bt_diagnose(bs=16, width=2048)
     assert e.value.code == 1 and "! batch too small" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="bt_diagnose: .*not a folder"): bt_diagnose(data="nowhere")
+
+
+@pytest.mark.parametrize("option, value", [
+    ("bs", 0), ("bs", -1), ("size", 0), ("epochs", 0), ("epochs", -3), ("width", 0), ("lr", 0.), ("lr", float("nan")),
+    ("lmb", 1e30), ("lmb", float("nan")), ("workers", -1), ("recipe", "nope")])
+def test_values_that_cannot_be_are_named_as_typed(tmp_path, option, value):
+    name = f"--{option.replace('_', '-')}"
+    with pytest.raises(SystemExit, match=rf"^bt_pretrain: {name} must be .*got {re.escape(repr(value))}"):
+        bt_pretrain(str(tmp_path), out=str(tmp_path/"out"), **{option: value})
+    assert not (tmp_path/"out").exists()

@@ -3,9 +3,14 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
+from functools import partial
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from callbacks import DoAt
 from conftest import collate, image_items, quiet, small_model
 from fastai.data.core import DataLoaders
@@ -16,10 +21,11 @@ from torch import nn
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_dls, tensor_dls
-from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.layers import PoolingType, create_encoder
+from self_supervised_bt.losses import BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
-from self_supervised_bt.training import LARS, WarmupCosine, split_norm_bias, warmup_cosine
+from self_supervised_bt.training import LARS, Autocast, WarmupCosine, split_norm_bias, warmup_cosine
 
 # LARS
 
@@ -192,13 +198,23 @@ def test_the_default_recipe_is_the_plain_learner():
     (dict(opt="rms"), "opt must be one of"), (dict(schedule="step"), "schedule must be one of"),
     (dict(bs=0), "bs must be a positive int"), (dict(lr=-1.), "lr must be a finite number"),
     (dict(lmb=float("nan")), "lmb must be"), (dict(epochs=5, warmup=5), "do not fit"),
-    (dict(pool_type="median"), "pool_type must be"), (dict(lambd=1), "no lambd"), (dict(wd=1e-4), "set opt")])
+    (dict(pool_type="median"), "pool_type must be"), (dict(lambd=1), "no lambd"), (dict(lr_bias=1e-4), "set opt"),
+    (dict(wd_bias=.1), "set opt"), (dict(opt="lars", wd_bias=.1), "LARS decays no biases"),
+    (dict(warmup=1), "warmup=1 has no effect"), (dict(lr=0), "lr must be a finite number > 0"),
+    (dict(lr=float("nan")), "lr must be"), (dict(lmb=1e30), "lmb must be"), (dict(lmb="a"), "lmb must be"),
+    (dict(lr=True), "lr must be"), (dict(size=0), "size must be"), (dict(size=(16,)), "size must be"),
+    (dict(size="16"), "size must be"), (dict(bias="no"), "bias must be"), (dict(small_stem="big"), "small_stem must"),
+    (dict(arch=5), "arch must be text"), (dict(arch_args=[3]), "arch_args must be"), (dict(epochs="a"), "epochs must"),
+    (dict(views=dict(jiter=1)), "no jiter"), (dict(views=dict(size=8)), "recipe's own size"),
+    (dict(views=dict(xtra_tfms=[nn.ReLU()])), "views must be plain data")])
 def test_bad_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=message): get_recipe("default", **bad)
 
 
 def test_bad_files_and_missing_recipes(tmp_path, make_learner):
     (tmp_path/"r.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a recipe"): load_recipe(tmp_path/"r.json")
+    (tmp_path/"r.json").write_text("[1]")
     with pytest.raises(ValueError, match="is not a recipe"): load_recipe(tmp_path/"r.json")
     dls = digits_dls(bs=64, device="cpu")
     with pytest.raises(ValueError, match="recipe must be one of"): bt_learner(dls, recipe="papers")
@@ -234,3 +250,230 @@ def test_a_regnet_is_built_for_small_images():
     dls = tensor_dls(torch.rand(8, 3, 32, 32), bs=4, device="cpu")
     learn = bt_learner(dls, "torchvision/regnet_y_400mf", hidden_size=8, projection_size=8)
     assert learn.model.projector[0].in_features == 2*440
+
+
+# An option is used or refused, and the record says what was built
+
+def small_dls(bs=16, shape=(3, 16, 16), device="cpu"): return tensor_dls(torch.rand(32, *shape), bs=bs, device=device)
+
+def tiny(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+SMALL = dict(hidden_size=8, projection_size=8)
+
+def n_weights(learn): return sum(p.numel() for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("arch", [torchvision.models.resnet34, partial(torchvision.models.resnet34)])
+def test_an_architecture_given_as_a_function_is_built(arch):
+    learn = bt_learner(small_dls(), arch, **SMALL)
+    assert learn.recipe.arch == "torchvision/resnet34"
+    assert n_weights(learn) == n_weights(bt_learner(small_dls(), "resnet34", **SMALL))
+
+
+def test_arguments_in_a_partial_are_recorded():
+    learn = bt_learner(small_dls(), partial(timm.models.resnet18, stem_width=16), **SMALL)
+    assert learn.recipe.arch_args == {"stem_width": 16}
+    assert n_weights(bt_learner(small_dls(), recipe=learn.recipe)) == n_weights(learn)
+
+
+@pytest.mark.parametrize("arch", [34, ["resnet18"], nn.Linear, tiny, 0, [], False])
+def test_an_architecture_that_is_none_is_refused_by_name(arch):
+    with pytest.raises(TypeError, match="arch must be"): bt_learner(small_dls(), arch)
+
+
+@pytest.mark.parametrize("given", [dict(pool_type="avg"), dict(small_stem=True), dict(pretrained=True)])
+def test_arguments_for_an_encoder_that_is_built_already_are_refused(given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}.*no effect"): bt_learner(small_dls(), tiny(), **given)
+
+
+def test_channels_other_than_the_images_are_refused():
+    with pytest.raises(ValueError, match="n_in=1"): bt_learner(small_dls(), "resnet18", n_in=1)
+
+
+def test_lmb_beside_a_loss_is_refused_and_a_loss_is_recorded():
+    with pytest.raises(ValueError, match="lmb=0.5 would have no effect"):
+        bt_learner(small_dls(), tiny(), lmb=.5, loss=BarlowTwinsLoss())
+    learn = bt_learner(small_dls(), "timm/test_resnet", recipe="cifar", loss=BarlowTwinsLoss(.1), **SMALL)
+    assert learn.recipe.lmb is None and learn.barlow_twins.lmb == .1
+    with pytest.raises(ValueError, match="pass the loss"): bt_learner(small_dls(), recipe=learn.recipe)
+
+
+def test_lmb_of_a_loss_without_lmb_cannot_be_set():
+    learn = bt_learner(small_dls(), tiny(), loss=lambda z1, z2: (z1 - z2).square().sum())
+    with pytest.raises(ValueError, match="lmb=0.1"): learn.barlow_twins.lmb = .1
+
+
+def test_a_short_fit_leaves_the_recipe():
+    learn = quiet(bt_learner(small_dls(), tiny(), recipe=get_recipe("default", epochs=3, **SMALL)))
+    before = learn.recipe
+    learn.fit_recipe(1)
+    assert learn.recipe == before and len(learn.recorder.values) == 1
+    learn.fit_recipe(np.int64(2))
+    assert learn.recipe == before and len(learn.recorder.values) == 2
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, True])
+def test_a_fit_of_no_epochs_is_refused(epochs):
+    learn = bt_learner(small_dls(), tiny(), **SMALL)
+    with pytest.raises(ValueError, match="epochs must be a positive int"): learn.fit_recipe(epochs)
+
+
+@pytest.mark.parametrize("name, value", [("wd", .1), ("lr", .1), ("lr_max", .1)])
+def test_rates_and_decay_beside_a_recipe_are_refused(name, value):
+    learn = bt_learner(small_dls(), tiny(), **SMALL)
+    with pytest.raises(ValueError, match=f"{name} is the recipe's"): learn.fit_recipe(1, **{name: value})
+
+
+def test_another_architecture_leaves_the_recipes_arguments_and_the_record_builds_it_again():
+    learn = bt_learner(small_dls(), "resnet18", recipe="cifar", **SMALL)
+    assert (learn.recipe.arch, learn.recipe.arch_args, learn.recipe.small_stem) == ("resnet18", {}, None)
+    assert n_weights(bt_learner(small_dls(), recipe=learn.recipe)) == n_weights(learn)
+    same = bt_learner(small_dls(), "timm/resnet10t", recipe="cifar", **SMALL)
+    assert same.recipe.arch_args == RECIPES["cifar"].arch_args
+    assert n_weights(same) == n_weights(bt_learner(small_dls(), recipe="cifar", **SMALL))
+
+
+def test_what_is_no_plain_data_is_recorded_as_own_and_asked_for():
+    augs = get_barlow_twins_aug_pipelines(8)
+    recipe = bt_learner(small_dls(), tiny(), aug_pipelines=augs, opt_func=LARS, recipe="cifar", **SMALL).recipe
+    assert (recipe.arch, recipe.views, recipe.opt, recipe.size) == ("own", "own", "own", 8)
+    assert recipe.arch_args == {} and recipe.wd is None
+    given = dict(opt_func=LARS, aug_pipelines=augs, arch=tiny())
+    assert bt_learner(small_dls(), recipe=recipe, **given).recipe == recipe
+    for name, asked in (("opt_func", "opt_func"), ("aug_pipelines", "aug_pipelines"), ("arch", "encoder")):
+        with pytest.raises(ValueError, match=asked):
+            bt_learner(small_dls(), recipe=recipe, **{k: v for k, v in given.items() if k != name})
+
+
+@pytest.mark.parametrize("size, recorded", [((16, 24), (16, 24)), ([16, 16], 16), (np.int64(16), 16), (None, None)])
+def test_the_size_of_the_views_is_recorded(size, recorded):
+    learn = bt_learner(small_dls(shape=(3, 24, 24)), tiny(), size, **SMALL)
+    assert learn.recipe.size == recorded
+    assert bt_learner(small_dls(shape=(3, 24, 24)), tiny(), recipe=learn.recipe).barlow_twins.clean.fs[0].size == (
+        learn.barlow_twins.clean.fs[0].size)
+
+
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="size must be a positive int, got 0"): bt_learner(small_dls(), tiny(), 0)
+    with pytest.raises(ValueError, match="size=16, but aug_pipelines make views of 8x8"):
+        bt_learner(small_dls(), tiny(), 16, get_barlow_twins_aug_pipelines(8))
+
+
+def test_the_stem_is_chosen_by_the_size_of_the_pipelines_views():
+    "Of images of 96 pixels and views of 32"
+    dls = small_dls(shape=(3, 96, 96))
+    learn = bt_learner(dls, "resnet18", aug_pipelines=get_barlow_twins_aug_pipelines(32), **SMALL)
+    assert learn.model.encoder.conv1.stride == (1, 1) and learn.recipe.size == 32
+
+
+def test_pretrained_first_weights_are_kept_on_small_images(monkeypatch):
+    saved = torchvision.models.resnet18().state_dict()
+    build = torchvision.models.get_model
+    def pretrained(arch, weights=None, **kwargs):
+        model = build(arch, weights=None, **kwargs)
+        if weights: model.load_state_dict(saved)
+        return model
+    monkeypatch.setattr(torchvision.models, "get_model", pretrained)
+    learn = bt_learner(small_dls(), "resnet18", pretrained=True, **SMALL)
+    assert learn.recipe.pretrained and torch.equal(learn.model.encoder.conv1.weight, saved["conv1.weight"])
+    with pytest.warns(UserWarning, match="replaces the pretrained first convolution"):
+        bt_learner(small_dls(), "resnet18", pretrained=True, small_stem=True, **SMALL)
+
+
+# Optimizers
+
+def test_an_optimizer_beside_a_recipe_with_one_is_refused():
+    recipe = get_recipe("paper", size=16, **SMALL)
+    with pytest.raises(ValueError, match="opt_func and opt='lars'"):
+        bt_learner(small_dls(), tiny(), recipe=recipe, opt_func=LARS)
+    with pytest.raises(ValueError, match="lr=0.5 of the Learner"): bt_learner(small_dls(), tiny(), lr=.5).fit_recipe()
+    with pytest.raises(ValueError, match="wd_bn_bias has no effect"):
+        bt_learner(small_dls(), tiny(), recipe=recipe, wd_bn_bias=True)
+
+
+@pytest.mark.parametrize("opt, given, decay", [
+    ("fastai", {}, [.01]), ("fastai", dict(wd=.5), [.5]), ("adam", {}, [0, 0]), ("lars", dict(wd=.5), [.5, 0])])
+def test_the_decay_that_is_recorded_is_the_optimizers(opt, given, decay):
+    recipe = get_recipe("default", opt=opt, epochs=1, **SMALL)
+    learn = quiet(bt_learner(small_dls(), tiny(), recipe=recipe, **given))
+    learn.fit_recipe()
+    assert [h["wd"] for h in learn.opt.hypers] == decay and learn.recipe.wd == decay[0]
+
+
+def test_decay_of_biases_by_fastais_optimizer_is_recorded():
+    assert bt_learner(small_dls(), tiny(), wd_bn_bias=True).recipe.wd_bias == .01
+    recipe = get_recipe("default", wd=.1, wd_bias=.1, **SMALL)
+    assert bt_learner(small_dls(), tiny(), recipe=recipe).wd_bn_bias
+
+
+def encoder_and_projector(model): return [list(model.encoder.parameters()), list(model.projector.parameters())]
+
+def encoder_and_projector_by_kind(model): return split_norm_bias(model.encoder) + split_norm_bias(model.projector)
+
+
+def test_rates_and_decay_go_by_kind_of_parameters_not_by_number_of_the_group():
+    "Encoder and projector as two groups: the projector got the biases' decay and rate"
+    recipe = get_recipe("default", opt="adam", lr_bias=1e-4, wd=.1, epochs=1, scale_lr=False, **SMALL)
+    def learner(splitter): return quiet(bt_learner(small_dls(), tiny(), recipe=recipe, splitter=splitter))
+    with pytest.raises(ValueError, match="splitter"): learner(encoder_and_projector).fit_recipe()
+    learn = learner(encoder_and_projector_by_kind)
+    learn.fit_recipe()
+    assert [h["wd"] for h in learn.opt.hypers] == [.1, 0, .1, 0]
+    rates = [h["lr"] for h in learn.opt.hypers]
+    assert rates[:2] == rates[2:] and rates[0] == pytest.approx(10*rates[1])
+
+
+@pytest.mark.parametrize("opt", ["fastai", "lars"])
+def test_a_splitter_goes_with_one_rate_for_all(opt):
+    recipe = get_recipe("default", opt=opt, wd=.1, epochs=1, **SMALL)
+    learn = quiet(bt_learner(small_dls(), tiny(), recipe=recipe, splitter=encoder_and_projector))
+    learn.fit_recipe()
+    assert [h["wd"] for h in learn.opt.hypers] == [.1, .1] and len({h["lr"] for h in learn.opt.hypers}) == 1
+
+
+@pytest.mark.parametrize("name", ["default", "paper", "small-gpu"])
+def test_a_learner_of_a_recipe_can_be_pickled(name):
+    learn = bt_learner(small_dls(), tiny(), recipe=get_recipe(name, size=16, epochs=1, **SMALL), cbs=Autocast())
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    again = pickle.loads(pickle.dumps(learn))
+    with again.no_bar(), again.no_logging(): again.fit_recipe()
+    assert [h["wd"] for h in again.opt.hypers] == [h["wd"] for h in learn.opt.hypers]
+
+
+# Nothing is shared
+
+def test_a_recipe_shares_nothing_with_another():
+    before = json.dumps(dataclasses.asdict(RECIPES["mixed-stl10"]))
+    get_recipe("mixed-stl10").views["stats"][0][0] = 9
+    get_recipe("mixed-stl10").views["jitter"] = False
+    get_recipe("mixed-stl10").arch_args["stem_width"] = 8
+    assert json.dumps(dataclasses.asdict(RECIPES["mixed-stl10"])) == before
+    views = dict(stats=[[.5], [.5]])
+    recipe = Recipe(views=views)
+    views["stats"][0][0] = 9
+    assert recipe.views == dict(stats=[[.5], [.5]])
+
+
+@pytest.mark.parametrize("settings", [
+    dict(size=(16, 24)), dict(lr=np.float32(.5), bs=np.int64(8)), dict(views=dict(resize_scale=(.2, 1.))),
+    dict(pool_type=PoolingType.Avg), dict(views=dict(stats=(np.array([.5]), np.array([.5]))))])
+def test_settings_of_any_spelling_are_saved_as_plain_data(tmp_path, settings):
+    recipe = get_recipe("default", **settings)
+    assert load_recipe(recipe.save(tmp_path/"r.json")) == recipe
+
+
+def test_the_authors_recipes_pass_each_view_by_itself():
+    assert {name for name, r in RECIPES.items() if r.separate_bn} == {"paper", *(n for n in RECIPES if "mixed" in n)}
+    assert bt_learner(small_dls(), tiny(), separate_bn=True).barlow_twins.separate_bn
+
+
+def test_a_loader_that_does_not_say_its_batch_size_has_that_of_its_first_batch():
+    "Its learning rate was 256 times too small"
+    class TwoBatches(torch.utils.data.Sampler):
+        def __iter__(self): return iter([range(12), range(12, 24)])
+        def __len__(self): return 2
+    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(24, 3, 16, 16)),
+                                     batch_sampler=TwoBatches())
+    learn = quiet(bt_learner(DataLoaders(dl, dl), tiny(), recipe=get_recipe("default", epochs=1, **SMALL)))
+    learn.fit_recipe()
+    assert learn.recipe.bs == 12
