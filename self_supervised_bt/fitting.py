@@ -39,7 +39,7 @@ def remove_columns(learn:Learner # after a fit
     learn.metrics = [m for m in learn.metrics if not getattr(m, "is_column", False)]
 
 # %% ../nbs/03_fitting.ipynb #feab2101
-if not hasattr(Learner, "_fit_contexts"): Learner._fit_contexts = {}
+if not hasattr(Learner, "_fit_contexts"): Learner._fit_contexts,Learner._in_fit = {},[]
 
 def around_fit(f:callable # context manager, takes the Learner
               )->callable: # the same
@@ -60,13 +60,33 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
         stack.enter_context(self.added_cbs(cbs))
         for context in self._fit_contexts.values(): stack.enter_context(context(self))
         stack.callback(_release, self)
+        self._in_fit.append(self)
+        stack.callback(self._in_fit.remove, self)
         return self._orig_fit(n_epoch, lr, wd, None, reset_opt, start_epoch)
+
+# %% ../nbs/03_fitting.ipynb #5d0f2a71
+def _ours(cb):
+    "Is this a callback of this library, or of a class that extends one?"
+    return any(c.__module__.split(".")[0] == __name__.split(".")[0] for c in type(cb).__mro__)
+
+@contextmanager
+def _validation_inside_a_fit(learn):
+    "What fastai does around a validation, without the events that begin and end a fit for this library's callbacks"
+    def send(*events):
+        for event in events:
+            for cb in learn.cbs.sorted("order"):
+                if not _ours(cb): cb(event)
+    send("before_fit", "before_epoch")
+    try: yield
+    finally: send("after_epoch", "after_fit")
 
 @patch
 def validation_context(self:Learner, cbs=None, inner=False):
     "fastai's context of `validate` and `get_preds`; callbacks are released however it ends, also by another callback"
     context = self._orig_validation_context(cbs, inner)
-    return context if inner else ContextManagers([_left_in_turn(self, context.default)])
+    if inner: return context
+    if not any(learn is self for learn in self._in_fit): return ContextManagers([_left_in_turn(self, context.default)])
+    return ContextManagers([_validation_inside_a_fit(self) if c is self else c for c in context.default])
 
 @contextmanager
 def _left_in_turn(learn, contexts):

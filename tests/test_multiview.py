@@ -544,3 +544,17 @@ def test_a_model_in_float64_trains_and_predicts(make_dls):
     learn.fit(1, 1e-2)
     assert weight.dtype == torch.float64 and not torch.equal(weight, before)
     assert len(learn.get_preds()[0]) == 20 and learn.validate()[0] > 0
+
+
+@pytest.mark.parametrize("own_loss", [None, F.mse_loss])
+def test_a_validation_inside_a_fit_leaves_the_loss_of_the_views(make_dls, own_loss):
+    "`validate` calls `after_fit`: training would go on with the Learner's own loss"
+    losses = []
+    def look(learn):
+        learn.validate()
+        losses.append(type(learn.loss_func).__name__)
+    cbs = [BarlowTwins(get_barlow_twins_aug_pipelines(8, stats=None)), DoAt("after_train", look)]
+    learn = quiet(Learner(make_dls(), small_model(), loss_func=own_loss, cbs=cbs))
+    outside = learn.loss_func
+    learn.fit(2, 1e-2)
+    assert losses == ["ViewsLoss"]*2 and learn.loss_func is outside
