@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 # %% ../nbs/34_reports.ipynb #74d4fd3d
-from .core import check_positive_int, undisturbed
+from .core import check_positive_int, undisturbed, whole_file
 from self_supervised_bt.diagnostics import (
     dead_dimensions,
     expected_losses,
@@ -265,7 +265,7 @@ def _figure(out, name, run):
     axis.figure.savefig(buffer, dpi=100, format="png")
     plt.close(axis.figure)
     png = buffer.getvalue()
-    (out/f"{name}.png").write_bytes(png)
+    with whole_file(out/f"{name}.png") as part: part.write_bytes(png)
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return xml.Figure(xml.Img(src=source, alt=f"{caption}: {facts}"), xml.Figcaption(f"{caption}: {facts}."))
 
@@ -457,7 +457,7 @@ def report(learn:Learner,    # with a `BarlowTwins` callback
                     xml.Title(title), xml.Style(STYLE))
     page = xml.Html(head, xml.Body(xml.H1(title), xml.P(about), *_content(run, out, tables or {})), lang="en")
     file = out/"report.html"
-    file.write_text(xml.to_xml(page), encoding="utf-8")
+    with whole_file(file) as part: part.write_text(xml.to_xml(page), encoding="utf-8")
     return file
 
 # %% ../nbs/34_reports.ipynb #704cbd93
