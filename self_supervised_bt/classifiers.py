@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
@@ -230,6 +231,10 @@ def subset_dl(dl,         # a loader, fastai's or PyTorch's
     return dl.new(n=len(idx), get_idxs=shuffled, bs=bs, shuffle=True, drop_last=len(idx) > bs)
 
 # %% ../nbs/31_classifiers.ipynb #7c0e2a51
+class NoValidation(Callback):
+    "The validation images are looked at once, after the fit: a few labels are hundreds of short epochs"
+    def before_validate(self): raise CancelValidException()
+
 def trained_accuracy(model, method, train_dl, dls, n_out, epochs, size):
     "Validation accuracy after training on `train_dl` by a protocol"
     encoder = reinitialised(model) if method == "scratch" else model
@@ -239,7 +244,7 @@ def trained_accuracy(model, method, train_dl, dls, n_out, epochs, size):
                                loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     if epochs is None: epochs = max(PROTOCOLS[method]["epochs"], math.ceil(200/len(train_dl)))
     with learn.no_bar(), learn.no_logging():
-        fit_protocol(learn, method, epochs=epochs)
+        with learn.added_cbs(NoValidation()): fit_protocol(learn, method, epochs=epochs)
         return learn.validate()[1]
 
 def subset_probe(h, y, h_val, y_val):
