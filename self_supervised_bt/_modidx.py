@@ -1690,8 +1690,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview._named': ( 'multiview.html#_named',
                                                                                        'self_supervised_bt/multiview.py'),
-                                              'self_supervised_bt.multiview._replaced': ( 'multiview.html#_replaced',
-                                                                                          'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview._settings': ( 'multiview.html#_settings',
                                                                                           'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.check_batches': ( 'multiview.html#check_batches',

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import Normalize
-from fastai.learner import CastToTensor, Learner
+from fastai.learner import CastToTensor, Learner, replacing_yield
 from fastai.torch_core import TensorImage, find_bs, to_cpu, to_float
 from fastcore.basics import first, patch
 from fastcore.foundation import L
@@ -336,13 +336,7 @@ def check_batches(dl # training data loader, fastai's or PyTorch's
                          "use drop_last=True or another bs")
 
 # %% ../nbs/14_multiview.ipynb #128c46f3
-@contextmanager
-def _replaced(o, name, value):
-    "An attribute has another value, and its own afterwards"
-    own = getattr(o, name)
-    setattr(o, name, value)
-    try: yield
-    finally: setattr(o, name, own)
+_replaced = contextmanager(replacing_yield)
 
 def _named(o):
     "A setting as JSON can hold it: numbers and texts, and the names of other objects"
