@@ -13,7 +13,7 @@ MODULES = ("core", "data", "folders", "fitting", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports",
-           "weights", "runs")
+           "weights", "export", "runs")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04
 _modules = [import_module(f"self_supervised_bt.{name}") for name in MODULES]
