@@ -27,10 +27,11 @@ from self_supervised_bt.weights import (
 # %% ../nbs/41_export.ipynb #30d02185
 def _stem_lines(encoder, n_in, stem):
     "Changes of `small_stem`"
-    if stem in (True, "no pool"): yield "model.maxpool = torch.nn.Identity()"
-    if stem not in (True, "keep pool"): return
+    if stem in (True, "no pool", "padding 2"): yield "model.maxpool = torch.nn.Identity()"
+    if stem not in (True, "keep pool", "padding 2"): return
+    padding = 2 if stem == "padding 2" else 1
     if isinstance(encoder.conv1, nn.Conv2d):
-        yield f"model.conv1 = torch.nn.Conv2d({n_in}, {encoder.conv1.out_channels}, 3, padding=1, bias=False)"
+        yield f"model.conv1 = torch.nn.Conv2d({n_in}, {encoder.conv1.out_channels}, 3, padding={padding}, bias=False)"
     else: yield "for m in model.conv1.modules(): m.stride = (1, 1)"
 
 def _input_lines(encoder):
