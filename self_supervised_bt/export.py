@@ -14,8 +14,7 @@ from torch import nn
 from torchvision.models import ResNet
 
 from .core import undisturbed, unwrapped, whole_file
-from .evaluation import encoder_of
-from self_supervised_bt.weights import (
+from self_supervised_bt.encoder_files import (
     check_created_by,
     check_replaceable,
     describe_input,
@@ -23,6 +22,7 @@ from self_supervised_bt.weights import (
     plain_weights,
     separate_tensors,
 )
+from .evaluation import encoder_of
 
 # %% ../nbs/41_export.ipynb #30d02185
 def _stem_lines(encoder, n_in, stem):

@@ -6,273 +6,50 @@
 __all__ = ['save_encoder', 'load_encoder']
 
 # %% ../nbs/40_weights.ipynb #25245d94
-import hashlib
 import json
-import math
-import warnings
-from contextlib import suppress
 from pathlib import Path
 
-import torch
-from fastai.data.transforms import Normalize
-from fasttransform import Pipeline
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from .augmentations import CropTfm, clean_pipeline
-from self_supervised_bt.core import (
-    check_choice,
-    check_positive_int,
-    rng_states,
-    set_rng_states,
-    unwrapped,
-    whole_file,
+from .core import whole_file
+from self_supervised_bt.encoder_files import (
+    KEY,
+    check_replaceable,
+    checksum,
+    describe_input,
+    plain_call,
+    plain_weights,
+    read_own_file,
+    separate_tensors,
 )
 from .evaluation import encoder_of
-from .fused import CentreResize, NormalizeViews
-from .layers import STEMS, PoolingType, check_plain_architecture, create_encoder, is_plain
 
 # %% ../nbs/40_weights.ipynb #9ca36ed4
-def describe_input(clean # pipeline from `clean_pipeline`
-                  )->dict: # size and channel statistics, plain data
-    "Size and normalisation of the images an encoder expects, as plain data"
-    described = {}
-    for t in getattr(clean, "fs", []):
-        if isinstance(t, (CentreResize, CropTfm)): described["size"] = list(t.size)
-        elif isinstance(t, Normalize): described["stats"] = [t.mean.flatten().tolist(), t.std.flatten().tolist()]
-        elif t.split_idx != 0:
-            warnings.warn(f"{t.name} cannot be saved with the encoder: apply it yourself to images you encode later")
-    return described
+def write_own_file(path:str|Path,   # `.safetensors`
+                   about:dict,      # what is said about the weights, plain data
+                   tensors:dict     # the weights by name
+                  )->Path:          # the file; raises `OSError`
+    "Weights and a description in one file, with a checksum of both"
+    check_replaceable(path, KEY)
+    tensors = separate_tensors(tensors)
+    sealed = {**about, "sha256": checksum(json.dumps(about), tensors)}
+    with whole_file(path) as part: save_file(tensors, part, metadata={KEY: json.dumps(sealed)})
+    return Path(path)
 
-def restore_input(described:dict # from `describe_input`
-                 )->Pipeline:    # applies it
-    "The transforms that make images what the encoder expects"
-    tfms = []
-    if "size" in described: tfms.append(CentreResize(tuple(described["size"])))
-    if "stats" in described: tfms.append(NormalizeViews.from_stats(*described["stats"], cuda=False))
-    return clean_pipeline(Pipeline(tfms, split_idx=0))
-
-# %% ../nbs/40_weights.ipynb #c50237f5
-def separate_tensors(tensors:dict # by name
-                    )->dict:
-    "Tensors on the CPU, contiguous, none sharing memory with another, as safetensors asks for"
-    separate,seen = {},set()
-    for name,t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        memory = t.untyped_storage()
-        is_part = memory.nbytes() != t.numel()*t.element_size()
-        separate[name] = t.clone() if is_part or memory.data_ptr() in seen else t
-        seen.add(memory.data_ptr())
-    return separate
-
-def _metadata(path):
-    "The metadata of a safetensors file; raises `SafetensorError` or `OSError`"
-    with safe_open(path, framework="pt") as f: return f.metadata() or {}
-
-def check_replaceable(path:str|Path, # file to be written
-                      key:str        # in the metadata of the files that may be replaced
-                     )->None:        # raises `FileExistsError`
-    "Raise `FileExistsError` if there is a file of another kind"
-    path = Path(path)
-    if not path.is_file() or not path.stat().st_size: return
-    with suppress(SafetensorError):
-        if key in _metadata(path): return
-    raise FileExistsError(f"{path} exists and is another kind of file: choose another name, or remove it first")
-
-# %% ../nbs/40_weights.ipynb #9be8d094
-def plain_weights(encoder:nn.Module # perhaps compiled, as a whole or in part
-                 )->dict:
-    "Weights of an encoder under the names they have where nothing is compiled"
-    return {_plain_name(name): t for name,t in unwrapped(encoder).state_dict().items()}
-
-def _plain_name(name): return name.replace("_orig_mod.", "")   # which torch.compile adds
-
-def _created_by(encoder):
-    "The call that built the encoder, if it is plain data"
-    created_by = getattr(encoder, "created_by", None)
-    odd = [k for k,v in (created_by or {}).items() if not is_plain(v)]
-    if not odd: return created_by
-    warnings.warn(f"{', '.join(odd)} cannot be saved with the encoder, being no plain data: to load the file, "
-                  "build the same architecture and pass it as encoder=", stacklevel=3)
-
-# %% ../nbs/40_weights.ipynb #37bf7e37
-def checksum(text:str,    # what is written about the encoder
-             tensors:dict # its weights by name
-            )->str:       # hexadecimal digits
-    "SHA-256 of the content of an encoder's file"
-    h = hashlib.sha256(text.encode())
-    for name,t in sorted((_plain_name(name), t) for name,t in tensors.items()):
-        h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
-
-def check_undamaged(path:str|Path # file that `save_encoder` wrote
-                   )->None:       # raises `ValueError`
-    "Compare the checksum of an encoder's file; files of earlier versions have none"
-    try:
-        with safe_open(path, framework="pt") as f:
-            about = json.loads((f.metadata() or {})["self_supervised_bt"])
-            expected = about.pop("sha256", None)
-            if expected in (None, checksum(json.dumps(about), {k: f.get_tensor(k) for k in f.keys()})): return
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read ({one_line(e)})") from e
-    raise ValueError(f"{path} was damaged: its checksum differs. Get it again, or write it again from the run")
-
-# %% ../nbs/40_weights.ipynb #cb85ad1e
+# %% ../nbs/40_weights.ipynb #a6b6cf25
 def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
                  path:str|Path  # file to write, `.safetensors`
                 )->Path:        # the file; raises `OSError`
     "The encoder's weights, how to build it, and what images it expects, in one safetensors file"
     encoder,clean = encoder_of(model)
-    check_replaceable(path, "self_supervised_bt")
-    about = dict(created_by=_created_by(encoder), input=describe_input(clean))
-    tensors = separate_tensors(plain_weights(encoder))
-    sealed = {**about, "sha256": checksum(json.dumps(about), tensors)}
-    metadata = {"self_supervised_bt": json.dumps(sealed)}   # of several keys safetensors would write any order
-    with whole_file(path) as part: save_file(tensors, part, metadata=metadata)
-    return Path(path)
+    about = dict(created_by=plain_call(encoder), input=describe_input(clean))
+    return write_own_file(path, about, plain_weights(encoder))
 
-# %% ../nbs/40_weights.ipynb #0b38b843
-def _check_input(described, n_in):
-    "Raise `ValueError` unless `describe_input` could have written it"
-    if not isinstance(described, dict) or not described.keys() <= {"size", "stats"}:
-        raise ValueError(f"input must have size and stats, got {described!r:.80}")
-    size,stats = described.get("size", [1, 1]),described.get("stats", [[0.], [1.]])
-    if not isinstance(size, list) or len(size) != 2: raise ValueError(f"size must be two numbers, got {size!r:.80}")
-    for pixels in size: check_positive_int("size", pixels)
-    if max(size) > 4096: raise ValueError(f"size must be 4096 pixels at most, got {size}")
-    if not isinstance(stats, list) or len(stats) != 2 or not all(map(_are_numbers, stats)):
-        raise ValueError(f"stats must be means and standard deviations, got {stats!r:.80}")
-    lengths = {1, 3, n_in or len(stats[0])}   # those of RGB images also serve grey ones
-    if len(stats[0]) != len(stats[1]) or len(stats[0]) not in lengths or min(stats[1]) <= 0:
-        raise ValueError(f"stats must be a mean and a positive standard deviation per channel, got {stats!r:.80}")
-
-def _are_numbers(values):
-    if not isinstance(values, list) or not 0 < len(values) <= 4096: return False
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-
-def check_created_by(created_by:dict # of an encoder, perhaps from a file
-                    )->None:         # raises `ValueError`
-    "Raise `ValueError` unless it can be a call of `create_encoder`"
-    if not isinstance(created_by, dict) or not created_by.keys() >= {"arch", "n_in", "pool_type", "small_stem"}:
-        raise ValueError(f"created_by must name arch, n_in, pool_type and small_stem, got {created_by!r:.80}")
-    options = {k: v for k,v in created_by.items() if k not in ("arch", "n_in", "pool_type", "small_stem")}
-    reserved = sorted(options.keys() & {"pretrained", "size"})
-    if reserved: raise ValueError(f"{reserved[0]} is no argument of an architecture")
-    check_plain_architecture(created_by["arch"], options)
-    check_positive_int("n_in", created_by["n_in"])
-    check_choice("pool_type", created_by["pool_type"], tuple(p.value for p in PoolingType))
-    if type(created_by["small_stem"]) not in (bool, str): raise ValueError("small_stem must be a bool or a name")
-    check_choice("small_stem", created_by["small_stem"], STEMS)
-
-# %% ../nbs/40_weights.ipynb #760264b9
-def _read_about(path):
-    "What `save_encoder` wrote: the names and shapes of the tensors, and how to use them; raises `ValueError`"
-    try:
-        with safe_open(path, framework="pt") as f:
-            text = (f.metadata() or {}).get("self_supervised_bt")
-            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"{path} is not a safetensors file ({e}): pass a file that save_encoder wrote") from e
-    if text is None:
-        raise ValueError(f"{path} holds tensors, but not how to use them: pass a file that save_encoder wrote")
-    try:
-        about = json.loads(text)
-        if isinstance(about, dict): about.pop("sha256", None)   # `check_undamaged` compares it
-        if not isinstance(about, dict) or about.keys() != {"created_by", "input"}:
-            raise ValueError(f"it must have created_by and input, got {about!r:.80}")
-        if about["created_by"] is not None: check_created_by(about["created_by"])
-        _check_input(about["input"], (about["created_by"] or {}).get("n_in"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} does not describe an encoder as save_encoder does ({one_line(e)}): the file is "
-                         "damaged or was changed, get it again") from e
-    return about,shapes
-
-def one_line(e:Exception # with a message of any length
-            )->str:
-    "The beginning of an error's message in one line"
-    return f"{' '.join(str(e).split()):.300}" or type(e).__name__
-
-# %% ../nbs/40_weights.ipynb #a3d6d605
-class _WithoutMemory(TorchFunctionMode):
-    "Within the meta device: nothing far larger than a file's weights; short ranges have values, as some read them"
-    def __init__(self, shapes:dict, values:bool):
-        super().__init__()
-        self.tensors = 4*len(shapes) + 100
-        self.numbers = 4*sum(map(math.prod, shapes.values())) + 10_000_000
-        self.values = values
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in (torch.empty, torch.zeros, torch.ones, torch.full):
-            self.tensors -= 1
-            self.numbers -= out.numel()
-            if min(self.tensors, self.numbers) < 0: raise ValueError("it has many more weights than the file")
-        read = self.values and func in (torch.arange, torch.linspace, torch.tensor)
-        return func(*args, **{**kwargs, "device": "cpu"}) if read and out.numel() <= 4096 else out
-
-def _shapes_without_memory(created_by, shapes, values=False):
-    "Names and shapes of the weights that `create_encoder` would make; raises `ValueError` if far more than `shapes`"
-    try:
-        with warnings.catch_warnings(), torch.device("meta"), _WithoutMemory(shapes, values):
-            warnings.simplefilter("ignore")
-            encoder = create_encoder(pretrained=False, **created_by)
-        return _shapes(encoder.state_dict())
-    except (NotImplementedError, RuntimeError):   # it reads values that are not there
-        if values: raise
-        return _shapes_without_memory(created_by, shapes, values=True)
-
-def _check_same_weights(expected, got, path):
-    "Raise `ValueError` if names or shapes differ"
-    shared = expected.keys() & got.keys()
-    differ = [f"{k} is {got[k]} instead of {expected[k]}" for k in shared if expected[k] != got[k]]
-    differ += [f"{k} is missing" for k in expected.keys() - got.keys()]
-    differ += [f"{k} is not part of it" for k in got.keys() - expected.keys()]
-    if differ:
-        more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-        raise ValueError(f"{path} holds other weights than its architecture has: {min(differ)}{more}. "
-                         "Get the file again, or pass encoder= of the right architecture")
-
-# %% ../nbs/40_weights.ipynb #d42bc008
-def _build_for(created_by, shapes, path):
-    "The encoder that a file describes, once its weights are known to fit; raises `ValueError`"
-    states = rng_states()
-    try: expected = _shapes_without_memory(created_by, shapes)
-    except Exception as e:
-        raise ValueError(f"{path} describes an encoder that cannot be built ({one_line(e)}): get the file again, or "
-                         "build the architecture and pass it as encoder=") from e
-    finally: set_rng_states(states)
-    _check_same_weights(expected, {_plain_name(k): shape for k,shape in shapes.items()}, path)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*cannot pool with.*")   # said when it was built
-            return create_encoder(pretrained=False, **created_by)
-    finally: set_rng_states(states)
-
-def _fill(encoder, path):
-    "Load the weights of a file, whatever is compiled; raises `ValueError`"
-    own,weights = {_plain_name(name): name for name in encoder.state_dict()},plain_weights(encoder)
-    with safe_open(path, framework="pt") as f: tensors = {_plain_name(k): f.get_tensor(k) for k in f.keys()}
-    _check_same_weights(_shapes(weights), _shapes(tensors), path)
-    odd = [k for k,t in tensors.items() if t.is_floating_point() != weights[k].is_floating_point()]
-    if odd: raise ValueError(f"{path}: {odd[0]} has type {tensors[odd[0]].dtype}, not {weights[odd[0]].dtype}")
-    encoder.load_state_dict({own[k]: t for k,t in tensors.items()})
-
-def _shapes(tensors): return {name: tuple(t.shape) for name,t in tensors.items()}
-
-# %% ../nbs/40_weights.ipynb #ee5d1cd7
+# %% ../nbs/40_weights.ipynb #d1fa0f08
 def load_encoder(path:str|Path,         # file that `save_encoder` wrote
                  encoder:nn.Module=None # to fill with the weights, if `create_encoder` did not build it
                 )->nn.Module:           # in eval mode, on the CPU, with what images it expects; raises `ValueError`
     "An encoder from its file: built, filled, and ready for `encode`"
-    about,shapes = _read_about(path)
-    if encoder is None and not about["created_by"]:
-        raise ValueError(f"{path} was not built by create_encoder, or with arguments that are no plain data: "
-                         "pass encoder= of the same architecture")
-    if encoder is None: encoder = _build_for(about["created_by"], shapes, path)
-    _fill(unwrapped(encoder), path)
-    check_undamaged(path)
-    encoder.clean_pipeline = restore_input(about["input"])
-    return encoder.eval()
+    given = {} if encoder is None else dict(encoder=encoder)
+    return read_own_file(path, **given).encoder

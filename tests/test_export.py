@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from self_supervised_bt.export import export_timm
 from torch import nn
 
 from self_supervised_bt.cli import bt_export
+from self_supervised_bt.export import export_timm
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.weights import load_encoder, save_encoder
 

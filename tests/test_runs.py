@@ -18,12 +18,12 @@ import pytest
 from callbacks import DoAt
 from fastai.callback.core import CancelEpochException
 from PIL import Image
-from self_supervised_bt.export import export_timm
 
 from self_supervised_bt import runs
 from self_supervised_bt.checkpoints import read_checkpoint
 from self_supervised_bt.data import PATIENCE
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
+from self_supervised_bt.export import export_timm
 from self_supervised_bt.folders import labelled_dls
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.runs import evaluate, pretrain, size_and_channels

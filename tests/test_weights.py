@@ -134,13 +134,13 @@ def test_a_damaged_file_is_one_line(good, tmp_path):
 @pytest.mark.parametrize("arch", ["torchvision/regnet_y_400mf", "timm/test_vit3"])
 def test_shapes_are_known_without_memory(arch):
     "Also of architectures that read values while they are built, as RegNets do"
-    from self_supervised_bt.weights import _shapes_without_memory
+    from self_supervised_bt.encoder_files import shapes_without_memory
     call = dict(arch=arch, n_in=1, pool_type="avg", small_stem=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoder = create_encoder(pretrained=False, **call)
     shapes = {k: tuple(t.shape) for k, t in encoder.state_dict().items()}
-    assert _shapes_without_memory(call, shapes) == shapes
+    assert shapes_without_memory(call, shapes) == shapes
 
 
 def test_loading_leaves_the_random_state(good):
