@@ -695,6 +695,7 @@ def _read(path):
     _place_fc(parts, layout)
     return _Checkpoint(path, rest, beside, tensors, ignored + unknown, layout, parts, found)
 
+# %% ../nbs/18_formats.ipynb #c86da96b
 def _of_timm(config):
     "The layout of a model that timm saved"
     pretrained = config.get("pretrained_cfg")
