@@ -258,6 +258,7 @@ def _remove_stride(encoder, padding=1):
     for m in stem.modules():
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
 
+# %% ../nbs/12_layers.ipynb #ab0a987f
 def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
                    small_stem:bool|str, # one of `STEMS`; `None` chooses by `size`
                    pretrained:bool=False, # has it pretrained weights?
