@@ -173,7 +173,7 @@ def _python3(module, name):
 
 def _check_globals(named, path):
     "Raise `ValueError` for names that could run something, and for whole pickled models"
-    bad = sorted({".".join(name) for name in map(_python3, *zip(*named)) if _could_run(*name)}) if named else []
+    bad = sorted({".".join(name) for name in {_python3(*name) for name in named} if _could_run(*name)})
     if bad:
         raise ValueError(f"{path} names {', '.join(bad[:3])}, which could run code and have no place among weights: "
                          "nothing was run. Don't use this file, and tell those you have it from")
