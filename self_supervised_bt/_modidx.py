@@ -802,6 +802,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files.describe_input': ( 'encoder_files.html#describe_input',
                                                                                                        'self_supervised_bt/encoder_files.py'),
+                                                  'self_supervised_bt.encoder_files.file_in': ( 'encoder_files.html#file_in',
+                                                                                                'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files.fill': ( 'encoder_files.html#fill',
                                                                                              'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files.is_own_file': ( 'encoder_files.html#is_own_file',

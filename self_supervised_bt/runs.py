@@ -390,12 +390,16 @@ def run_start(s:dict,       # from `run_settings`
     "What a run starts from; one that resumes has its weights in its checkpoints"
     recipe = s["recipe"]
     if recipe.weights is None or resume and checkpoints_in(out): return s,None
+    saved = resume and (out/"run.json").exists()
+    if saved and "weights" not in changes and not os.path.exists(recipe.weights):
+        raise ValueError(f"the run in {out} starts from weights={recipe.weights!r}, which is no file here, and nothing "
+                         "is fetched because a file says so: give the same weights again")
     check_not_set_by_weights(changes)
     loaded = weights_to_start(recipe.weights)
     if loaded.predictor is not None:
         raise ValueError(f"weights={recipe.weights!r} hold a predictor, which a run cannot have: use load_encoder and "
                          "save_encoder, and continue from the encoder alone")
-    decided = named or resume and (out/"run.json").exists()
+    decided = named or saved
     if not decided: recipe = recipe_for_weights(loaded, changes)
     widths = set(MLP_SETTINGS) - {"bias"} if decided else set()
     with warnings.catch_warnings():
@@ -441,6 +445,7 @@ def has_ended(out:Path # folder of a run
     try:
         if read_json(out/"results.json").get("state") != "ended": return False
         check_undamaged(out/"encoder.safetensors")
+        if (out/"model.safetensors").exists(): check_undamaged(out/"model.safetensors")   # earlier versions had none
     except ValueError: return False
     return True
 
