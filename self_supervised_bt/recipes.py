@@ -28,7 +28,7 @@ from torch import nn
 from .augmentations import check_pipelines, get_barlow_twins_aug_pipelines, get_batch_augs
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from .core import check_choice, check_number, check_positive_int, whole_file
-from .encoder_files import describe_input, file_in, mlp_settings
+from .encoder_files import KEY, describe_input, file_in, mlp_settings
 from .fitting import batch_size_of, random_states_kept
 from .formats import LoadedWeights
 from self_supervised_bt.layers import (
@@ -441,12 +441,13 @@ def encoder_settings(encoder:nn.Module # from `load_weights`
     return {**{k: created_by[k] for k in own}, "arch_args": arch_args}
 
 def views_of_weights(recipe:Recipe,
-                     encoder:nn.Module # from `load_weights`
+                     loaded:LoadedWeights
                     )->dict|str:       # arguments of `get_barlow_twins_aug_pipelines`
     "The views of a recipe, normalised as the images of the weights were; unless the recipe says how"
-    known = hasattr(encoder, "clean_pipeline")
+    described = describe_input(getattr(loaded.encoder, "clean_pipeline", None))
+    known = described or loaded.format == KEY   # a file of this library says that images were not normalised
     if recipe.views == OWN or "stats" in recipe.views or not known: return recipe.views
-    return {**recipe.views, "stats": describe_input(encoder.clean_pipeline).get("stats")}
+    return {**recipe.views, "stats": described.get("stats")}
 
 def projector_to_continue(loaded:LoadedWeights,
                           recipe:Recipe, # that was asked for
@@ -458,6 +459,10 @@ def projector_to_continue(loaded:LoadedWeights,
         warnings.warn(f"the weights ({loaded.format}) hold no projector: {new}", stacklevel=4)
         return None
     have = mlp_settings(loaded.projector)
+    if have is None:
+        warnings.warn(f"create_mlp_module cannot build the projector of the weights ({loaded.format}): {new}",
+                      stacklevel=4)
+        return None
     differ = [f"{k}={getattr(recipe, k)} (there {have[k]})" for k in MLP_SETTINGS
               if k in asked and getattr(recipe, k) != have[k]]
     if not differ: return have
@@ -481,7 +486,7 @@ def with_weights(recipe:Recipe,        # that was asked for
     "The recipe that continues from weights; a projector that does not fit is left out, which a warning says"
     mlp = projector_to_continue(loaded, recipe, asked)
     if mlp is None: loaded = replace(loaded, projector=None, predictor=None)
-    settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded.encoder), **(mlp or {})}
+    settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded), **(mlp or {})}
     return recipe.changed(**settings),loaded
 
 def at_channels(encoder:nn.Module, # from `load_weights`

@@ -906,7 +906,7 @@ def save_short_run(run:ShortRun,        # from `short_run`
     said = table_verdict(compared.table, run.n_test)
     tables = {f"On {run.n_test:,} held-out images. {said}": compared.table}
     page = report(compared.learn, out/"report", tables=tables, title=f"Barlow Twins: {run.name}")
-    names = ("encoder.safetensors", "results.json", "history.csv", "table.csv")
+    names = ("encoder.safetensors", "model.safetensors", "results.json", "history.csv", "table.csv")
     return [*(out/name for name in names), *pictures, page]
 
 # %% ../nbs/50_runs.ipynb #6e5da575

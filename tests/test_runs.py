@@ -155,7 +155,8 @@ def test_one_process_at_a_time_trains_into_a_folder(trained, tmp_path):
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["results.json", "history.csv", "encoder.safetensors", "best.pt", "run.json"])
+@pytest.mark.parametrize("name", ["results.json", "history.csv", "encoder.safetensors", "model.safetensors", "best.pt",
+                                  "run.json"])
 def test_files_of_others_are_not_overwritten(trained, tmp_path, name):
     (tmp_path/name).write_text('{"mine": 1}')
     for resume in (False, True):
