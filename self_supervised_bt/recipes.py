@@ -489,6 +489,7 @@ def with_weights(recipe:Recipe,        # that was asked for
     settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded), **(mlp or {})}
     return recipe.changed(**settings),loaded
 
+# %% ../nbs/21_recipes.ipynb #e6974371
 def at_channels(encoder:nn.Module, # from `load_weights`
                 channels:int       # of the images
                )->nn.Module:       # the same

@@ -94,6 +94,8 @@ from .fused import image_batch
 from .guard import NonFiniteGuard
 from .layers import check_plain_architecture
 from .losses import cross_correlation
+
+# %% ../nbs/50_runs.ipynb #591cd1fd
 from self_supervised_bt.recipes import (
     MLP_SETTINGS,
     Recipe,

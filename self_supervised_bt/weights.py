@@ -36,7 +36,7 @@ from .evaluation import encoder_of, placement
 from .formats import LoadedWeights
 from .layers import encoder_channels
 from .recipes import Recipe
-from .zoo import load_weights
+from .zoo import get_model, is_path, load_weights
 
 # %% ../nbs/40_weights.ipynb #9ca36ed4
 def write_own_file(path:str|Path,   # `.safetensors`
@@ -124,6 +124,7 @@ def classifier_from(loaded:LoadedWeights # with a head
 def classifier_of(model # as for `inference_model`
                  )->tuple: # network, and names of its classes or `None`; raises `ValueError`
     "The classifier that a model is"
+    if isinstance(model, str) and not is_path(model) and "://" not in model: model = get_model(model, pretrained=True)
     if isinstance(model, (str, Path)):
         loaded = load_weights(model)
         net,names = classifier_from(loaded),loaded.classes

@@ -133,7 +133,8 @@ def test_a_damaged_file_is_one_line(good, tmp_path):
     contents = dict(empty=b"", cut=content[:-100], header=b"\xff"*8 + content[8:], zero=bytes(900))
     for name, damaged in contents.items():
         (tmp_path/name).write_bytes(damaged)
-        with pytest.raises(ValueError, match="safetensors file|is empty|no checkpoint") as e: load_encoder(tmp_path/name)
+        with pytest.raises(ValueError, match="safetensors file|is empty|no checkpoint") as e:
+            load_encoder(tmp_path/name)
         assert len(str(e.value).splitlines()) == 1
 
 
