@@ -121,12 +121,12 @@ def _zip_kind(path):
     names = [info.filename for info in infos]
     for ending,what,todo in _IN_ARCHIVES:
         if any(name.endswith(ending) for name in names): raise _refused(path, what, todo)
-    if sum(name.rpartition("/")[2] == "data.pkl" for name in names) != 1:
-        raise _refused(path, "a zip archive, not a checkpoint of torch.save", "unpack it first")
     unpacked = sum(info.file_size for info in infos)
     if len(set(names)) != len(names) or unpacked > 10*path.stat().st_size + 10**6:
         raise _refused(path, "an archive that torch.save does not write", "it holds a record twice, or records that "
                        f"unpack to {unpacked:,} bytes; don't use it")
+    if sum(name.rpartition("/")[2] == "data.pkl" for name in names) != 1:
+        raise _refused(path, "a zip archive, not a checkpoint of torch.save", "unpack it first")
     return "zip"
 
 # %% ../nbs/18_formats.ipynb #a19fb43f
@@ -187,6 +187,7 @@ class _Inert:
     "Takes the place of an object of a class that is not opened: it keeps its state, and does nothing"
     def __init__(self, *args, **kwargs): pass
     def __setstate__(self, state): self.state = state
+    def __setitem__(self, key, value): raise TypeError(f"Can only SETITEM for dict, but got {type(self)}")   # torch 2.5
 
 class _InertDict(_Inert):
     "The same for classes that are dicts: they become plain ones"
@@ -204,7 +205,7 @@ _ONE_AT_A_TIME = threading.RLock()
 def _allowing_only(classes):
     "PyTorch may make objects of these classes, and of no others that were allowed elsewhere"
     with _ONE_AT_A_TIME:
-        before = get_safe_globals()
+        before = list(get_safe_globals())
         clear_safe_globals()
         try:
             with safe_globals(classes): yield
@@ -227,9 +228,9 @@ def _load_pickled(path, kind):
                 return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as e:
             if not _learn_from(e, bases):
-                reason = one_line(e).rpartition("WeightsUnpickler error:")[2].strip()
-                reason = re.sub(r"(Please|Check) .*|.*weights_only.*", "", reason)
-                raise _refused(path, _DAMAGED, f"get it again ({reason or type(e).__name__})") from None
+                reason = " ".join(str(e).split()).rpartition("WeightsUnpickler error:")[2].strip()
+                reason = re.sub(r"(Please|Check) .*|.*weights_only.*", "", reason)   # advice to let it run code
+                raise _refused(path, _DAMAGED, f"get it again ({reason[:200] or type(e).__name__})") from None
 
 _DAMAGED = "damaged or incomplete, or no checkpoint of torch.save"
 
@@ -461,9 +462,13 @@ def _resnet_name(encoder):
 def _stem(encoder, has_pool, source, path):
     "What `small_stem` of `create_encoder` was; raises `ValueError` where only the source could tell"
     kernel = tuple(encoder["conv1.weight"].shape[2:])
+    if kernel not in ((7, 7), (3, 3)):
+        raise ValueError(f"{path}: the first convolution is {'x'.join(map(str, kernel))}: {_PASS_ENCODER}")
+    if source is not None and kernel != ((3, 3) if source.stem else (7, 7)):
+        raise ValueError(f"{path}: the first convolution is {kernel[0]}x{kernel[1]}, and that of the source is not: "
+                         "pass another source=, or leave it out")
     if kernel == (7, 7): return "no pool" if has_pool is False else False
-    if kernel != (3, 3): raise ValueError(f"{path}: the first convolution is {kernel[0]}x{kernel[1:]}: {_PASS_ENCODER}")
-    if source is not None and source.stem: stem = source.stem
+    if source is not None: stem = source.stem
     elif has_pool is None:
         raise ValueError(f"{path}: the first convolution is 3x3, and names do not tell its padding, nor whether a "
                          "max-pool follows. Pass source=, e.g. 'solo-learn/cifar10' (padding 2; its args.json beside "
@@ -500,13 +505,14 @@ def _xresnet_call(encoder, pool, path):
     raise ValueError(f"{path} holds a network with names like fastai's xresnets, but none of them has these shapes: "
                      f"{_PASS_ENCODER}")
 
+def _dict_in(config, key): return config[key] if isinstance(config.get(key), dict) else {}
+
 def _timm_call(config, path):
     "The call of `create_encoder` for a model that timm saved; raises `ValueError`"
-    pretrained = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
-    pool = config.get("global_pool", "avg")
-    options = config.get("model_args") if isinstance(config.get("model_args"), dict) else {}
-    options = {k: v for k,v in options.items() if k not in ("in_chans", "num_classes", "global_pool", "pretrained")}
-    n_in = (config.get("model_args") or {}).get("in_chans", (pretrained.get("input_size") or [3])[0])
+    args,pool = _dict_in(config, "model_args"),config.get("global_pool", "avg")
+    options = {k: v for k,v in args.items() if k not in ("in_chans", "num_classes", "global_pool", "pretrained")}
+    size = _dict_in(config, "pretrained_cfg").get("input_size")
+    n_in = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)
     call = dict(arch=f"timm/{config['architecture']}", n_in=n_in, small_stem=False,
                 pool_type=pool if pool in ("avg", "max", "catavgmax") else "avg", **options)
     try: check_created_by(call)
@@ -698,8 +704,7 @@ def _read(path):
 # %% ../nbs/18_formats.ipynb #c86da96b
 def _of_timm(config):
     "The layout of a model that timm saved"
-    pretrained = config.get("pretrained_cfg")
-    head = pretrained.get("classifier") if isinstance(pretrained, dict) else None
+    head = _dict_in(config, "pretrained_cfg").get("classifier")
     head = f"{head}." if isinstance(head, str) else "fc."
     return _Layout("timm or Hugging Face, model with config.json", (), head=head)
 
@@ -746,17 +751,19 @@ def _input_of(c, name, encoder):
     "Size and normalisation of the images, as plain data, and where they are from"
     source,n_in = _source(name),encoder_channels(unwrapped(encoder))
     mean,std = (c.raw.get(f"data_preprocessor.{stat}") for stat in ("mean", "std"))
-    config = (c.beside.get("config.json") or {}).get("pretrained_cfg") or {}
+    config = _dict_in(c.beside.get("config.json", {}), "pretrained_cfg")
     if isinstance(mean, Tensor) and isinstance(std, Tensor):
         stats,where = [(t.flatten()/255).tolist() for t in (mean, std)],"in the file"
         size = source.size if source else 224
     elif {"mean", "std", "input_size"} <= config.keys():
-        stats,size,where = [list(config["mean"]), list(config["std"])],config["input_size"][-1],"in config.json"
+        stats,where = [config["mean"], config["std"]],"in config.json"
+        size = config["input_size"][-1] if isinstance(config["input_size"], list) and config["input_size"] else None
     elif source is not None and n_in == 3:
         stats,size,where = [list(source.mean), list(source.std)],source.size,f"of {name}"
     else: return {},None
     described = dict(size=[size, size], stats=stats)
-    check_input(described, n_in)
+    try: check_input(described, n_in)
+    except ValueError as e: raise ValueError(f"{c.path}: size or normalisation {where} cannot be ({e})") from e
     return described,where
 
 def _input_row(described, where):

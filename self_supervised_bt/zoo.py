@@ -21,6 +21,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -65,6 +66,7 @@ class ZooCard:
     projector:list = None     # widths of its linear layers
     projector_bias:bool|str = False # of them, as in `create_mlp_module`
     num_classes:int = None    # of the head
+    read_as:str = None        # `source` of `read_weights`, where names and shapes of the weights do not tell
     classes:str = None        # "imagenet-1k" or "cifar-10", if it is known what they are
     epochs:int = None         # of training
     batch_size:int = None     # images
@@ -595,49 +597,66 @@ def fetch(wanted:Wanted,     # the file
 def _from_card(card, path, encoder=None, source=None):
     "The networks in the file of a model; raises `ValueError`"
     with _same_random_state(): own = build_encoder(card) if encoder is None else encoder
-    try: loaded = read_weights(path, encoder=own, source=source)
-    except (ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} does not hold the weights of {card.name}: {one_line(e)}") from e
-    described = dict(size=[card.size, card.size], stats=[card.mean, card.std])
-    loaded.encoder.clean_pipeline = restore_input(described)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="size and normalisation of the images")   # the card knows them
+        try: loaded = read_weights(path, encoder=own, source=source or card.read_as)
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{path} does not hold the weights of {card.name}: {one_line(e)}") from e
+    loaded.encoder.clean_pipeline = restore_input(dict(size=[card.size, card.size], stats=[card.mean, card.std]))
     if loaded.head is not None and not loaded.classes: loaded.classes = class_names(card)
+    loaded.report = _with_input_of(card, loaded.report)
     return loaded
 
-def _timm_encoder(where, encoder):
-    "An encoder from a repository of Hugging Face or a folder, both in timm's format; raises `ValueError`"
-    if encoder is not None: raise ValueError(f"{where} says itself what is built: leave encoder out")
-    try: encoder = create_encoder(where, pretrained=True, pool_type="avg")
-    except Exception as e: raise ValueError(f"{where} could not be loaded by timm ({one_line(e)})") from e
-    cfg = encoder.pretrained_cfg
-    encoder.created_by = {**encoder.created_by, "arch": f"timm/{cfg['architecture']}"}
-    stats = [list(cfg["mean"]), list(cfg["std"])]
-    encoder.clean_pipeline = restore_input(dict(size=list(cfg["input_size"][1:]), stats=stats))
-    rows = [("encoder", len(encoder.state_dict()), "used", f"timm's {cfg['architecture']}, filled by timm")]
-    report = pd.DataFrame(rows, columns=["part", "keys", "use", "why"])
-    return LoadedWeights(f"timm, {where}", encoder.eval(), report=report)
+def _with_input_of(card, report):
+    "The report on a file, with what the card says of its images"
+    why = f"{card.size} pixels, mean {card.mean}, std {card.std}, of {card.name}"
+    row = pd.DataFrame([("input", 0, "used", why)], columns=report.columns)
+    return pd.concat([report[report.part != "input"], row], ignore_index=True)
 
 # %% ../nbs/19_zoo.ipynb #b0d4f41b
-TIMM = "hf-hub:","local-dir:"
+def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
+             )->Path:  # raises `ValueError` or `ConnectionError`
+    "Settings and weights of a repository of Hugging Face, in a folder"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    repo,_,revision = name.removeprefix("hf-hub:").partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise ValueError(f"{name:.200}: expected hf-hub:owner/name, or hf-hub:owner/name@revision")
+    get = partial(hf_hub_download, repo, revision=revision or None)
+    try:
+        settings = get("config.json")
+        try: get("model.safetensors")
+        except EntryNotFoundError: get("pytorch_model.bin")
+    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
+    except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} could not be downloaded ({one_line(e)})") from e
+    return Path(settings).parent
 
+# %% ../nbs/19_zoo.ipynb #f09faa1d
 def local_file(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError` or `IsADirectoryError`
     "A file that must be there"
     path = Path(path).expanduser()
     if path.is_file(): return path
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: pass a file in it, or 'local-dir:{path}' for a folder in timm's "
-                                "format")
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: pass the file in it")
     raise FileNotFoundError(f"there is no file {path}. To download, pass an address, or a name of zoo.list_models(), "
                             "which has no folder in it")
 
-def is_path(what # path, URL or name
+def is_path(what:str|Path # path, URL or name
            )->bool:
-    "Is it meant as a path? A name of the zoo has no separator"
-    if isinstance(what, Path) or Path(what).expanduser().is_file(): return True
-    return "://" not in what and any(sep in what for sep in ("/", "\\"))
+    "Is it meant as a path? Names of the zoo have no separator, and a folder of that name does not hide them"
+    path = Path(what).expanduser()
+    if isinstance(what, Path) or path.is_file(): return True
+    if "://" in what: return False
+    return any(sep in what for sep in ("/", "\\")) or (path.is_dir() and what not in CATALOGUE)
 
-# %% ../nbs/19_zoo.ipynb #f09faa1d
-def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hub:owner/name" for timm's format
+def local_path(path:str|Path # of the user
+              )->Path:       # raises `FileNotFoundError`
+    "A file, or a folder of timm or Hugging Face"
+    path = Path(path).expanduser()
+    return path if path.is_dir() else local_file(path)
+
+# %% ../nbs/19_zoo.ipynb #5711cc75
+def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hub:owner/name"
                  encoder:nn.Module=None, # of your own, to be filled with the encoder's weights
                  source:str=None,        # who made the file, where names and shapes cannot tell; see `read_weights`
                  refresh:bool=False,     # download again what is in the cache?
@@ -646,9 +665,10 @@ def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hu
     "The networks of a checkpoint of any known format, and a report of what was used"
     if not isinstance(what, (str, Path)) or not str(what):
         raise ValueError(f"pass a file, a URL or a name of zoo.list_models(), got {what!r:.80}")
-    if isinstance(what, str) and what.startswith(TIMM): return _timm_encoder(what, encoder)
-    if is_path(what): return read_weights(local_file(what), encoder=encoder, source=source)
-    if "://" in what: return read_weights(fetch(wanted_url(what), refresh, progress), encoder=encoder, source=source)
+    read = partial(read_weights, encoder=encoder, source=source)
+    if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what))
+    if is_path(what): return read(local_path(what))
+    if "://" in what: return read(fetch(wanted_url(what), refresh, progress))
     card = model_info(what)
     return _from_card(card, fetch(wanted_model(card), refresh, progress), encoder, source)
 

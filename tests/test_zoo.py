@@ -7,9 +7,11 @@ import re
 import threading
 import time
 import warnings
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as tv
 
-from self_supervised_bt import zoo
+from self_supervised_bt import formats, zoo
 from self_supervised_bt.encoder_files import describe_input
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.layers import create_encoder
@@ -708,11 +710,14 @@ def same(a, b):
 def test_weights_by_path_url_and_name(published, online, server):
     encoder, file = published
     for what in (file, str(file), online.url, "tiny", "TINY"):
-        own = None if what in ("tiny", "TINY") else create_encoder("resnet18", pretrained=False, pool_type="avg").eval()
-        loaded = load_weights(what, encoder=own, progress=False)
-        assert same(loaded.encoder, encoder) and loaded.report.use.tolist() == ["used"]
+        source = None if what in ("tiny", "TINY") else "facebookresearch/imagenet"
+        loaded = load_weights(what, source=source, progress=False)
+        assert same(loaded.encoder, encoder)
     assert len(server.asked) == 2   # once by URL, once by name
-    assert describe_input(load_weights("tiny").encoder.clean_pipeline)["size"] == [32, 32]   # the card's
+    loaded = load_weights("tiny")
+    assert describe_input(loaded.encoder.clean_pipeline)["size"] == [32, 32]   # the card's
+    row = loaded.report[loaded.report.part == "input"]
+    assert row.use.item() == "used" and row.why.item().endswith("of tiny")
     own = create_encoder("resnet18", pretrained=False, pool_type="avg").eval()
     assert load_weights("tiny", encoder=own).encoder is own and same(own, encoder)
 
@@ -738,7 +743,8 @@ def test_what_is_no_weights(what, error, says, cache):
 
 
 def test_a_folder_is_named(tmp_path, cache):
-    with pytest.raises(IsADirectoryError, match="local-dir:"): load_weights(tmp_path)
+    with pytest.raises(ValueError, match="is a folder"): load_weights(tmp_path)
+    with pytest.raises(IsADirectoryError, match="pass the file in it"): zoo.get_model("resnet50", pretrained=tmp_path)
 
 
 def test_a_model_with_its_weights(published, online):
@@ -784,24 +790,76 @@ def test_parts_that_do_not_fit_together(published, head, says):
     with pytest.raises(ValueError, match=says): zoo.check_parts(card, loaded, "file.pth")
 
 
-def test_timms_format(tmp_path, cache):
-    import timm
-    from timm.models import save_for_hf
-    torch.manual_seed(3)
-    net = timm.create_model("test_resnet", pretrained=False, num_classes=5)
-    save_for_hf(net, tmp_path/"folder", model_config=dict(pretrained_cfg=dict(
-        architecture="test_resnet", input_size=(3, 48, 48), mean=(.1, .2, .3), std=(.4, .5, .6), num_classes=5)))
-    loaded = load_weights(f"local-dir:{tmp_path/'folder'}")
+def test_a_folder_in_timms_format(tmp_path, cache):
+    made = layouts.hugging_face(tmp_path)
+    loaded = load_weights(tmp_path)
     x = torch.rand(2, 3, 48, 48)
-    net.eval()
-    with torch.no_grad(): expected = net.forward_head(net.forward_features(x), pre_logits=True)
-    with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), expected)
+    with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), made.encoder(x))
     described = describe_input(loaded.encoder.clean_pipeline)
-    assert described["size"] == [48, 48] and np.allclose(described["stats"], [[.1, .2, .3], [.4, .5, .6]])
     save_encoder(loaded.encoder, tmp_path/"e.safetensors")
-    torch.testing.assert_close(encode(load_encoder(tmp_path/"e.safetensors"), x)[0], encode(loaded.encoder, x)[0])
-    with pytest.raises(ValueError, match="could not be loaded by timm"): load_weights(f"local-dir:{tmp_path/'nothing'}")
-    with pytest.raises(ValueError, match="leave encoder out"): load_weights("local-dir:x", encoder=net)
+    again = load_encoder(tmp_path/"e.safetensors")
+    assert describe_input(again.clean_pipeline) == described
+    torch.testing.assert_close(encode(again, x)[0], encode(loaded.encoder, x)[0])
+
+
+def test_a_repository_of_hugging_face(tmp_path, cache, monkeypatch):
+    "Without the network: what huggingface_hub would bring lies in a folder"
+    import huggingface_hub
+    made, asked = layouts.hugging_face(tmp_path), []
+    def download(repo, file, revision=None):
+        asked.append((repo, file, revision))
+        return str(tmp_path/file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = load_weights("hf-hub:owner/name@abc")
+    x = torch.rand(2, 3, 48, 48)
+    with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), made.encoder(x))
+    assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
+    def offline(*args, **kwargs): raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(ConnectionError, match="hf-hub:owner/name could not be"): load_weights("hf-hub:owner/name")
+    for name in ("hf-hub:", "hf-hub:owner", "hf-hub:../../etc/passwd", "hf-hub:a/b/c"):
+        with pytest.raises(ValueError, match="expected hf-hub:owner/name"): load_weights(name)
+
+
+LAYOUTS = {
+    "authors, full": (layouts.authors_full, {}), "authors, linear": (layouts.authors_linear, {}),
+    "mix-bt, CIFAR": (partial(layouts.mix_small, thop=True), dict(stem=True, read_as="mix-bt/cifar100")),
+    "mix-bt, STL": (partial(layouts.mix_small, pool=True), dict(stem="keep pool", read_as="mix-bt/stl10")),
+    "mmpretrain": (partial(layouts.mm_pretrain, preprocessor=True), {}), "mmpretrain, linear": (layouts.mm_linear, {}),
+    "mmselfsup 0.x": (layouts.mm_old_backbone, {}), "lightly": (layouts.lightly, {}), "VISSL": (layouts.vissl, {}),
+    "solo-learn": (layouts.solo, dict(stem="padding 2", read_as="solo-learn/cifar10")),
+    "solo-learn without args.json": (partial(layouts.solo, args=False), dict(stem="padding 2"))}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_models_from_the_files_of_all_sources(name, tmp_path, add_card, cache):
+    "Their outputs are those of the source's own networks"
+    make, more = LAYOUTS[name]
+    made = make(tmp_path)
+    nets = {part: net for part in ("projector", "head") if (net := getattr(made, part)) is not None}
+    widths = [m.out_features for m in made.projector if isinstance(m, nn.Linear)] if made.projector else None
+    classes = made.head.out_features if made.head else None
+    add_card(small_card("made", ["encoder", *nets], **{**dict(projector=widths, num_classes=classes), **more}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = zoo.get_model("made", pretrained=made.path)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        h = made.encoder.eval()(x)
+        torch.testing.assert_close(model.extract_feat(x), h, rtol=1e-5, atol=1e-6)
+        for part, net in nets.items():
+            torch.testing.assert_close(getattr(model, part)(h), net.eval()(h), rtol=1e-5, atol=1e-6)
+        top = nets.get("head", nets.get("projector", nn.Identity()))
+        torch.testing.assert_close(model(x), top(h), rtol=1e-5, atol=1e-6)
+    assert model.classes == made.classes
+    assert describe_input(model.encoder.clean_pipeline)["stats"][0] == pytest.approx(SMALL["mean"])   # the card's
+
+
+def test_cards_and_formats_agree_on_images_and_stems():
+    for card in zoo.CATALOGUE.values():
+        if not card.read_as: continue
+        size, mean, std, stem, *_ = formats.SOURCES[card.read_as]
+        assert (card.size, card.mean, card.std, card.stem) == (size, [*mean], [*std], stem)
 
 
 def test_through_torch_hub(monkeypatch, tmp_path):
