@@ -778,6 +778,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files._network': ( 'encoder_files.html#_network',
                                                                                                  'self_supervised_bt/encoder_files.py'),
+                                                  'self_supervised_bt.encoder_files._short': ( 'encoder_files.html#_short',
+                                                                                               'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files.build_encoder': ( 'encoder_files.html#build_encoder',
                                                                                                       'self_supervised_bt/encoder_files.py'),
                                                   'self_supervised_bt.encoder_files.build_head': ( 'encoder_files.html#build_head',

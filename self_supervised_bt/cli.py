@@ -208,7 +208,7 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
 # %% ../nbs/51_cli.ipynb #4fe760c9
 @call_parse
 @one_line_errors
-def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
+def bt_evaluate(run:str,          # folder of a run; or file, URL or name of published weights
                 data:str,         # folder with one folder of images per class; several, separated by commas
                 protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
                 test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible

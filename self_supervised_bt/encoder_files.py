@@ -46,10 +46,12 @@ def describe_input(clean # pipeline from `clean_pipeline`
     described = {}
     for t in getattr(clean, "fs", []):
         if isinstance(t, (CentreResize, CropTfm)): described["size"] = list(t.size)
-        elif isinstance(t, Normalize): described["stats"] = [t.mean.flatten().tolist(), t.std.flatten().tolist()]
+        elif isinstance(t, Normalize): described["stats"] = [_short(t.mean), _short(t.std)]
         elif t.split_idx != 0:
             warnings.warn(f"{t.name} cannot be saved with the encoder: apply it yourself to images you encode later")
     return described
+
+def _short(numbers): return [float(str(v)) for v in numbers.flatten().float().cpu().numpy()]   # .485, not .48500001
 
 def restore_input(described:dict # from `describe_input`
                  )->Pipeline:    # applies it

@@ -110,6 +110,7 @@ from self_supervised_bt.recipes import (
 from .reports import report, table_verdict
 from .training import Autocast
 from .weights import load_encoder, save_encoder, save_model
+from .zoo import is_path
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -293,7 +294,9 @@ def seen_in_training(run:Path,            # folder of a run, or a file from `sav
                      num_workers:int=None # worker processes
                     )->np.ndarray:        # (N,) bool, or `None` if it was not recorded
     "Which images a run was trained on"
-    file = encoder_file(run).with_name("trained_on.npy")
+    encoder = encoder_file(run)
+    if isinstance(encoder, str): return None
+    file = encoder.with_name("trained_on.npy")
     if not file.is_file(): return None
     try: digests = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
@@ -605,10 +608,10 @@ def unlabelled_scores(learn:Learner # after a fit
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
 SEEDS = range(5)   # of the labels sampled
 
-def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
-                )->Path:      # raises `ValueError` if the run has none
+def encoder_file(run:str|Path # folder of a run, or what `load_encoder` reads
+                )->Path|str:  # a file; a URL or a name of the zoo as it is; raises `ValueError` if the run has none
     "The file of a run's encoder"
-    if not Path(run).is_dir(): return Path(run)
+    if not Path(run).is_dir(): return Path(run) if is_path(run) else run
     file = Path(run)/"encoder.safetensors"
     if file.exists() or not checkpoints_in(Path(run)): return file
     raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
@@ -682,7 +685,7 @@ def names_of(folders:list # paths
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i,name in enumerate(names)]
 
 # %% ../nbs/50_runs.ipynb #449a25e8
-def evaluate(run:str|Path,        # folder of a run, or a file from `save_encoder`
+def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` reads
              data:str|Path|list,  # folder with one folder of images per class; several folders for one row each
              protocols:tuple=("knn", "linear"), # of "knn", "linear", "semi-supervised", "transfer"
              test:str|Path=None,  # folder of test images; a fifth of `data` is held out if not given
