@@ -11,7 +11,7 @@ from importlib import import_module
 # %% ../nbs/99_all.ipynb #5a1e0c02
 MODULES = ("core", "data", "folders", "fitting", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
-           "encoder_files", "formats",
+           "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports",
            "weights", "export", "runs")

@@ -175,6 +175,8 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
                 bs:int=None,      # images per batch, over all ranks
                 size:int=None,    # of the views, pixels
                 arch:str=None,    # architecture, known to fastai, torchvision or timm
+                weights:str=None, # run, file, URL or name of weights to continue from; they say which architecture
+                pretrained:bool=False, # ImageNet weights of the architecture to start from?
                 lr:float=None,    # largest learning rate, for 256 images per batch
                 lmb:float=None,   # λ, weight of the redundancy term
                 width:int=None,   # of projector and embedding
@@ -189,7 +191,8 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
+    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width,
+                   weights=weights, pretrained=pretrained or None)
     changes = {k: v for k,v in changes.items() if v is not None}
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_timm', 'export_encoder', 'push_to_hub']
 
-# %% ../nbs/41_export.ipynb #8e8846a0
+# %% ../nbs/41_export.ipynb #3e25a201
 import copy
 import hashlib
 import importlib.util
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
+# %% ../nbs/41_export.ipynb #a913b712
 from self_supervised_bt.core import (
     check_choice,
     hidden_folder,
@@ -107,7 +108,7 @@ class Prepared:
         "Representations of images of 0 to 255"
         with torch.no_grad(): return self.encoder(self.normalised(x))
 
-# %% ../nbs/41_export.ipynb #f0298823
+# %% ../nbs/41_export.ipynb #89fa4047
 def height_and_width(size:int|tuple # of images, pixels
                     )->tuple:       # two numbers; raises `ValueError`
     "The size of images as two numbers"
@@ -125,6 +126,7 @@ def takes(p:Prepared, # from `prepare`
         return isinstance(h, Tensor) and h.ndim == 2
     return False
 
+# %% ../nbs/41_export.ipynb #48cb969b
 def trial_sizes(p:Prepared # its size is known
                )->tuple:   # the size of test images, and another one, `None` if the encoder takes no other
     "Sizes to compare representations at; large images take much memory, so they are left to encoders that need them"
@@ -361,7 +363,7 @@ def resnet_name(p:Prepared, # encoder
     raise ValueError(f"{tool} reads ResNets with the layers of torchvision's, and {p.arch} has others: "
                      "export it as onnx or pt2")
 
-# %% ../nbs/41_export.ipynb #dd1b02a3
+# %% ../nbs/41_export.ipynb #19e10bec
 PLAIN_STEM = 3,64,(7, 7),(2, 2),(3, 3)
 
 def stem_of(encoder:nn.Module # a ResNet
@@ -384,6 +386,7 @@ def stem_changes(encoder:nn.Module, # a ResNet
     if isinstance(encoder.maxpool, nn.Identity): lines.append(f"{model}.maxpool = torch.nn.Identity()")
     return lines
 
+# %% ../nbs/41_export.ipynb #374fcecf
 def pooling_of(encoder:nn.Module # a ResNet
               )->str:            # "avg", "max", "avg, max" or "max, avg"; raises `ValueError`
     "How a ResNet of torchvision or timm pools its last map"
@@ -394,7 +397,7 @@ def pooling_of(encoder:nn.Module # a ResNet
     if pool: return pool
     raise ValueError("the encoder pools its last map in its own way: export it as onnx or pt2")
 
-# %% ../nbs/41_export.ipynb #57f45ad5
+# %% ../nbs/41_export.ipynb #530b088f
 def _two_pools(parts):
     "Code for the means and maxima of the last map"
     return ["class Pool(torch.nn.Module):", f"    def forward(self, x): return torch.cat([{parts}], dim=1)",
@@ -414,6 +417,7 @@ def torchvision_code(p:Prepared, # encoder
              f"model.load_state_dict(torch.load({file!r}, map_location='cpu', weights_only=True))", "model.eval()"]
     return "\n".join([*lines, *_input_lines(p.input, p.n_in)]) + "\n"
 
+# %% ../nbs/41_export.ipynb #3c4f8fbf
 def write_torchvision(p:Prepared, # encoder
                       folder:Path # to write into
                      )->tuple:    # what opened it, largest difference, what to know
@@ -448,7 +452,7 @@ def load_tensors(path:Path # `.pth`
     "Read a file of plain data and tensors"
     return torch.load(path, map_location="cpu", weights_only=True)
 
-# %% ../nbs/41_export.ipynb #8adf2208
+# %% ../nbs/41_export.ipynb #703f3758
 class FromPixels(nn.Module):
     "An encoder that takes images of 0 to 255, and normalises them itself"
     def __init__(self, p:Prepared): # encoder
@@ -471,6 +475,7 @@ def traced(model:nn.Module, # takes images
         for node in m.graph.nodes: node.meta.pop("stack_trace", None)
     return program
 
+# %% ../nbs/41_export.ipynb #f1221e6c
 def trial_batches(p:Prepared, # encoder
                   free:bool   # are height and width free?
                  )->list:     # of number of images and their size
@@ -600,7 +605,7 @@ def onnxruntime_differences(p:Prepared,   # encoder
     takes = "uint8, normalises itself; " if pixels else ""
     return f"onnxruntime {onnxruntime.__version__}",worst,f"opset {opsets['']}; {takes}{sizes_in_words(p, free)}"
 
-# %% ../nbs/41_export.ipynb #864d9bbf
+# %% ../nbs/41_export.ipynb #204debab
 def stage_maps(encoder:nn.Module, # a ResNet
                x:Tensor           # normalised images
               )->list:            # of four maps (N,C,H,W)
@@ -620,6 +625,7 @@ def map_differences(p:Prepared, # a ResNet
     "Differences between the maps of the four stages"
     return [difference(a, b) for a,b in zip(stage_maps(p.encoder, p.normalised(p.images(2))), maps, strict=True)]
 
+# %% ../nbs/41_export.ipynb #77fcfc08
 def plain_resnet(p:Prepared, # encoder
                  tool:str    # that would read it
                 )->str:      # from `resnet_name`; raises `ValueError`
@@ -635,7 +641,7 @@ def on_255(values:list # of images in [0,1]
     "Statistics of images of 0 to 255"
     return [round(255*v, 4) for v in values]
 
-# %% ../nbs/41_export.ipynb #2e35f4e4
+# %% ../nbs/41_export.ipynb #c7a8e3a4
 def detectron2_name(name:str # torchvision's, of a weight
                    )->str:
     "What detectron2 calls a weight of a ResNet"
@@ -658,6 +664,7 @@ def detectron2_modules(resnet:nn.Module # torchvision's
             yield f"res{stage}.{b}.shortcut",block.downsample[0]
             yield f"res{stage}.{b}.shortcut.norm",block.downsample[1]
 
+# %% ../nbs/41_export.ipynb #89da3bb0
 def fill_detectron2(resnet:nn.Module, # torchvision's
                     tensors:dict      # by detectron2's names
                    )->None:           # raises `RuntimeError` or `ValueError`
@@ -817,7 +824,7 @@ def write_timm(p:Prepared, # encoder
 
 def as_list(value): return list(value) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/41_export.ipynb #a7ab7740
+# %% ../nbs/41_export.ipynb #da5281c7
 def in_markdown(value # plain data, perhaps a stranger's
                )->str:
     "A value as one line of Markdown in which nothing is markup"
@@ -829,6 +836,7 @@ def in_markdown(value # plain data, perhaps a stranger's
     marks = set(string.punctuation) - set("-,/%")
     return "".join(f"\\{c}" if c in marks else c for c in text).replace("www\\.", "www \\.")
 
+# %% ../nbs/41_export.ipynb #fce4e707
 def markdown_table(rows:list # of dicts with the same keys
                   )->str:
     "Rows as a table of Markdown, in which nothing else is markup"
@@ -837,7 +845,8 @@ def markdown_table(rows:list # of dicts with the same keys
     text = [f"| {' | '.join(map(in_markdown, line))} |" for line in lines]
     return "\n".join([text[0], "|---"*len(columns) + "|", *text[1:]])
 
-# %% ../nbs/41_export.ipynb #8b062a21
+# %% ../nbs/41_export.ipynb #4ec12ba5
+NOT_CHOSEN = "unknown"   # which Hugging Face knows as a licence
 CARD = """---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -861,7 +870,10 @@ Its method of training is Barlow Twins, which needs no labels ([paper](https://a
 
 {results}
 
-## Input
+"""
+
+# %% ../nbs/41_export.ipynb #a82659c8
+USE = """## Input
 
 {n_in} x {height} x {width_px} pixels in [0,1]: the largest centred part of this shape, resized (bilinear, \
 antialiased), then normalised with mean {mean} and standard deviation {std}.
@@ -881,8 +893,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {license_words}
 """
 
-NOT_CHOSEN = "unknown"   # which Hugging Face knows as a licence
-
+# %% ../nbs/41_export.ipynb #76eeb982
 def model_card(p:Prepared # encoder
               )->str:     # Markdown
     "The model card of an encoder"
@@ -890,7 +901,7 @@ def model_card(p:Prepared # encoder
     rows = [{"": k, " ": v} for k,v in (training or {}).items()]
     words = f"`{p.license}`" if p.license else ("Not chosen yet. Whoever publishes the weights chooses one: "
                                                "`license` above, and here.")
-    return CARD.format(
+    return (CARD + USE).format(
         license=json.dumps(p.license or NOT_CHOSEN), arch=in_markdown(p.arch), width=p.represent(p.images(1)).shape[1],
         training=markdown_table(rows) if rows else "Not recorded.",
         results=markdown_table(results) if results else "Not measured.",
@@ -931,7 +942,7 @@ def check_files_replaceable(folder:Path,   # of exports
         what = "was changed since it was exported" if known else "exists and is no earlier export"
         raise FileExistsError(f"{path} {what}: choose another folder, or move it away first")
 
-# %% ../nbs/41_export.ipynb #f3da6c50
+# %% ../nbs/41_export.ipynb #2c0a4295
 def move_all(part:Path,   # folder with new files
              folder:Path, # their place
              files:list   # their names
@@ -951,6 +962,7 @@ def move_all(part:Path,   # folder with new files
             if (before/file).exists(): os.replace(before/file, folder/file)
         raise
 
+# %% ../nbs/41_export.ipynb #0aa375b8
 @contextmanager
 def whole_export(folder:Path, # of exports; it is made if needed
                  files:list   # names of the files that will be there
@@ -974,7 +986,7 @@ def whole_export(folder:Path, # of exports; it is made if needed
             with suppress(OSError): parent.rmdir()
         raise
 
-# %% ../nbs/41_export.ipynb #2b60f79d
+# %% ../nbs/41_export.ipynb #4db2f62d
 @dataclass
 class Format:
     "A format of `export_encoder`"
@@ -995,6 +1007,7 @@ FORMATS = {
     "torchvision-detection": Format(write_detector, ("encoder_torchvision_detection.pth",
                                                      "encoder_torchvision_detection.py"))}
 
+# %% ../nbs/41_export.ipynb #09fd0091
 def format_names(formats:str|list # names, also in one text with commas
                 )->list:          # without repetition; raises `ValueError` or `ImportError`
     "The formats that are asked for, once it is known that they can be written and opened"

@@ -258,7 +258,7 @@ def _remove_stride(encoder, padding=1):
     for m in stem.modules():
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
 
-# %% ../nbs/12_layers.ipynb #71626573
+# %% ../nbs/12_layers.ipynb #ab0a987f
 def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
                    small_stem:bool|str, # one of `STEMS`; `None` chooses by `size`
                    pretrained:bool=False, # has it pretrained weights?
@@ -416,15 +416,16 @@ def create_mlp_module(dim:int,             # width of the representation
                       projection_size:int, # width of the embedding
                       bn:bool=False,       # BatchNorm before each ReLU?
                       nlayers:int=2,       # linear layers
-                      bias:bool=True       # biases in the linear layers? The paper's code has none
+                      bias:bool|str=True   # biases in the linear layers? "last" for the last one only
                      )->nn.Sequential:     # (B,dim) to (B,projection_size)
     "An MLP of `nlayers` linear layers"
     sizes = dict(dim=dim, hidden_size=hidden_size, projection_size=projection_size, nlayers=nlayers)
     for name,value in sizes.items(): check_positive_int(name, value)
     widths = [dim] + [hidden_size]*(nlayers-1)
+    check_choice("bias", bias, (True, False, "last"))
     hidden = []
     for ni,nf in pairwise(widths):
-        hidden.append(nn.Linear(ni, nf, bias=bias))
+        hidden.append(nn.Linear(ni, nf, bias=bias is True))
         if bn: hidden.append(nn.BatchNorm1d(nf))
         hidden.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], projection_size, bias=bias))
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], projection_size, bias=bool(bias)))

@@ -802,6 +802,7 @@ def test_a_learner_tells_how_it_was_trained(make_dls, tmp_path):
     export_encoder(learn, tmp_path)
     assert "epochs" not in (tmp_path/"README.md").read_text()
     with learn.no_bar(): learn.fit(2)
+    learn.model.train()
     export_encoder(learn, tmp_path)
     card = (tmp_path/"README.md").read_text()
     assert "| recipe | default, changed |" in card and "| images | 48 |" in card and "| epochs | 2 |" in card
