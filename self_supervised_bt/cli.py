@@ -231,7 +231,7 @@ def bt_evaluate(run:str,          # folder of a run; or file, URL or name of pub
 # %% ../nbs/51_cli.ipynb #62a9155c
 @call_parse
 @one_line_errors
-def bt_export(run:str,        # folder of a run, or a file from save_encoder
+def bt_export(run:str,        # folder of a run; or file, URL or name of published weights
               out:str=None,   # folder for --format; without it a .safetensors file; in the run's folder if not given
               format:str=None, # timm, code, torchvision, onnx, onnx-uint8, pt2, detectron2, mmdetection, ...
               license:str=None # for the model card of the format timm, e.g. apache-2.0

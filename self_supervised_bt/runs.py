@@ -725,24 +725,29 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     write_json(Path(run)/"evaluation.json", results)
 
 # %% ../nbs/50_runs.ipynb #f5365dec
-def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
+def export_run(run:str|Path,       # folder of a run, or what `load_encoder` reads
                out:str|Path=None   # file to write; encoder_timm.safetensors in the folder of the encoder if not given
               )->tuple:            # the file, and the code that loads it
     "Weights of a run's encoder for plain timm"
-    file = encoder_file(run)
-    out = Path(out or file.with_name("encoder_timm.safetensors"))
-    return out,export_timm(load_encoder(file), out)
+    out = Path(out or place_beside(run, "encoder_timm.safetensors"))
+    return out,export_timm(load_encoder(encoder_file(run)), out)
 
-def export_formats(run:str|Path,      # folder of a run, or a file from `save_encoder`
+def place_beside(run:str|Path, # folder of a run, or what `load_encoder` reads
+                 name:str      # of a file or folder
+                )->Path:       # in the working directory for a URL or a name of the zoo
+    "Where an export goes if nothing else is said"
+    file = encoder_file(run)
+    return Path(name) if isinstance(file, str) else file.with_name(name)
+
+def export_formats(run:str|Path,      # folder of a run, or what `load_encoder` reads
                    formats:str|list,  # as for `export_encoder`
                    out:str|Path=None, # folder for the files; "export" in the folder of the encoder if not given
                    license:str=None   # for the model card
                   )->tuple:           # the folder, and a table with a row per file
     "A run's encoder in formats of other tools, with a model card that says how it was trained and evaluated"
-    file = encoder_file(run)
-    out = Path(out or file.with_name("export"))
+    out = Path(out or place_beside(run, "export"))
     facts = run_facts(Path(run)) if Path(run).is_dir() else {}
-    return out,export_encoder(load_encoder(file), out, formats, license, facts=facts)
+    return out,export_encoder(load_encoder(encoder_file(run)), out, formats, license, facts=facts)
 
 def run_facts(run:Path # folder of a run
              )->dict:  # plain data
@@ -753,8 +758,11 @@ def run_facts(run:Path # folder of a run
         except ValueError as e: warnings.warn(f"{e}: the model card says nothing of it")
         return {}
     results,rows = content("results.json"),content("evaluation.json").get("rows")
-    training = recipe_facts(results["recipe"]) if isinstance(results.get("recipe"), dict) else {}
+    recipe = results["recipe"] if isinstance(results.get("recipe"), dict) else {}
+    training = recipe_facts(recipe)
     if results.get("data"): training["images of"] = Path(str(results["data"])).name
+    weights = recipe.get("weights")
+    if weights: training["continued from"] = weights if "://" in str(weights) else Path(str(weights)).name
     training |= {k: results[k] for k in ("images", "epochs", "seed") if k in results}
     measured = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
     return dict(training=training, results=[{"data": k, **row} for k,row in rows.items()] if measured else [])
