@@ -553,6 +553,7 @@ def _transfer(wanted, part, folder, progress):
         raise OSError(f"{wanted.url} could not be written to {folder} ({e.strerror}): free disk space, or choose "
                       "another folder, $SELF_SUPERVISED_BT_CACHE. The same call continues") from e
 
+# %% ../nbs/19_zoo.ipynb #89887ee6
 def _place_by_hand(wanted, folder):
     "The file that the user has put into the cache, checked; `None` if there is none"
     path = by_hand(wanted, folder)
