@@ -61,7 +61,7 @@ from self_supervised_bt.diagnostics import (
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
 from .encoder_files import check_undamaged, describe_input
-from .export import export_timm
+from .export import export_encoder, export_timm, recipe_facts
 from .fitting import epoch_values
 from .formats import LoadedWeights
 
@@ -721,6 +721,7 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), seeds=list(SEEDS), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
 
+# %% ../nbs/50_runs.ipynb #f5365dec
 def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
                out:str|Path=None   # file to write; encoder_timm.safetensors in the folder of the encoder if not given
               )->tuple:            # the file, and the code that loads it
@@ -728,6 +729,32 @@ def export_run(run:str|Path,       # folder of a run, or a file from `save_encod
     file = encoder_file(run)
     out = Path(out or file.with_name("encoder_timm.safetensors"))
     return out,export_timm(load_encoder(file), out)
+
+def export_formats(run:str|Path,      # folder of a run, or a file from `save_encoder`
+                   formats:str|list,  # as for `export_encoder`
+                   out:str|Path=None, # folder for the files; "export" in the folder of the encoder if not given
+                   license:str=None   # for the model card
+                  )->tuple:           # the folder, and a table with a row per file
+    "A run's encoder in formats of other tools, with a model card that says how it was trained and evaluated"
+    file = encoder_file(run)
+    out = Path(out or file.with_name("export"))
+    facts = run_facts(Path(run)) if Path(run).is_dir() else {}
+    return out,export_encoder(load_encoder(file), out, formats, license, facts=facts)
+
+def run_facts(run:Path # folder of a run
+             )->dict:  # plain data
+    "What a run's files tell for a model card, without the folders of this machine"
+    def content(name):
+        if not os.path.lexists(run/name): return {}
+        try: return read_json(run/name)
+        except ValueError as e: warnings.warn(f"{e}: the model card says nothing of it")
+        return {}
+    results,rows = content("results.json"),content("evaluation.json").get("rows")
+    training = recipe_facts(results["recipe"]) if isinstance(results.get("recipe"), dict) else {}
+    if results.get("data"): training["images of"] = Path(str(results["data"])).name
+    training |= {k: results[k] for k in ("images", "epochs", "seed") if k in results}
+    measured = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    return dict(training=training, results=[{"data": k, **row} for k,row in rows.items()] if measured else [])
 
 # %% ../nbs/50_runs.ipynb #dd6be2bb
 class ShortRun(NamedTuple):
