@@ -2421,6 +2421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo._accuracies': ('zoo.html#_accuracies', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo._architecture': ('zoo.html#_architecture', 'self_supervised_bt/zoo.py'),
+                                        'self_supervised_bt.zoo._bring': ('zoo.html#_bring', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo._check_answer': ('zoo.html#_check_answer', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo._check_beginning': ( 'zoo.html#_check_beginning',
                                                                                      'self_supervised_bt/zoo.py'),
