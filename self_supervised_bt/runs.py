@@ -749,6 +749,7 @@ def export_formats(run:str|Path,      # folder of a run, or what `load_encoder` 
     facts = run_facts(Path(run)) if Path(run).is_dir() else {}
     return out,export_encoder(load_encoder(encoder_file(run)), out, formats, license, facts=facts)
 
+# %% ../nbs/50_runs.ipynb #e1c73594
 def run_facts(run:Path # folder of a run
              )->dict:  # plain data
     "What a run's files tell for a model card, without the folders of this machine"
