@@ -1401,6 +1401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'self_supervised_bt.formats._of_ddp': ('formats.html#_of_ddp', 'self_supervised_bt/formats.py'),
                                             'self_supervised_bt.formats._of_timm': ( 'formats.html#_of_timm',
                                                                                      'self_supervised_bt/formats.py'),
+                                            'self_supervised_bt.formats._openmmlab_stats': ( 'formats.html#_openmmlab_stats',
+                                                                                             'self_supervised_bt/formats.py'),
                                             'self_supervised_bt.formats._other_parts': ( 'formats.html#_other_parts',
                                                                                          'self_supervised_bt/formats.py'),
                                             'self_supervised_bt.formats._own': ('formats.html#_own', 'self_supervised_bt/formats.py'),

@@ -755,14 +755,21 @@ def _find_source(c, given, has_pool):
     return name,_source(name)
 
 # %% ../nbs/18_formats.ipynb #a63544df
+def _openmmlab_stats(c):
+    "Mean and standard deviation, from 0-255 to 0-1, of the weights or the configuration in a file; `None` if not there"
+    pair = [c.raw.get(f"data_preprocessor.{stat}") for stat in ("mean", "std")]
+    if all(isinstance(t, Tensor) for t in pair): return [(t.flatten()/255).tolist() for t in pair]
+    meta = c.rest.get("meta")
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    block = text.partition("data_preprocessor")[2][:1000] if isinstance(text, str) else ""
+    found = [re.search(rf"\b{stat}=\[([\d.,\s]+)\]", block) for stat in ("mean", "std")]
+    if all(found): return [[float(v)/255 for v in re.findall(r"\d+\.?\d*", m[1])] for m in found]
+
 def _input_of(c, name, encoder):
     "Size and normalisation of the images, as plain data, and where they are from"
     source,n_in = _source(name),encoder_channels(unwrapped(encoder))
-    mean,std = (c.raw.get(f"data_preprocessor.{stat}") for stat in ("mean", "std"))
-    config = _dict_in(c.beside.get("config.json", {}), "pretrained_cfg")
-    if isinstance(mean, Tensor) and isinstance(std, Tensor):
-        stats,where = [(t.flatten()/255).tolist() for t in (mean, std)],"in the file"
-        size = source.size if source else 224
+    config,stats = _dict_in(c.beside.get("config.json", {}), "pretrained_cfg"),_openmmlab_stats(c)
+    if stats: size,where = source.size if source else 224,"in the file"
     elif {"mean", "std", "input_size"} <= config.keys():
         stats,where = [config["mean"], config["std"]],"in config.json"
         size = config["input_size"][-1] if isinstance(config["input_size"], list) and config["input_size"] else None
@@ -864,7 +871,7 @@ def _other_parts(c, encoder, used, given):
         if why: rows.append((part, len(tensors), "ignored", why))
         else:
             built[part] = network
-            rows += _part_rows(part, network, tensors)
+            rows += _part_rows(part, network, tensors, c.layout)
     return built,rows
 
 def _misfit(encoder, network, part, path, given):
@@ -876,7 +883,7 @@ def _misfit(encoder, network, part, path, given):
     raise ValueError(f"{path}: the {part} takes representations of width {takes}, and those of the encoder have "
                      f"{width}: they are not of one model")
 
-def _part_rows(part, network, tensors):
+def _part_rows(part, network, tensors, layout):
     "Rows of the report on a part that is used"
     linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
     words = " -> ".join(map(str, [linear[0].in_features, *(m.out_features for m in linear)]))
@@ -885,6 +892,7 @@ def _part_rows(part, network, tensors):
     if any(biases) and not all(biases):
         with_bias = [str(i+1) for i,b in enumerate(biases) if b]
         words += f" but in layer {', '.join(with_bias)}"
+    if part == "projector" and layout.projector.endswith("fc."): words += "; fc, in place of a classifier"
     layers = _layers(tensors) if part != "head" else {}
     after = sum(len(weights) for i,weights in layers.items() if i >= len(network))
     rows = [(part, len(tensors) - after, "used", words)]
@@ -893,7 +901,7 @@ def _part_rows(part, network, tensors):
 
 # %% ../nbs/18_formats.ipynb #25d82646
 _MANY = ("facebookresearch/barlowtwins, VICReg, wgcban/mix-bt, torchvision and others publish files with these names "
-         "and shapes: they do not tell which method made it")
+         "and shapes, which do not tell the method; the plain stem with its max-pool, and averages, are taken")
 
 def _rest_rows(c, used, name, given):
     "Rows of the report on what is not used, and on the origin"
