@@ -626,7 +626,7 @@ def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
              )->Path:  # raises `ValueError` or `ConnectionError`
     "Settings and weights of a repository of Hugging Face, in a folder"
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     repo,_,revision = name.removeprefix("hf-hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise ValueError(f"{name:.200}: expected hf-hub:owner/name, or hf-hub:owner/name@revision")
@@ -634,9 +634,11 @@ def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
     try:
         settings = get("config.json")
         try: get("model.safetensors")
-        except EntryNotFoundError: get("pytorch_model.bin")
-    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
+        except EntryNotFoundError as e:
+            if isinstance(e, LocalEntryNotFoundError): raise   # no network
+            get("pytorch_model.bin")
     except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} could not be downloaded ({one_line(e)})") from e
+    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
     return Path(settings).parent
 
 # %% ../nbs/19_zoo.ipynb #f09faa1d

@@ -859,9 +859,13 @@ def test_a_repository_of_hugging_face(tmp_path, cache, monkeypatch):
     x = torch.rand(2, 3, 48, 48)
     with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), made.encoder(x))
     assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
-    def offline(*args, **kwargs): raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ConnectionError, match="hf-hub:owner/name could not be"): load_weights("hf-hub:owner/name")
+    errors, down = huggingface_hub.errors, "could not be downloaded"
+    for raised, error, says in [(OSError("no network"), ConnectionError, down),
+                                (errors.LocalEntryNotFoundError("no network"), ConnectionError, down),
+                                (errors.EntryNotFoundError("no such file"), ValueError, "is not in timm's format")]:
+        def fails(*args, raised=raised, **kwargs): raise raised
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+        with pytest.raises(error, match=f"hf-hub:owner/name {says}"): load_weights("hf-hub:owner/name")
     for name in ("hf-hub:", "hf-hub:owner", "hf-hub:../../etc/passwd", "hf-hub:a/b/c"):
         with pytest.raises(ValueError, match="expected hf-hub:owner/name"): load_weights(name)
 
