@@ -569,6 +569,7 @@ def _mlp(tensors, part, path):
     weights = {f"{i}.{name}": t for i in numbers for name,t in layers[i].items()}
     return _filled(nn.Sequential(*modules).to_empty(device="cpu"), weights, path),None
 
+# %% ../nbs/18_formats.ipynb #fd5a59d9
 def _checked(network, weights, path):
     "The weights, once they are known to be those of the network; raises `ValueError`"
     weights = _with_counters(weights)
