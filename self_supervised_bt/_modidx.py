@@ -2463,6 +2463,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised_bt.zoo.card_tasks': ('zoo.html#card_tasks', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo.card_text': ('zoo.html#card_text', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo.card_transforms': ('zoo.html#card_transforms', 'self_supervised_bt/zoo.py'),
+                                        'self_supervised_bt.zoo.check_no_refresh': ( 'zoo.html#check_no_refresh',
+                                                                                     'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo.check_parts': ('zoo.html#check_parts', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo.check_sha256': ('zoo.html#check_sha256', 'self_supervised_bt/zoo.py'),
                                         'self_supervised_bt.zoo.class_names': ('zoo.html#class_names', 'self_supervised_bt/zoo.py'),
