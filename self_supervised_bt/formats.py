@@ -671,11 +671,11 @@ def _beside(path):
     return beside
 
 def _file_in(path):
-    "The file of weights, also of a folder of timm or Hugging Face; raises `ValueError` or `FileNotFoundError`"
+    "The file of weights, also of a run, of timm or of Hugging Face; raises `ValueError` or `FileNotFoundError`"
     path = Path(path)
     if path.is_file(): return path
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: pass the file of weights")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", "encoder.safetensors"):
         if (path/name).is_file(): return path/name
     raise ValueError(f"{path} is a folder: pass the file of weights in it")
 
