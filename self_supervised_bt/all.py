@@ -11,9 +11,10 @@ from importlib import import_module
 # %% ../nbs/99_all.ipynb #5a1e0c02
 MODULES = ("core", "data", "folders", "fitting", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
+           "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports",
-           "weights", "runs")
+           "weights", "export", "runs")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04
 _modules = [import_module(f"self_supervised_bt.{name}") for name in MODULES]

@@ -36,7 +36,7 @@ def create_barlow_twins_model(encoder:nn.Module,       # images (B,C,H,W) to rep
                               projection_size:int=128, # width of the embedding
                               bn:bool=True,            # BatchNorm in the projector?
                               nlayers:int=3,           # linear layers in the projector
-                              bias:bool=True,          # biases in the projector? The paper's code has none
+                              bias:bool|str=True,      # biases in the projector? "last" for the last layer only
                               predictor:bool=False,    # a predictor on view 1, as in the paper's ablation of asymmetry?
                               size:int|tuple=None      # of the views, pixels, if known
                              )->BarlowTwinsModel:      # ready to train

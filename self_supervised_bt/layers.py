@@ -236,7 +236,7 @@ def architecture(arch:str|Callable # name, or a function of fastai, torchvision 
                     f"fastai.vision.models.xresnet, got {arch!r:.80}: {hint}")
 
 # %% ../nbs/12_layers.ipynb #ce6f4b49
-STEMS = (False, True, "no pool", "keep pool", None)
+STEMS = (False, True, "no pool", "keep pool", "padding 2", None)
 
 def is_resnet(encoder:nn.Module # an encoder of `create_encoder`
              )->bool:           # does it have the stem that `small_stem` replaces?
@@ -248,16 +248,17 @@ def _remove_max_pool(encoder):
     if isinstance(encoder, nn.Sequential): encoder[3] = nn.Identity()
     else: encoder.maxpool = nn.Identity()
 
-def _remove_stride(encoder):
+def _remove_stride(encoder, padding=1):
     "Stride 1 in the convolutions of the stem; a single one becomes 3x3, deep stems are 3x3 already"
     sequential = isinstance(encoder, nn.Sequential)
     if not sequential and isinstance(encoder.conv1, nn.Conv2d):
         old = encoder.conv1
-        encoder.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+        encoder.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=padding, bias=False)
     stem = encoder[:3] if sequential else encoder.conv1
     for m in stem.modules():
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
 
+# %% ../nbs/12_layers.ipynb #ab0a987f
 def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
                    small_stem:bool|str, # one of `STEMS`; `None` chooses by `size`
                    pretrained:bool=False, # has it pretrained weights?
@@ -268,12 +269,14 @@ def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
     if small_stem is None: small_stem = small and is_resnet(encoder) and ("no pool" if pretrained else True)
     if small_stem and not is_resnet(encoder):
         raise ValueError("small_stem is for ResNets, and this architecture has no such stem: leave small_stem out")
-    if small_stem in (True, "no pool"): _remove_max_pool(encoder)
-    if small_stem not in (True, "keep pool"): return small_stem
+    if small_stem == "padding 2" and not isinstance(getattr(encoder, "conv1", None), nn.Conv2d):
+        raise ValueError("small_stem='padding 2' is for ResNets of torchvision and timm whose stem is one convolution")
+    if small_stem in (True, "no pool", "padding 2"): _remove_max_pool(encoder)
+    if small_stem not in (True, "keep pool", "padding 2"): return small_stem
     if pretrained and isinstance(getattr(encoder, "conv1", None), nn.Conv2d):
         warnings.warn(f"small_stem={small_stem!r} replaces the pretrained first convolution by a random one: "
                       "small_stem='no pool' keeps it", stacklevel=4)
-    _remove_stride(encoder)
+    _remove_stride(encoder, padding=2 if small_stem == "padding 2" else 1)
     return small_stem
 
 # %% ../nbs/12_layers.ipynb #512bf4c2
@@ -413,15 +416,16 @@ def create_mlp_module(dim:int,             # width of the representation
                       projection_size:int, # width of the embedding
                       bn:bool=False,       # BatchNorm before each ReLU?
                       nlayers:int=2,       # linear layers
-                      bias:bool=True       # biases in the linear layers? The paper's code has none
+                      bias:bool|str=True   # biases in the linear layers? "last" for the last one only
                      )->nn.Sequential:     # (B,dim) to (B,projection_size)
     "An MLP of `nlayers` linear layers"
     sizes = dict(dim=dim, hidden_size=hidden_size, projection_size=projection_size, nlayers=nlayers)
     for name,value in sizes.items(): check_positive_int(name, value)
     widths = [dim] + [hidden_size]*(nlayers-1)
+    check_choice("bias", bias, (True, False, "last"))
     hidden = []
     for ni,nf in pairwise(widths):
-        hidden.append(nn.Linear(ni, nf, bias=bias))
+        hidden.append(nn.Linear(ni, nf, bias=bias is True))
         if bn: hidden.append(nn.BatchNorm1d(nf))
         hidden.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], projection_size, bias=bias))
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], projection_size, bias=bool(bias)))

@@ -58,7 +58,7 @@ class Recipe:
     hidden_size:int=1024        # width of the projector's hidden layers
     projection_size:int=1024    # width of the embedding
     nlayers:int=3               # linear layers in the projector
-    bias:bool=True              # biases in the projector?
+    bias:bool|str=True          # biases in the projector? "last" for the last layer only
     bn:bool=True                # BatchNorm in the projector?
     separate_bn:bool=False      # each view through the model by itself?
     lmb:float|None=5e-3         # λ, weight of the redundancy term; None for a loss of your own
@@ -118,8 +118,8 @@ def check_recipe(r:Recipe # any
     "Refuse settings that do not fit, naming them"
     for name in ("name", "arch", "source"):
         if not isinstance(getattr(r, name), str): raise ValueError(f"{name} must be text, got {getattr(r, name)!r}")
-    for name in ("pretrained", "bias", "bn", "separate_bn", "scale_lr"):
-        check_choice(name, getattr(r, name), (True, False))
+    for name in ("pretrained", "bn", "separate_bn", "scale_lr"): check_choice(name, getattr(r, name), (True, False))
+    check_choice("bias", r.bias, (True, False, "last"))
     check_choice("opt", r.opt, tuple(OPTIMIZERS))
     check_choice("schedule", r.schedule, SCHEDULES)
     check_choice("pool_type", r.pool_type, (None, *(p.value for p in PoolingType)))
@@ -409,7 +409,7 @@ def bt_learner(dls,                      # images, with or without labels
                hidden_size:int=None,     # width of the projector's hidden layers
                projection_size:int=None, # width of the embedding
                nlayers:int=None,         # linear layers in the projector
-               bias:bool=None,           # biases in the projector?
+               bias:bool|str=None,       # biases in the projector?
                separate_bn:bool=None,    # each view through the model by itself, as in the authors' code?
                **kwargs
               )->Learner:                # with a `BarlowTwins` callback and its `recipe`, ready to fit

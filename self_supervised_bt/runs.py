@@ -59,6 +59,8 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
+from .encoder_files import check_undamaged
+from .export import export_timm
 from .fitting import epoch_values
 
 # %% ../nbs/50_runs.ipynb #544f9677
@@ -93,7 +95,7 @@ from .losses import cross_correlation
 from .recipes import Recipe, bt_learner, get_recipe
 from .reports import report, table_verdict
 from .training import Autocast
-from .weights import check_undamaged, export_timm, load_encoder, save_encoder
+from .weights import load_encoder, save_encoder
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`

@@ -95,6 +95,19 @@ def test_small_stem(arch):
     assert is_resnet(create_encoder(arch, pretrained=False))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "timm/resnet18"])
+def test_padding_by_2_is_another_network_with_the_same_names(arch):
+    "solo-learn's stem for CIFAR: names and shapes of the weights do not tell it from the usual one"
+    usual = create_encoder(arch, pretrained=False, pool_type="avg", small_stem=True).eval()
+    padded = create_encoder(arch, pretrained=False, pool_type="avg", small_stem="padding 2").eval()
+    padded.load_state_dict(usual.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    assert not torch.allclose(padded(x), usual(x), rtol=1e-2)
+    usual.conv1.padding = (2, 2)
+    assert torch.equal(padded(x), usual(x))
+    assert padded.created_by["small_stem"] == "padding 2"
+
+
 def test_convnext_is_not_a_resnet():
     assert not is_resnet(create_encoder("convnext_atto", pretrained=False, pool_type="avg"))
 
@@ -184,7 +197,8 @@ def test_mlp(bn, bias, nlayers):
     (dict(arch="fastai/resnet50"), "unknown architecture 'resnet50'"),
     (dict(arch="resnet18", n_in=0), "n_in must be"), (dict(arch="resnet18", n_in=1.5), "n_in must be"),
     (dict(arch="resnet18", pool_type="median"), "PoolingType.Avg, PoolingType.Max, PoolingType.CatAvgMax"),
-    (dict(arch="vgg11", small_stem=True), "ResNets")])
+    (dict(arch="vgg11", small_stem=True), "ResNets"), (dict(arch="xresnet18", small_stem="padding 2"), "one conv"),
+    (dict(arch="resnet10t", small_stem="padding 2"), "one conv")])
 def test_invalid_arguments_raise(kwargs, words):
     with torch.device("meta"), pytest.raises(ValueError) as e: create_encoder(**{"pretrained": False, **kwargs})
     assert words in str(e.value)

@@ -1,4 +1,4 @@
-"Runs: the commands of the README on small images; settings, evaluation, export"
+"Runs: the commands of the README on small images; settings, evaluation"
 import errno
 import json
 import multiprocessing
@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from callbacks import DoAt
 from fastai.callback.core import CancelEpochException
 from PIL import Image
-from torch import nn
 
 from self_supervised_bt import runs
 from self_supervised_bt.checkpoints import read_checkpoint
 from self_supervised_bt.data import PATIENCE
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
+from self_supervised_bt.export import export_timm
 from self_supervised_bt.folders import labelled_dls
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.runs import evaluate, pretrain, size_and_channels
-from self_supervised_bt.weights import export_timm, load_encoder, save_encoder
+from self_supervised_bt.weights import load_encoder, save_encoder
 
 root = Path(__file__).parents[1]
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
@@ -402,36 +401,6 @@ def test_few_labels_are_sampled_several_times(run, trained):
 
 
 # Export
-
-@pytest.mark.parametrize("arch", ["resnet18", "timm/resnet10t", "timm/test_resnet", "timm/test_vit"])
-@pytest.mark.parametrize("small_stem", [False, True, "no pool", "keep pool"])
-@pytest.mark.parametrize("pool_type", ["avg", "catavgmax"])
-def test_exported_encoder_in_plain_timm_is_equal(tmp_path, arch, small_stem, pool_type):
-    "With the exported code, without this library"
-    if "vit" in arch and (small_stem or pool_type != "avg"): pytest.skip("a ViT has no stem, and pools its own way")
-    encoder = create_encoder(arch, pretrained=False, n_in=1, pool_type=pool_type, small_stem=small_stem)
-    for m in encoder.modules():
-        if not isinstance(m, nn.BatchNorm2d): continue
-        nn.init.uniform_(m.weight)
-        nn.init.uniform_(m.bias)
-        m.running_mean.uniform_(-1, 1)
-    code = export_timm(encoder, tmp_path/"e.safetensors")
-    assert "self_supervised_bt" not in code and (tmp_path/"e.py").read_text() == code
-    scope = {}
-    exec(code.replace("'e.safetensors'", repr(str(tmp_path/"e.safetensors"))), scope)
-    x = torch.rand(2, 1, *([160, 160] if "vit" in arch else [48, 48]))
-    with torch.no_grad():
-        torch.testing.assert_close(scope["model"](x), encoder.eval()(x), rtol=1e-4, atol=1e-5)
-
-
-def test_export_raises_without_a_counterpart_in_timm(tmp_path):
-    file = tmp_path/"e.safetensors"
-    with pytest.raises(ValueError, match="no counterpart of xresnet18"):
-        export_timm(create_encoder("xresnet18", pretrained=False), file)
-    changed = create_encoder("resnet18", pretrained=False)
-    changed.relu = nn.Identity()
-    with pytest.raises(ValueError, match="other representations"): export_timm(changed, file)
-    assert not file.exists() and not (tmp_path/"e.py").exists()
 
 
 @pytest.mark.parametrize("change", [dict(arch="hf-hub:somebody/model"), dict(arch="timm/hf-hub:somebody/model"),

@@ -1,4 +1,4 @@
-"Files of encoders: what they hold, damaged ones, a stranger's, and what an export may replace"
+"Files of encoders: what they hold, damaged ones, and a stranger's"
 import builtins
 import copy
 import json
@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from self_supervised_bt.cli import bt_export
 from self_supervised_bt.layers import create_encoder
-from self_supervised_bt.weights import export_timm, load_encoder, save_encoder
+from self_supervised_bt.weights import load_encoder, save_encoder
 
 KEY = "self_supervised_bt"
 
@@ -110,25 +109,6 @@ def test_malformed_metadata_is_one_line(good, tmp_path, monkeypatch, name):
     assert not (tmp_path/"executed").exists()
 
 
-def test_export_of_a_strangers_file_runs_nothing(good, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    changed_file(good, tmp_path/"evil.safetensors", json.dumps(dict(created_by={**CALL, RUNS: 1}, input={})))
-    with pytest.raises(SystemExit) as e: bt_export(run="evil.safetensors")
-    assert str(e.value).startswith("bt_export: evil.safetensors does not describe") and "\n" not in str(e.value)
-    assert sorted(os.listdir(tmp_path)) == ["evil.safetensors"]
-
-
-@pytest.mark.parametrize("change", [{RUNS: 1}, dict(stem_width="1\n"), dict(n_in="3"), dict(pool_type="'avg'"),
-                                    dict(arch="test_resnet.');open('executed','w')#"), dict(checkpoint_path="w.pt")])
-def test_code_of_an_export_holds_checked_literals_only(tmp_path, monkeypatch, change):
-    "Also where the description did not come from a file, as from a run.json"
-    monkeypatch.chdir(tmp_path)
-    encoder = create_encoder("timm/test_resnet", pretrained=False)
-    encoder.created_by.update(change)
-    with pytest.raises(ValueError): export_timm(encoder, tmp_path/"e.safetensors")
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("weights,words", [
     ({}, "missing"), ({"fc.weight": torch.ones(2)}, "not part of it"),
     ({"conv1.0.weight": torch.ones(2)}, "instead of"),
@@ -154,13 +134,13 @@ def test_a_damaged_file_is_one_line(good, tmp_path):
 @pytest.mark.parametrize("arch", ["torchvision/regnet_y_400mf", "timm/test_vit3"])
 def test_shapes_are_known_without_memory(arch):
     "Also of architectures that read values while they are built, as RegNets do"
-    from self_supervised_bt.weights import _shapes_without_memory
+    from self_supervised_bt.encoder_files import shapes_without_memory
     call = dict(arch=arch, n_in=1, pool_type="avg", small_stem=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoder = create_encoder(pretrained=False, **call)
     shapes = {k: tuple(t.shape) for k, t in encoder.state_dict().items()}
-    assert _shapes_without_memory(call, shapes) == shapes
+    assert shapes_without_memory(call, shapes) == shapes
 
 
 def test_loading_leaves_the_random_state(good):
@@ -198,64 +178,13 @@ def test_group_norm_as_an_argument_is_saved_and_read_with_encoder(tmp_path):
     assert same(load_encoder(file, make()), encoder)
 
 
-def test_a_size_in_a_file_takes_no_memory(good, tmp_path, monkeypatch):
-    "4,096 x 4,096 pixels would make the test run of an export gigabytes large"
-    changed = changed_file(good, tmp_path/"e.safetensors", json.dumps(dict(created_by=CALL, input=dict(size=[4096]*2))))
-    encoder = load_encoder(changed)
-    sizes = []
-    encoder.conv1.register_forward_pre_hook(lambda m, x: sizes.append(x[0].shape[-1]))
-    export_timm(encoder, tmp_path/"timm.safetensors")
-    assert sizes and max(sizes) <= 512
-
-
-def test_a_vit_that_pools_its_own_way_is_exported(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoder = create_encoder("timm/test_vit", pretrained=False, img_size=32)
-    code = export_timm(encoder, tmp_path/"e.safetensors")
-    assert "global_pool='token'" in code and "img_size=32" in code
-    again = load_encoder(save_encoder(encoder, tmp_path/"own.safetensors"))
-    assert same(again, encoder)
-
-
 # What is written where
 
 def test_files_have_the_mode_of_the_umask_and_leave_nothing_beside(good, tmp_path):
     umask = os.umask(0o022)
-    try:
-        save_encoder(load_encoder(good), tmp_path/"e.safetensors")
-        export_timm(load_encoder(good), tmp_path/"timm.safetensors")
+    try: save_encoder(load_encoder(good), tmp_path/"e.safetensors")
     finally: os.umask(umask)
-    assert {f.name: stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {
-        "e.safetensors": 0o644, "timm.safetensors": 0o644, "timm.py": 0o644}
-
-
-def test_an_export_onto_its_own_source_is_refused(good, tmp_path):
-    file = tmp_path/"encoder.safetensors"
-    file.write_bytes(good.read_bytes())
-    with pytest.raises(SystemExit, match="bt_export: .*another kind of file"): bt_export(run=str(file), out=str(file))
-    assert file.read_bytes() == good.read_bytes() and os.listdir(tmp_path) == ["encoder.safetensors"]
-
-
-def test_an_export_replaces_no_file_of_the_user(good, tmp_path):
-    encoder, code = load_encoder(good), tmp_path/"train.py"
-    code.write_text("print('mine')\n")
-    with pytest.raises(FileExistsError, match="train.py exists"): export_timm(encoder, tmp_path/"train.safetensors")
-    for name in ("model.py", "model", "model.pt"):
-        with pytest.raises(ValueError, match="must end in .safetensors"): export_timm(encoder, tmp_path/name)
-    assert code.read_text() == "print('mine')\n" and os.listdir(tmp_path) == ["train.py"]
-
-
-def test_an_export_replaces_an_earlier_one_but_only_by_a_complete_one(good, tmp_path):
-    encoder, file = load_encoder(good), tmp_path/"e.safetensors"
-    export_timm(encoder, file)
-    before = file.read_bytes()
-    encoder.maxpool = nn.Identity()    # no longer what create_encoder built
-    with pytest.raises(ValueError, match="other representations"): export_timm(encoder, file)
-    assert file.read_bytes() == before and len(os.listdir(tmp_path)) == 2
-    other = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
-    export_timm(other, file)
-    assert file.read_bytes() != before
+    assert {f.name: stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {"e.safetensors": 0o644}
 
 
 def test_save_encoder_replaces_no_other_kind_of_file(good, tmp_path):
