@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detection_backbone']
 
-# %% ../nbs/42_detection.ipynb #0fa28d9c
+# %% ../nbs/42_detection.ipynb #8b4da9ce
 import copy
 import warnings
 from collections import Counter, OrderedDict
@@ -13,6 +13,7 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from io import StringIO
+from itertools import islice
 
 import torch
 from fastai.data.transforms import Normalize
@@ -94,10 +95,19 @@ def stages(encoder:nn.Module, # images to representations
     ordered = [name for name in maps if name in named]
     return list({maps[name][1]: name for name in ordered}.values())
 
-# %% ../nbs/42_detection.ipynb #5f2be5bb
+# %% ../nbs/42_detection.ipynb #3e2ad33b
+def _levels(encoder, layers):
+    "For every module that runs, the index of the first of `layers` that it is needed for"
+    levels,at = {},0
+    for name,out,*_ in _record(encoder):
+        if out is None: levels.setdefault(name, at)
+        elif name == layers[at]: at += 1
+        if at == len(layers): return levels
+
 class _LastMap(Exception):
     "Ends the forward pass of the encoder: what follows its last map is not needed"
 
+# %% ../nbs/42_detection.ipynb #ad1ecdef
 class EncoderMaps(nn.Module):
     "The feature maps of an encoder at some of its modules, (B,C,H,W) each; the first layers can be frozen"
     def __init__(self, encoder, layers, channels_last, n_frozen, freeze_bn):
@@ -134,15 +144,7 @@ class EncoderMaps(nn.Module):
         def first(name): return maps[name].permute(0, 3, 1, 2) if self.channels_last[name] else maps[name]
         return OrderedDict((str(i), first(name)) for i,name in enumerate(self.layers))
 
-def _levels(encoder, layers):
-    "For every module that runs, the index of the first of `layers` that it is needed for"
-    levels,at = {},0
-    for name,out,*_ in _record(encoder):
-        if out is None: levels.setdefault(name, at)
-        elif name == layers[at]: at += 1
-        if at == len(layers): return levels
-
-# %% ../nbs/42_detection.ipynb #a598423d
+# %% ../nbs/42_detection.ipynb #0d94826f
 def encoder_stats(model,   # a Learner, a `BarlowTwinsModel` or an encoder
                   n_in:int # channels of the images
                  )->tuple: # means and standard deviations, one per channel, or `None` if unknown; raises `ValueError`
@@ -165,7 +167,18 @@ def _per_channel(values, n_in):
     if len(values) not in (1, n_in):
         raise ValueError(f"stats have {len(values)} channels, the images {n_in}: "
                          "pass stats=(means, stds) with one number per channel")
+    values = [round(v, 7) for v in values]   # of float32
     return values if len(values) == n_in else values*n_in
+
+# %% ../nbs/42_detection.ipynb #13e000ad
+def check_images(x,       # what the backbone got
+                 n_in:int # channels of the encoder
+                )->None:  # raises `ValueError`
+    "Raise `ValueError` unless it is a batch of images for this encoder"
+    if not isinstance(x, Tensor) or x.ndim != 4: raise ValueError("images must be one tensor (B,C,H,W)")
+    if x.shape[1] == n_in: return
+    raise ValueError(f"the encoder takes images of {n_in} channels, got {x.shape[1]}: convert them, or build the "
+                     f"encoder with n_in={x.shape[1]}")
 
 def check_pixels_normalised(x:Tensor,   # (B,C,H,W) images as the encoder gets them
                             mean:list,  # per channel
@@ -183,7 +196,7 @@ def check_pixels_normalised(x:Tensor,   # (B,C,H,W) images as the encoder gets t
         warnings.warn("no pixel is below the mean of the encoder's images, so they were probably not normalised: build "
                       "the detector with **backbone.input_options()")
 
-# %% ../nbs/42_detection.ipynb #b3a7d563
+# %% ../nbs/42_detection.ipynb #2d6467ac
 class DetectionBackbone(nn.Module):
     "Feature maps of an encoder and a pyramid on top of them: images (B,C,H,W) to maps by name, as torchvision has it"
     def __init__(self, body, maps, out_channels, extra, stats):
@@ -203,7 +216,8 @@ class DetectionBackbone(nn.Module):
                       max_size:int=1333 # longer side at most
                      )->dict:           # raises `ValueError`
         "Arguments of torchvision's detectors: the normalisation of this encoder, and the size of the images"
-        for name,size in dict(min_size=min_size, max_size=max_size).items(): check_positive_int(name, size)
+        check_positive_int("min_size", min_size)
+        check_positive_int("max_size", max_size)
         if self.image_mean is None:
             raise ValueError("the encoder does not say how its images are normalised: build the backbone with "
                              "stats=(means, stds), for weights of ImageNet stats=imagenet_stats")
@@ -220,10 +234,7 @@ class DetectionBackbone(nn.Module):
 
     def forward(self, x:Tensor # (B,C,H,W) normalised images
                )->OrderedDict: # maps (B,out_channels,h,w), largest first; raises `ValueError`
-        if not isinstance(x, Tensor) or x.ndim != 4: raise ValueError("images must be one tensor (B,C,H,W)")
-        if x.shape[1] != self.n_in:
-            raise ValueError(f"the encoder takes images of {self.n_in} channels, got {x.shape[1]}: convert them, or "
-                             f"build the encoder with n_in={x.shape[1]}")
+        check_images(x, self.n_in)
         if self.image_mean is not None: check_pixels_normalised(x, self.image_mean, self.image_std)
         return self.fpn(self.body(x))
 
@@ -311,7 +322,14 @@ def detection_backbone(encoder,            # from `create_encoder` or `load_enco
     body = EncoderMaps(net, layers, {n: maps[n][2] for n in layers}, len(layers) - trainable_layers, freeze_bn)
     return DetectionBackbone(body, maps, out_channels, extra, stats).to(next(net.parameters()).device).train()
 
-# %% ../nbs/42_detection.ipynb #e2838b68
+# %% ../nbs/42_detection.ipynb #9e536771
+def _batches(n, bs, seed):
+    "Indices of batches in random order, epoch after epoch, without end"
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        batches = torch.randperm(n, generator=generator).split(bs)
+        yield from (b.tolist() for b in batches if len(b) == min(bs, n))
+
 def train_detector(detector:nn.Module, # of torchvision: images and targets to a dict of losses
                    images:Tensor,      # (N,C,H,W) pixels in [0,1]
                    targets:list,       # N dicts of boxes (n,4) and labels (n,)
@@ -321,18 +339,15 @@ def train_detector(detector:nn.Module, # of torchvision: images and targets to a
                    seed:int=0          # of the order of the images
                   )->list:             # losses, one per step; raises `ValueError`
     "Train the weights of a detector that have gradients"
-    for name,value in dict(steps=steps, bs=bs).items(): check_positive_int(name, value)
+    check_positive_int("steps", steps)
+    check_positive_int("bs", bs)
     if not 0 < len(images) == len(targets):
         raise ValueError(f"there must be one target per image, got {len(images)} images and {len(targets)} targets")
-    bs,order,losses = min(bs, len(images)),[],[]
-    weights = [p for p in detector.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(weights, lr=lr)
+    opt = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
+    losses = []
     detector.train()
-    for _ in range(steps):
-        if len(order) < bs: order = torch.randperm(len(images), generator=generator).tolist()
-        batch,order = order[:bs],order[bs:]
+    for batch in islice(_batches(len(images), bs, seed), steps):
         loss = sum(detector([images[i] for i in batch], [targets[i] for i in batch]).values())
         opt.zero_grad()
         loss.backward()
@@ -350,7 +365,7 @@ def find_boxes(detector:nn.Module, # of torchvision
     with undisturbed(detector):
         return [found for batch in images.split(bs) for found in detector(list(batch))]
 
-# %% ../nbs/42_detection.ipynb #af610dcf
+# %% ../nbs/42_detection.ipynb #14246bb0
 def _coco(targets, agnostic):
     "Targets in the format of COCO"
     from pycocotools.coco import COCO
@@ -374,6 +389,7 @@ def _found_rows(found, agnostic):
         for box,label,score in zip(f["boxes"].tolist(), f["labels"].tolist(), f["scores"].tolist()):
             yield dict(_row(i, box, label, agnostic), score=score)
 
+# %% ../nbs/42_detection.ipynb #71980091
 def box_ap(found:list,        # per image a dict of boxes (n,4) as x0, y0, x1, y1 in pixels, labels (n,), scores (n,)
            targets:list,      # per image a dict of boxes and labels, in the same order
            agnostic:bool=False # count a box as found whatever its class?
@@ -394,7 +410,7 @@ def box_ap(found:list,        # per image a dict of boxes (n,4) as x0, y0, x1, y
         scores.summarize()
     return dict(zip(("AP", "AP50", "AP75"), (100*scores.stats[:3]).tolist()))
 
-# %% ../nbs/42_detection.ipynb #54fb2606
+# %% ../nbs/42_detection.ipynb #3d18903c
 def _place(canvas, digit, generator, boxes):
     "Draw an enlarged digit where it overlaps none of `boxes`, and return its own; `None` if no place was found"
     size,side = canvas.shape[-1],torch.randint(14, 25, (), generator=generator).item()
@@ -427,6 +443,7 @@ def _scene(x, y, size, clutter, generator):
             others += [other] if other else []
     return canvas,dict(boxes=torch.tensor(boxes), labels=torch.tensor(labels))
 
+# %% ../nbs/42_detection.ipynb #5b565ae0
 def digit_scenes(x:Tensor,        # (N,1,8,8) uint8 digits, from `digits_images`
                  y:Tensor=None,   # (N,) 0 to 9; without them all digits are of class 1
                  n:int=200,       # scenes

@@ -439,7 +439,7 @@ def test_the_lesson_has_the_numbers_of_the_paper():
 
 def test_the_settings_of_detectron2():
     folder = root/"configs"/"detectron2"
-    configs = {f.stem: yaml.safe_load(f.read_text()) for f in folder.glob("*.yaml")}   # no Python tags: safe_load refuses
+    configs = {f.stem: yaml.safe_load(f.read_text()) for f in folder.glob("*.yaml")}   # without Python tags
     assert configs.keys() == {"voc_R_50_C4_24k", "coco_R_50_C4_1x"}
     voc, coco = configs["voc_R_50_C4_24k"], configs["coco_R_50_C4_1x"]
     assert voc["SOLVER"] == dict(IMS_PER_BATCH=16, BASE_LR=.1, STEPS=[18000, 22000], MAX_ITER=24000, WARMUP_FACTOR=.333,
@@ -451,7 +451,8 @@ def test_the_settings_of_detectron2():
     assert (voc["MODEL"]["MASK_ON"], coco["MODEL"]["MASK_ON"]) == (False, True)
     for config in (voc, coco):
         model = config["MODEL"]
-        assert model["RESNETS"] == dict(DEPTH=50, NORM="SyncBN", STRIDE_IN_1X1=False) and config["INPUT"]["FORMAT"] == "RGB"
+        assert model["RESNETS"] == dict(DEPTH=50, NORM="SyncBN", STRIDE_IN_1X1=False)
+        assert config["INPUT"]["FORMAT"] == "RGB"
         for name, i in (("PIXEL_MEAN", 0), ("PIXEL_STD", 1)):
             assert model[name] == pytest.approx([255*s for s in imagenet_stats[i]])
         assert model["BACKBONE"]["FREEZE_AT"] == 0 and config["TEST"]["PRECISE_BN"]["ENABLED"]
@@ -461,3 +462,17 @@ def test_the_settings_of_detectron2():
         for line in f.read_text().splitlines():
             value = re.match(r" +\w+: (?!$)(.*)", line)
             assert not value or "#" in line or re.match(r" +(META_ARCHITECTURE|NUM_CLASSES|DEPTH|TEST)", line), line
+
+
+def test_the_lesson_and_the_benchmark_train_the_same():
+    "Their settings are the same text, so the figures of the one are those of the other"
+    cells = json.loads((root/"nbs"/"63_tutorial_detection.ipynb").read_text())["cells"]
+    lesson = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    benchmark = (root/"benchmarks"/"detection.py").read_text()
+    for name in ("class Noise", "def barlow_twins_learner", "def faster_rcnn"):
+        texts = [re.search(rf"^{name}\b.*\n(?: .*\n?)+", text, re.M)[0].strip() for text in (lesson, benchmark)]
+        assert texts[0] == texts[1], name
+    for setting in ("STATS = [.15],[.25]", "clutter=False", "steps=150", "fit_one_cycle(40, 2e-2)"):
+        assert setting in lesson, setting
+    defaults = dict(re.findall(r'"--(\w+)", type=int, default=(\d+)', benchmark))
+    assert defaults["epochs"] == "40" and defaults["steps"] == "150" and int(defaults["seeds"]) >= 2
