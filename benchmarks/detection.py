@@ -49,8 +49,8 @@ def faster_rcnn(encoder, trainable_layers=0, classes=10):
 def compare(seed, epochs, steps):
     "AP by encoder, and CPU seconds"
     x, y, x_test, y_test = hold_out(*digits_images(), n_test=397, seed=seed)
-    scenes, targets = digit_scenes(x, y, clutter=False, seed=seed)
-    test_scenes, test_targets = digit_scenes(x_test, y_test, clutter=False, seed=seed + 1000)
+    scenes, targets = digit_scenes(x, y, seed=seed)
+    test_scenes, test_targets = digit_scenes(x_test, y_test, seed=seed + 1000)
     set_seed(seed)
     random = create_encoder("timm/test_resnet", n_in=1, pretrained=False)
     start = time.process_time()

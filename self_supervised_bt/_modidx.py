@@ -486,8 +486,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'self_supervised_bt/detection.py'),
                                               'self_supervised_bt.detection._scene': ( 'detection.html#_scene',
                                                                                        'self_supervised_bt/detection.py'),
-                                              'self_supervised_bt.detection._scrambled': ( 'detection.html#_scrambled',
-                                                                                           'self_supervised_bt/detection.py'),
                                               'self_supervised_bt.detection._stages': ( 'detection.html#_stages',
                                                                                         'self_supervised_bt/detection.py'),
                                               'self_supervised_bt.detection.box_ap': ( 'detection.html#box_ap',

@@ -322,7 +322,7 @@ def detection_backbone(encoder,            # from `create_encoder` or `load_enco
     body = EncoderMaps(net, layers, {n: maps[n][2] for n in layers}, len(layers) - trainable_layers, freeze_bn)
     return DetectionBackbone(body, maps, out_channels, extra, stats).to(next(net.parameters()).device).train()
 
-# %% ../nbs/42_detection.ipynb #9e536771
+# %% ../nbs/42_detection.ipynb #f28d19ff
 def _batches(n, bs, seed):
     "Indices of batches in random order, epoch after epoch, without end"
     generator = torch.Generator().manual_seed(seed)
@@ -356,6 +356,7 @@ def train_detector(detector:nn.Module, # of torchvision: images and targets to a
         losses.append(loss.item())
     return losses
 
+# %% ../nbs/42_detection.ipynb #e41e67f3
 @torch.no_grad()
 def find_boxes(detector:nn.Module, # of torchvision
                images:Tensor,      # (N,C,H,W) pixels in [0,1]
@@ -410,7 +411,7 @@ def box_ap(found:list,        # per image a dict of boxes (n,4) as x0, y0, x1, y
         scores.summarize()
     return dict(zip(("AP", "AP50", "AP75"), (100*scores.stats[:3]).tolist()))
 
-# %% ../nbs/42_detection.ipynb #3d18903c
+# %% ../nbs/42_detection.ipynb #bc077b6d
 def _place(canvas, digit, generator, boxes):
     "Draw an enlarged digit where it overlaps none of `boxes`, and return its own; `None` if no place was found"
     size,side = canvas.shape[-1],torch.randint(14, 25, (), generator=generator).item()
@@ -425,30 +426,22 @@ def _place(canvas, digit, generator, boxes):
             part.copy_(torch.maximum(part, big))
             return [float(x0), float(y0), float(x1), float(y1)]
 
-def _scrambled(digit, generator):
-    order = torch.randperm(digit.numel(), generator=generator)
-    return digit.flatten()[order].view_as(digit)
-
-def _scene(x, y, size, clutter, generator):
+# %% ../nbs/42_detection.ipynb #67cab6ab
+def _scene(x, y, size, generator):
     "One scene without noise, and its target"
-    canvas,boxes,labels,others = torch.zeros(1, size, size),[],[],[]
+    canvas,boxes,labels = torch.zeros(1, size, size),[],[]
     n = torch.randint(1, 4, (), generator=generator).item()
     for i in torch.randint(0, len(x), (n,), generator=generator).tolist():
-        box = _place(canvas, x[i], generator, boxes + others)
-        if box:
-            boxes.append(box)
-            labels.append(1 if y is None else y[i].item() + 1)
-        if clutter:
-            other = _place(canvas, _scrambled(x[i], generator), generator, boxes + others)
-            others += [other] if other else []
+        box = _place(canvas, x[i], generator, boxes)
+        if not box: continue
+        boxes.append(box)
+        labels.append(1 if y is None else y[i].item() + 1)
     return canvas,dict(boxes=torch.tensor(boxes), labels=torch.tensor(labels))
 
-# %% ../nbs/42_detection.ipynb #5b565ae0
 def digit_scenes(x:Tensor,        # (N,1,8,8) uint8 digits, from `digits_images`
                  y:Tensor=None,   # (N,) 0 to 9; without them all digits are of class 1
                  n:int=200,       # scenes
                  size:int=64,     # pixels of a scene
-                 clutter:bool=True, # scrambled digits between the digits?
                  noise:float=.25, # standard deviation of the noise; pixels are clamped to [0,1]
                  seed:int=0       # of digits, sizes, places and noise
                 )->tuple:         # (n,1,size,size) in [0,1], and n dicts of boxes and labels 1 to 10
@@ -456,6 +449,7 @@ def digit_scenes(x:Tensor,        # (N,1,8,8) uint8 digits, from `digits_images`
     check_positive_int("n", n)
     if size < 32: raise ValueError(f"size must be 32 or more, as digits have up to 24 pixels, got {size}")
     generator = torch.Generator().manual_seed(seed)
-    scenes = [_scene(x, y, size, clutter, generator) for _ in range(n)]
+    scenes = [_scene(x, y, size, generator) for _ in range(n)]
     images = torch.stack([image for image,_ in scenes])
-    return (images + noise*torch.randn(images.shape, generator=generator)).clamp(0, 1),[t for _,t in scenes]
+    images = images + noise*torch.randn(images.shape, generator=generator)
+    return images.clamp(0, 1),[target for _,target in scenes]
