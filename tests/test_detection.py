@@ -170,11 +170,14 @@ def test_no_parameter_is_left_without_a_gradient():
         encoder = create_encoder(arch, pretrained=False)
         n = len(options.get("layers", range(4)))
         backbone = detection_backbone(encoder, trainable_layers=n, freeze_bn=False, stats=GREY, **options)
-        x = normalised(torch.rand(1, 3, 64, 64), GREY)   # one image: the BatchNorm behind the pooling would refuse it
+        x = normalised(torch.rand(1, 3, 64, 64), GREY)
+        ran = []
+        for name in ("global_pool", "layer3" if options else "act2"):
+            backbone.body.encoder.get_submodule(name).register_forward_pre_hook(lambda m, args: ran.append(m))
         sum(m.sum() for m in backbone(x).values()).backward()
         trained = {k for k, p in backbone.named_parameters() if p.requires_grad}
         assert {k for k, p in backbone.named_parameters() if p.grad is not None} == trained
-        assert 0 < len(trained) < len(list(backbone.parameters()))
+        assert 0 < len(trained) < len(list(backbone.parameters())) and not ran
 
 
 def test_extra_maps_and_anchors(tiny):
@@ -323,6 +326,9 @@ def test_own_networks_and_maps_that_are_overwritten():
     x = torch.rand(1, 1, 64, 64)
     for got, n in zip(backbone.body(x).values(), (1, 4, 5)): torch.testing.assert_close(got, own[:n](x))
     with pytest.raises(ValueError, match="'2' is no module"): detection_backbone(own, layers=["0", "2"])
+    act = nn.ReLU()
+    shared = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), act, nn.Conv2d(4, 8, 3, 2, 1), act, nn.AdaptiveAvgPool2d(1))
+    assert list(encoder_maps(shared)) == ["0", "2"], "1 runs twice: which of its maps would it be?"
     nested = nn.Sequential(own, nn.Linear(16, 2))
     assert stages(nested, encoder_maps(nested)) == ["0.0", "0.3", "0.4"]
 
