@@ -39,7 +39,7 @@ def one_line_errors(f:callable # command
             if os.environ.get("RANK", "0") == "0": print(f"\n{f.__name__}: {e}", file=sys.stderr)
             raise SystemExit(EXIT_STATUS[e.signal]) from None
         except KeyboardInterrupt: raise SystemExit(EXIT_STATUS["SIGINT"]) from None   # `Checkpoints` has said it
-        except (OSError, ValueError, RuntimeError, FloatingPointError) as e:
+        except (OSError, ValueError, RuntimeError, FloatingPointError, ImportError) as e:
             raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
     return command
 
@@ -57,7 +57,8 @@ def own_message(e:Exception # raised by a command
     return " ".join(message.split())
 
 # %% ../nbs/51_cli.ipynb #d95d1156
-OPTIONS = dict(hidden_size="width", projection_size="width", num_workers="workers", protocols="protocol")
+OPTIONS = dict(hidden_size="width", projection_size="width", num_workers="workers", protocols="protocol",
+               formats="format")
 POSITIONAL = ("data", "run")
 
 def in_shell(message:str,  # of a function
@@ -174,6 +175,8 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
                 bs:int=None,      # images per batch, over all ranks
                 size:int=None,    # of the views, pixels
                 arch:str=None,    # architecture, known to fastai, torchvision or timm
+                weights:str=None, # run, file, URL or name of weights to continue from; they say which architecture
+                pretrained:bool=False, # ImageNet weights of the architecture to start from?
                 lr:float=None,    # largest learning rate, for 256 images per batch
                 lmb:float=None,   # λ, weight of the redundancy term
                 width:int=None,   # of projector and embedding
@@ -188,7 +191,8 @@ def bt_pretrain(data:str=None,    # folder of images, digits, cifar10, cifar100,
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width)
+    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width,
+                   weights=weights, pretrained=pretrained or None)
     changes = {k: v for k,v in changes.items() if v is not None}
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
@@ -227,10 +231,19 @@ def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
 # %% ../nbs/51_cli.ipynb #62a9155c
 @call_parse
 @one_line_errors
-def bt_export(run:str,     # folder of a run, or a file from save_encoder
-              out:str=None # .safetensors file to write; encoder_timm.safetensors in its folder if not given
+def bt_export(run:str,        # folder of a run, or a file from save_encoder
+              out:str=None,   # folder for --format; without it a .safetensors file; in the run's folder if not given
+              format:str=None, # timm, code, torchvision, onnx, onnx-uint8, pt2, detectron2, mmdetection, ...
+              license:str=None # for the model card of the format timm, e.g. apache-2.0
              ):
-    "Weights for plain timm, and the code that loads them. Example: bt_export runs/photos"
-    from self_supervised_bt.runs import export_run
+    "The encoder for other tools; without --format weights for plain timm, and the code that loads them. Examples: \
+bt_export runs/photos; bt_export runs/photos --format timm,onnx --license mit --out photos-encoder"
+    from self_supervised_bt.runs import export_formats, export_run
+    if format:
+        out,table = export_formats(run, format, out, license)
+        print(f"{table.to_string(index=False)}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
+              "representations, up to this share of the largest number.")
+        return
+    if license: raise ValueError("license is for the model card: add --format timm")
     file,code = export_run(run, out)
     print(f"{code}\nSaved as {file}, and these lines as {file.with_suffix('.py')}; both were tested.")

@@ -124,7 +124,8 @@ def remove_unfinished(folder:Path, # where the files are
             if fcntl: os.close(fd)
 
 @contextmanager
-def _hidden_folder(path):
+def hidden_folder(path:Path # file to be written; its folder exists
+                 ):        # yields a folder
     "A folder beside a file to write it in, which is gone afterwards"
     remove_unfinished(path.parent, glob.escape(path.name))
     folder,fd = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)),None
@@ -163,7 +164,7 @@ def whole_file(path:str|Path # file to write; its folder is made if needed
     try:
         if path.exists() and not path.is_file(): raise OSError("it exists and is no file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(path) as folder:
+        with hidden_folder(path) as folder:
             part = folder/path.name
             part.touch()
             mode = part.stat().st_mode    # as the umask has it

@@ -609,11 +609,17 @@ def read_image(file:str|Path,         # image file
     "The centred square of an image, upright, resized"
     with open_image(file, value_range) as im:
         im.draft("RGB" if n_in == 3 else "L", (size, size))
-        im = load_pixels(im, file)
-        try: ImageOps.exif_transpose(im, in_place=True)
-        except Exception: pass   # damaged EXIF data does not harm the pixels
-        if im.mode[0] in "IF": im = grey_bytes(im, file, value_range)
-        return square_tensor(im, size, n_in)
+        return square_tensor(upright(im, file, value_range), size, n_in)
+
+def upright(im:Image.Image,       # of `open_image`
+            file:str|Path,        # its file
+            value_range:tuple|int=None # as for `read_image`
+           )->Image.Image:        # 8 bits per channel
+    "The pixels of an image file as it is to be seen"
+    im = load_pixels(im, file)
+    try: ImageOps.exif_transpose(im, in_place=True)
+    except Exception: pass   # damaged EXIF data does not harm the pixels
+    return grey_bytes(im, file, value_range) if im.mode[0] in "IF" else im
 
 # %% ../nbs/01_data.ipynb #0c7ec39a
 def evenly_spaced(items:list,  # anything with a length

@@ -144,6 +144,15 @@ def check_undamaged(path:str|Path # file that this library wrote
         raise ValueError(f"{path} cannot be read ({one_line(e)})") from e
     raise ValueError(f"{path} was damaged: its checksum differs. Get it again, or write it again from the run")
 
+def file_in(path:str|Path # file, or the folder of a run
+           )->str|Path:   # a file; raises `ValueError`
+    "The weights in the folder of a run, with their projector if it is kept there; a file as it is"
+    if not Path(path).is_dir(): return path
+    for name in ("model.safetensors", "encoder.safetensors"):
+        if (Path(path)/name).is_file(): return Path(path)/name
+    raise ValueError(f"the folder {path} holds neither model.safetensors nor encoder.safetensors: "
+                     "pass the folder of a run that has ended, or a file of weights")
+
 def is_own_file(path:str|Path # any file
                )->bool:
     "Did this library write it?"

@@ -173,7 +173,7 @@ def _python3(module, name):
 
 def _check_globals(named, path):
     "Raise `ValueError` for names that could run something, and for whole pickled models"
-    bad = sorted(f"{module}.{name}" for module,name in named if _could_run(*_python3(module, name)))
+    bad = sorted({".".join(name) for name in {_python3(*name) for name in named} if _could_run(*name)})
     if bad:
         raise ValueError(f"{path} names {', '.join(bad[:3])}, which could run code and have no place among weights: "
                          "nothing was run. Don't use this file, and tell those you have it from")
@@ -217,7 +217,7 @@ def _allowing_only(classes):
 def _load_pickled(path, kind):
     "Content of a PyTorch checkpoint, with stand-ins for the classes that it names; raises `ValueError`"
     try: named = _globals_in(path, kind)
-    except (ValueError, OSError, IndexError, OverflowError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e:   # whatever pickletools and zipfile raise
         raise _refused(path, _DAMAGED, f"get it again ({one_line(e)})") from e
     _check_globals(named, path)
     bases = dict.fromkeys(named, _Inert) | {("collections", "defaultdict"): _InertDict}
@@ -278,11 +278,11 @@ def _weights_in(content):
         if any(isinstance(t, Tensor) for t in inner.values()): return ".".join(keys),inner,content if keys else {}
     return "",{},content
 
-def _flat(nested, prefix=""):
-    "A dict of dicts as one, names joined by dots"
+def _flat(nested, prefix="", depth=3):
+    "A dict of dicts as one, names joined by dots; deeper ones are left as they are"
     flat = {}
     for key,value in nested.items():
-        if isinstance(value, Mapping): flat |= _flat(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and depth: flat |= _flat(value, f"{prefix}{key}.", depth - 1)
         else: flat[f"{prefix}{key}"] = value
     return flat
 
@@ -311,8 +311,9 @@ def _plain_names(found, path):
     tensors,ignored = {},[]
     for name,t in found.items():
         if not isinstance(name, str) or not isinstance(t, Tensor):
-            ignored.append((str(name), "no tensor"))
+            ignored.append((str(name)[:100], "no tensor"))
             continue
+        if len(name) > 500: raise ValueError(f"{path} holds a name of {len(name):,} characters: it is no checkpoint")
         plain = _without_wrapper(name)
         why = _OUTSIDE.get(plain) or _OUTSIDE.get(plain.rpartition(".")[2])
         if why: ignored.append((plain, why))
@@ -454,7 +455,7 @@ def _resnet_name(encoder):
     blocks = [{int(m[1]) for name in encoder if (m := re.match(rf"layer{i}\.(\d+)\.", name))} for i in (1, 2, 3, 4)]
     depth = _DEPTHS.get((tuple(map(len, blocks)), "layer1.0.conv3.weight" in encoder))
     first,second = (encoder.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
-    if depth is None or first is None or second is None or second.ndim != 4: return None
+    if depth is None or any(w is None or w.ndim != 4 for w in (first, second)): return None
     width = len(first)
     return _WIDTHS.get((width, width//max(second.shape[1], 1)), "").format(depth) or None
 
@@ -496,14 +497,17 @@ def _call(encoder, has_pool, pool, source, arch, path):
 def _xresnet_call(encoder, pool, path):
     "The call of `create_encoder` that builds fastai's xresnet with these weights; raises `ValueError`"
     names = [name for name in xresnet.__all__ if re.match(r"x(se_|se)?res", name)]
-    shapes,last = shapes_of(encoder),max(encoder, key=lambda name: int(name.partition(".")[0]))
-    n_in = shapes["0.0.weight"][1]
-    for name in sorted(names, key=len):
+    shapes,blocks = shapes_of(encoder),_block_names(encoder)
+    n_in = shapes["0.0.weight"][1] if len(shapes.get("0.0.weight", ())) == 4 else 0
+    for name in sorted(names, key=len) if n_in else []:
+        with torch.device("meta"): candidate = getattr(xresnet, name)(c_in=n_in)
+        if _block_names(dict(candidate.named_modules())) != blocks: continue
         call = dict(arch=name, n_in=n_in, pool_type=pool, small_stem=False)
-        with torch.device("meta"): depth = len(list(getattr(xresnet, name)(c_in=n_in))) - 5
-        if depth == int(last.partition(".")[0]) and shapes_without_memory(call, shapes) == shapes: return call
+        if shapes_without_memory(call, shapes) == shapes: return call
     raise ValueError(f"{path} holds a network with names like fastai's xresnets, but none of them has these shapes: "
                      f"{_PASS_ENCODER}")
+
+def _block_names(names): return {m[0] for name in names if (m := re.match(r"\d+\.\d+\.convpath", name))}
 
 def _dict_in(config, key): return config[key] if isinstance(config.get(key), dict) else {}
 
@@ -545,7 +549,7 @@ def _layer(weights):
     if names in ({"weight"}, {"weight", "bias"}) and w.ndim == 2:
         return nn.Linear(w.shape[1], w.shape[0], bias="bias" in names)
     if names == {"weight", "bias", "running_mean", "running_var"} and w.ndim == 1: return nn.BatchNorm1d(len(w))
-    if names == {"running_mean", "running_var"}: return nn.BatchNorm1d(len(weights["running_mean"]), affine=False)
+    if names == {"running_mean", "running_var"}: return nn.BatchNorm1d(weights["running_mean"].numel(), affine=False)
 
 # %% ../nbs/18_formats.ipynb #fe600ff6
 def _mlp(tensors, part, path):
@@ -726,22 +730,26 @@ def _solo_dataset(c):
 
 def _guess_source(c, has_pool):
     "The name of the source of a checkpoint in `SOURCES`, `None` if the file does not tell"
-    who,classes = c.layout.source,len(c.parts["head"].get("weight", ()))
+    who,classes = c.layout.source,next(iter(getattr(c.parts["head"].get("weight"), "shape", ())), None)
     if who == "solo-learn": return f"solo-learn/{_solo_dataset(c)}"
     if c.layout.encoder == "f.":
         if has_pool is False: return "mix-bt/cifar100" if classes == 100 else "mix-bt/cifar10"
         return {200: "mix-bt/tiny_imagenet", 10: "mix-bt/stl10"}.get(classes)
     if c.rest.get("author") == "MMSelfSup": return "mmpretrain/imagenet"
-    if c.layout.format == _BARE and {"best_acc", "scheduler"} <= c.rest.keys(): return "facebookresearch/imagenet"
+    if _is_linear_evaluation(c): return "facebookresearch/imagenet"
     return who and f"{who}/imagenet"
+
+def _is_linear_evaluation(c):
+    "Is it of the authors' evaluate.py, which mix-bt has as well?"
+    return c.layout.format == _BARE and {"best_acc", "scheduler"} <= c.rest.keys()
 
 def _find_source(c, given, has_pool):
     "Name of the source of a checkpoint, and what is known of it; raises `ValueError` if `given` says otherwise"
     guess = _guess_source(c, has_pool)
     guess = guess if guess in SOURCES else None
-    who = (guess or "").partition("/")[0] or c.layout.source
-    surely = guess is not None and c.layout.source in (None, "solo-learn")
-    if given and (who and not given.startswith(f"{who}/") or surely and given != guess):
+    who = c.layout.source or ("mmpretrain" if c.rest.get("author") == "MMSelfSup" else None)
+    differs = guess is not None and given != guess
+    if given and who and (not given.startswith(f"{who}/") or differs and who == "solo-learn"):
         raise ValueError(f"source={given!r} was given, and {c.path} is of {guess or who}: leave source= out")
     name = given or guess
     return name,_source(name)
@@ -887,7 +895,7 @@ def _part_rows(part, network, tensors):
 _MANY = ("facebookresearch/barlowtwins, VICReg, wgcban/mix-bt, torchvision and others publish files with these names "
          "and shapes: they do not tell which method made it")
 
-def _rest_rows(c, used, name):
+def _rest_rows(c, used, name, given):
     "Rows of the report on what is not used, and on the origin"
     left = [(key, "not part of the network given as encoder=") for key,t in c.tensors.items()
             if id(t) not in used and not any(t is p for tensors in c.parts.values() for p in tensors.values())
@@ -897,7 +905,7 @@ def _rest_rows(c, used, name):
     rows = _ignored_rows(c.ignored + left + unused)
     others = [str(key) for key,value in c.rest.items() if value is not c.raw]
     if others: rows.append(("run", len(others), "ignored", f"no weights: {', '.join(others)}"))
-    if c.layout.format == _BARE and name is None: rows.append(("origin", 0, "unknown", _MANY))
+    if c.layout.format == _BARE and name is None and not given: rows.append(("origin", 0, "unknown", _MANY))
     return rows
 
 # %% ../nbs/18_formats.ipynb #b899f560
@@ -917,12 +925,13 @@ def read_weights(path:str|Path,          # local file of any known format, or a 
     parts,part_rows = _other_parts(c, network, used, encoder is not None)
     described,where = _input_of(c, name, network)
     network.clean_pipeline = restore_input(described)
-    rows = [*rows, *part_rows, *_rest_rows(c, used, name), _input_row(described, where)]
+    rows = [*rows, *part_rows, *_rest_rows(c, used, name, encoder is not None), _input_row(described, where)]
     classes = _classes(parts.get("head"), c.rest.get("meta"), _source(name))
     return LoadedWeights(_format(c, name), network, **parts, classes=classes, report=_report(rows))
 
 def _format(c, name):
     "What kind of file it is, in words"
     if c.rest.get("author") == "MMSelfSup": return "mmselfsup 0.x, encoder"
+    if _is_linear_evaluation(c): return "facebookresearch/barlowtwins or wgcban/mix-bt, linear evaluation"
     if c.layout.format == _BARE and name: return f"{_BARE} ({name})"
     return c.layout.format

@@ -8,6 +8,9 @@ __all__ = ['OWN', 'OPTIMIZERS', 'SCHEDULES', 'DECAYS', 'RECIPES', 'Recipe', 'loa
 # %% ../nbs/21_recipes.ipynb #b63a0e0e
 import inspect
 import json
+import os
+import warnings
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +26,23 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .augmentations import check_pipelines, get_barlow_twins_aug_pipelines, get_batch_augs
-from .barlow_twins import BarlowTwins, create_barlow_twins_model
+from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from .core import check_choice, check_number, check_positive_int, whole_file
+from .encoder_files import KEY, describe_input, file_in, mlp_settings
 from .fitting import batch_size_of, random_states_kept
-from .layers import STEMS, PoolingType, architecture, create_encoder
+from .formats import LoadedWeights
+from self_supervised_bt.layers import (
+    STEMS,
+    PoolingType,
+    architecture,
+    create_encoder,
+    encoder_channels,
+    set_channels,
+)
 from .mixed import MixedBarlowTwins
 from .multiview import training_images
 from .training import LARS, WarmupCosine, split_norm_bias
+from .zoo import load_weights
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9
 OWN = "own"   # arch, views or opt that were given to `bt_learner` and are no plain data
@@ -50,7 +63,8 @@ class Recipe:
     name:str="mine"
     arch:str="resnet18"         # architecture for `create_encoder`
     arch_args:dict=field(default_factory=dict) # for the architecture, e.g. `stem_width`
-    pretrained:bool=False       # pretrained weights to start from?
+    pretrained:bool=False       # pretrained weights of the architecture to start from?
+    weights:str|None=None       # file, URL or name of weights to continue from, see `bt_learner`
     pool_type:str|None="catavgmax" # how the last map becomes a vector; None chooses by the last map
     small_stem:bool|str|None=None # as in `create_encoder`; None chooses by the size of the views
     size:int|tuple|None=None    # of the views, pixels; that of the images if None
@@ -116,8 +130,12 @@ def plain_settings(r:Recipe # any
 def check_recipe(r:Recipe # any
                 )->None:  # raises `ValueError`
     "Refuse settings that do not fit, naming them"
-    for name in ("name", "arch", "source"):
-        if not isinstance(getattr(r, name), str): raise ValueError(f"{name} must be text, got {getattr(r, name)!r}")
+    for name in ("name", "arch", "source", "weights"):
+        text = getattr(r, name)
+        if text is None and name == "weights": continue
+        if not isinstance(text, str): raise ValueError(f"{name} must be text, got {text!r}")
+    if r.weights and r.pretrained:
+        raise ValueError(f"weights={r.weights!r} and pretrained=True exclude each other: choose one to start from")
     for name in ("pretrained", "bn", "separate_bn", "scale_lr"): check_choice(name, getattr(r, name), (True, False))
     check_choice("bias", r.bias, (True, False, "last"))
     check_choice("opt", r.opt, tuple(OPTIMIZERS))
@@ -260,10 +278,12 @@ def ask_for(recipe:Recipe,
                       f"pass {argument} again, or replace {setting}")
 
 def recipe_encoder(recipe:Recipe,
+                   arch,    # as given to `bt_learner`
                    size,    # height and width of the views, pixels
                    n_in:int # their channels
                   )->nn.Module: # raises `ValueError`
-    "The encoder of a recipe"
+    "The encoder of a recipe, or that which was given"
+    if isinstance(arch, nn.Module): return arch
     if recipe.arch == OWN: raise ask_for(recipe, "arch", "the encoder")
     stem_and_pool = dict(small_stem=recipe.small_stem, pool_type=recipe.pool_type)
     return create_encoder(recipe.arch, recipe.pretrained, n_in, size=size, **stem_and_pool, **recipe.arch_args)
@@ -390,6 +410,136 @@ def plain_pair(size # an int or a pair
     pair = plain_size(plain("size", size))
     return pair if isinstance(pair, tuple) else (pair, pair)
 
+# %% ../nbs/21_recipes.ipynb #bf6d7ed6
+MLP_SETTINGS = ("hidden_size", "projection_size", "nlayers", "bn", "bias")
+
+def weights_to_start(weights:str|Path|LoadedWeights, # as given to `bt_learner`
+                     encoder:nn.Module=None          # of your own, to fill
+                    )->LoadedWeights:                # raises `OSError` or `ValueError`
+    "Weights that are nobody else's"
+    if not isinstance(weights, LoadedWeights): return load_weights(file_in(weights), encoder)
+    if encoder is None: return deepcopy(weights)
+    raise ValueError("arch is a network, and the weights are loaded already: leave arch out, or pass their file")
+
+def check_not_set_by_weights(given:dict # arguments of `bt_learner`, `None` for not given
+                            )->None:    # raises `ValueError`
+    "Refuse arguments that say what the weights say"
+    names = ("arch", "pretrained", "pool_type", "small_stem")
+    unused = [f"{k}={given[k]!r}" for k in names if given.get(k) and not isinstance(given[k], nn.Module)]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} would have no effect, the weights say which encoder they are for: "
+                         "leave it out")
+
+# %% ../nbs/21_recipes.ipynb #85141f07
+def encoder_settings(encoder:nn.Module # from `load_weights`
+                    )->dict:           # settings of a recipe
+    "The settings that build the encoder of the weights"
+    created_by = getattr(encoder, "created_by", None)
+    if created_by is None: return dict(arch=OWN, arch_args={}, pool_type=None, small_stem=None)
+    own = ("arch", "pool_type", "small_stem")
+    arch_args = {k: v for k,v in created_by.items() if k not in (*own, "n_in")}
+    return {**{k: created_by[k] for k in own}, "arch_args": arch_args}
+
+def views_of_weights(recipe:Recipe,
+                     loaded:LoadedWeights
+                    )->dict|str:       # arguments of `get_barlow_twins_aug_pipelines`
+    "The views of a recipe, normalised as the images of the weights were; unless the recipe says how"
+    described = describe_input(getattr(loaded.encoder, "clean_pipeline", None))
+    known = described or loaded.format == KEY   # a file of this library says that images were not normalised
+    if recipe.views == OWN or "stats" in recipe.views or not known: return recipe.views
+    return {**recipe.views, "stats": described.get("stats")}
+
+def projector_to_continue(loaded:LoadedWeights,
+                          recipe:Recipe, # that was asked for
+                          asked:set      # which of its `MLP_SETTINGS` were chosen by the user
+                         )->dict:        # settings of the projector, `None` for a new one
+    "Continue with the projector of the weights? A warning says why not"
+    new = "training starts with a new projector, so the loss starts as in a new run, not where it ended"
+    if loaded.projector is None:
+        warnings.warn(f"the weights ({loaded.format}) hold no projector: {new}", stacklevel=4)
+        return None
+    have = mlp_settings(loaded.projector)
+    if have is None:
+        warnings.warn(f"create_mlp_module cannot build the projector of the weights ({loaded.format}): {new}",
+                      stacklevel=4)
+        return None
+    differ = [f"{k}={getattr(recipe, k)} (there {have[k]})" for k in MLP_SETTINGS
+              if k in asked and getattr(recipe, k) != have[k]]
+    if not differ: return have
+    warnings.warn(f"the weights ({loaded.format}) hold another projector than {', '.join(differ)}: {new}. "
+                  "Leave these settings out to continue with theirs", stacklevel=4)
+    return None
+
+# %% ../nbs/21_recipes.ipynb #f1a53bfe
+def recipe_to_start(recipe:str|Recipe,   # as given to `bt_learner`
+                    loaded:LoadedWeights
+                   )->Recipe:            # raises `ValueError`
+    "The recipe that was given; without one, that of the weights"
+    if recipe != "default" or not loaded.recipe: return get_recipe(recipe)
+    try: return Recipe().changed(**{**loaded.recipe, "weights": None, "pretrained": False})
+    except (ValueError, TypeError) as e: raise ValueError(f"the recipe in the file of weights is damaged ({e})") from e
+
+def with_weights(recipe:Recipe,        # that was asked for
+                 loaded:LoadedWeights,
+                 asked:set             # which of its `MLP_SETTINGS` were chosen by the user
+                )->tuple:              # recipe, and the weights to continue from
+    "The recipe that continues from weights; a projector that does not fit is left out, which a warning says"
+    mlp = projector_to_continue(loaded, recipe, asked)
+    if mlp is None: loaded = replace(loaded, projector=None, predictor=None)
+    settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded), **(mlp or {})}
+    return recipe.changed(**settings),loaded
+
+# %% ../nbs/21_recipes.ipynb #e6974371
+def at_channels(encoder:nn.Module, # from `load_weights`
+                channels:int       # of the images
+               )->nn.Module:       # the same
+    "An encoder whose first convolution takes other images than it was trained on"
+    was = encoder_channels(encoder)
+    if was in (None, channels): return encoder
+    warnings.warn(f"the weights are for images of {was} channel(s), these have {channels}: the filters of the first "
+                  "convolution are summed or repeated", stacklevel=4)
+    set_channels(encoder, channels, pretrained=True)
+    if getattr(encoder, "created_by", None): encoder.created_by = {**encoder.created_by, "n_in": channels}
+    return encoder
+
+def continued_model(loaded:LoadedWeights, # after `with_weights`
+                    recipe:Recipe,
+                    channels:int,         # of the images
+                    size:tuple            # of the views
+                   )->BarlowTwinsModel:   # raises `ValueError`
+    "The model of the weights, in training mode, with a new projector if they hold none"
+    encoder = at_channels(loaded.encoder, channels)
+    if loaded.projector is None: model = recipe_model(encoder, recipe, size)
+    else: model = BarlowTwinsModel(encoder, loaded.projector, loaded.predictor)
+    return model.requires_grad_(True).train()
+
+def recipe_model(encoder:nn.Module, recipe:Recipe, size:tuple)->BarlowTwinsModel:
+    "An encoder with a new projector"
+    return create_barlow_twins_model(encoder, recipe.hidden_size, recipe.projection_size, recipe.bn, recipe.nlayers,
+                                     recipe.bias, size=size)
+
+# %% ../nbs/21_recipes.ipynb #361215cd
+def start_of(recipe, arch, weights, aug_pipelines, loss, # as given to `bt_learner`
+             given:dict                                  # settings, `None` for not given
+            )->tuple:                                    # recipe, and weights to continue from or `None`
+    "What a run starts from; raises `OSError`, `TypeError` or `ValueError`"
+    if weights is None: weights = get_recipe(recipe).weights
+    if weights is None: return with_given(get_recipe(recipe), arch, aug_pipelines, loss, **given),None
+    if weights == OWN: raise ask_for(get_recipe(recipe), "weights", "weights")
+    check_not_set_by_weights({**given, "arch": arch})
+    loaded = weights_to_start(weights, arch)
+    asked = {k for k in MLP_SETTINGS if given[k] is not None}
+    if recipe != "default": asked |= {"hidden_size", "projection_size", "nlayers", "bn"}
+    wanted = with_given(recipe_to_start(recipe, loaded), None, aug_pipelines, loss, **given)
+    wanted,loaded = with_weights(wanted, loaded, asked)
+    return wanted.changed(weights=weights_name(weights)),loaded
+
+def weights_name(weights # as given to `bt_learner`
+                )->str:
+    "Weights as they are recorded: an absolute path for a file"
+    if isinstance(weights, LoadedWeights): return OWN
+    return os.path.abspath(weights) if os.path.exists(weights) else str(weights)
+
 # %% ../nbs/21_recipes.ipynb #8b0bb2d9
 @delegates(Learner.__init__)
 def bt_learner(dls,                      # images, with or without labels
@@ -411,18 +561,19 @@ def bt_learner(dls,                      # images, with or without labels
                nlayers:int=None,         # linear layers in the projector
                bias:bool|str=None,       # biases in the projector?
                separate_bn:bool=None,    # each view through the model by itself, as in the authors' code?
+               weights:str|Path|LoadedWeights=None, # file, URL or name of weights to continue from
                **kwargs
               )->Learner:                # with a `BarlowTwins` callback and its `recipe`, ready to fit
     "A Learner that trains an encoder on the images of `dls`"
-    recipe = with_given(get_recipe(recipe), arch, aug_pipelines, loss, size=size, pretrained=pretrained, bn=bn,
-                        lmb=lmb, pool_type=pool_type, small_stem=small_stem, hidden_size=hidden_size, bias=bias,
-                        projection_size=projection_size, nlayers=nlayers, separate_bn=separate_bn)
-    given = {k: kwargs.pop(k) for k in ("wd", "wd_bn_bias") if k in kwargs}
-    recipe = with_optimizer(recipe, kwargs.get("opt_func"), **given)
+    given = dict(size=size, pretrained=pretrained, bn=bn, lmb=lmb, pool_type=pool_type, small_stem=small_stem,
+                 hidden_size=hidden_size, bias=bias, projection_size=projection_size, nlayers=nlayers,
+                 separate_bn=separate_bn)
+    recipe,loaded = start_of(recipe, arch, weights, aug_pipelines, loss, given)
+    decay = {k: kwargs.pop(k) for k in ("wd", "wd_bn_bias") if k in kwargs}
+    recipe = with_optimizer(recipe, kwargs.get("opt_func"), **decay)
     augs,channels,view_size = recipe_views(recipe, aug_pipelines, training_images(dls), size, n_in)
-    encoder = arch if isinstance(arch, nn.Module) else recipe_encoder(recipe, view_size, channels)
-    model = create_barlow_twins_model(encoder, recipe.hidden_size, recipe.projection_size, recipe.bn, recipe.nlayers,
-                                      recipe.bias, size=view_size)
+    if loaded is not None: model = continued_model(loaded, recipe, channels, view_size)
+    else: model = recipe_model(recipe_encoder(recipe, arch, view_size, channels), recipe, view_size)
     cbs = [recipe_callback(recipe, augs, loss, terms)] + L(cbs)
     learn = Learner(dls, model, cbs=cbs, **{**recipe_optimizer(recipe), **kwargs})
     learn.recipe = recipe.changed(bs=global_bs(dls), size=recipe.size if aug_pipelines is None else view_size)

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -59,9 +60,10 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
-from .encoder_files import check_undamaged
-from .export import export_timm
+from .encoder_files import check_undamaged, describe_input
+from .export import export_encoder, export_timm, recipe_facts
 from .fitting import epoch_values
+from .formats import LoadedWeights
 
 # %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
@@ -92,10 +94,22 @@ from .fused import image_batch
 from .guard import NonFiniteGuard
 from .layers import check_plain_architecture
 from .losses import cross_correlation
-from .recipes import Recipe, bt_learner, get_recipe
+
+# %% ../nbs/50_runs.ipynb #591cd1fd
+from self_supervised_bt.recipes import (
+    MLP_SETTINGS,
+    Recipe,
+    bt_learner,
+    check_not_set_by_weights,
+    get_recipe,
+    recipe_to_start,
+    weights_name,
+    weights_to_start,
+    with_weights,
+)
 from .reports import report, table_verdict
 from .training import Autocast
-from .weights import load_encoder, save_encoder
+from .weights import load_encoder, save_encoder, save_model
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -199,7 +213,8 @@ def read_settings(file:Path # a run.json
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
 
 # %% ../nbs/50_runs.ipynb #f55064ea
-OUTPUTS = ("run.json", "trained_on.npy", "results.json", "history.csv", "skipped.csv", "encoder.safetensors", "best.pt")
+OUTPUTS = ("run.json", "trained_on.npy", "results.json", "history.csv", "skipped.csv", "encoder.safetensors",
+           "model.safetensors", "best.pt")
 
 def files_in(folder:Path,  # that a run may use
              names:tuple   # files it would write
@@ -337,13 +352,16 @@ def hours_minutes_seconds(seconds:float # a duration
 def run_learner(dls:DataLoaders,  # from `run_dls`
                 recipe:Recipe,    # every other setting
                 half:bool=False,  # bfloat16 in the model?
-                cbs=None          # further callbacks
+                cbs=None,         # further callbacks
+                loaded:LoadedWeights=None # weights to continue from
                )->Learner:
     "The Learner of a run"
     cbs = L(cbs) + [NonFiniteGuard(), Diagnostics()]
     if half: cbs.append(Autocast())
     if not rank_distrib(): cbs.append(ProgressLogger())
-    return bt_learner(dls, recipe=recipe, cbs=cbs)
+    learn = bt_learner(dls, recipe=replace(recipe, weights=None), cbs=cbs, weights=loaded)
+    learn.recipe = replace(learn.recipe, weights=recipe.weights)   # where they came from
+    return learn
 
 def fit_run(learn:Learner # from `run_learner`
            )->float:      # seconds, in rank 0
@@ -354,6 +372,44 @@ def fit_run(learn:Learner # from `run_learner`
         if num_distrib() > 1: stack.enter_context(learn.distrib_ctx())
         learn.fit_recipe()
         return 0. if rank_distrib() else learn.progress_logger.seconds()
+
+# %% ../nbs/50_runs.ipynb #42623459
+def recipe_for_weights(loaded:LoadedWeights,
+                       changes:dict # settings to replace
+                      )->Recipe:    # raises `ValueError`
+    "The recipe if none was named: that in the file, or one for images of the size that the weights are for"
+    size = max(describe_input(getattr(loaded.encoder, "clean_pipeline", None)).get("size", [0]))
+    if loaded.recipe: recipe = recipe_to_start("default", loaded)
+    else: recipe = get_recipe("small-gpu" if size > 48 else "cifar")
+    return recipe.changed(**changes)
+
+def run_start(s:dict,       # from `run_settings`
+              out:Path,     # folder of the run
+              resume:bool,  # is the run resumed?
+              named:bool,   # was a recipe named?
+              changes:dict  # settings to replace
+             )->tuple:      # settings, and weights to continue from or `None`; raises `OSError` or `ValueError`
+    "What a run starts from; one that resumes has its weights in its checkpoints"
+    recipe = s["recipe"]
+    if recipe.weights is None or resume and checkpoints_in(out): return s,None
+    saved = resume and (out/"run.json").exists()
+    if saved and "weights" not in changes and not os.path.exists(recipe.weights):
+        raise ValueError(f"the run in {out} starts from weights={recipe.weights!r}, which is no file here, and nothing "
+                         "is fetched because a file says so: give the same weights again")
+    check_not_set_by_weights(changes)
+    loaded = weights_to_start(recipe.weights)
+    if loaded.predictor is not None:
+        raise ValueError(f"weights={recipe.weights!r} hold a predictor, which a run cannot have: use load_encoder and "
+                         "save_encoder, and continue from the encoder alone")
+    decided = named or saved
+    if not decided: recipe = recipe_for_weights(loaded, changes)
+    widths = set(MLP_SETTINGS) - {"bias"} if decided else set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # `bt_learner` says it
+        recipe,_ = with_weights(recipe, loaded, widths|set(MLP_SETTINGS) & changes.keys())
+    if not rank_distrib(): print(f"Continues from {recipe.weights} ({loaded.format}) by recipe {recipe.name!r}")
+    base = s["base_recipe"] if decided else recipe.name
+    return {**s, "base_recipe": base, "recipe": recipe},loaded
 
 # %% ../nbs/50_runs.ipynb #4be33061
 def data_identity(dls:DataLoaders # from `run_dls`
@@ -391,6 +447,7 @@ def has_ended(out:Path # folder of a run
     try:
         if read_json(out/"results.json").get("state") != "ended": return False
         check_undamaged(out/"encoder.safetensors")
+        if (out/"model.safetensors").exists(): check_undamaged(out/"model.safetensors")   # earlier versions had none
     except ValueError: return False
     return True
 
@@ -458,9 +515,11 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     out = Path(out)
     check_workers(num_workers)
     setup_ranks()
+    if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
     s = run_settings(out, resume, data=data and as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
                      half=half, changes=kwargs)
     if resume and not data and has_ended(out): return ended_results(out)
+    s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     set_seed(s["seed"])
     dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"])
     with run_lock(out):
@@ -470,7 +529,7 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
         checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
         checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
         files = [] if rank_distrib() else [RunFiles(out, s)]
-        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files])
+        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files], loaded)
         except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
         fit_run(learn)
         return {} if rank_distrib() else save_results(learn, out, s)
@@ -500,6 +559,7 @@ def save_results(learn:Learner, # after a fit
     "Write encoder, history, list of broken files and results of a run"
     try:
         save_encoder(learn, out/"encoder.safetensors")
+        save_model(learn, out/"model.safetensors")
         results = {**run_results(learn, s, "ended", kind), **unlabelled_scores(learn)}
         write_results(learn, out, results)
     except OSError as e:
@@ -661,6 +721,7 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), seeds=list(SEEDS), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
 
+# %% ../nbs/50_runs.ipynb #f5365dec
 def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
                out:str|Path=None   # file to write; encoder_timm.safetensors in the folder of the encoder if not given
               )->tuple:            # the file, and the code that loads it
@@ -668,6 +729,32 @@ def export_run(run:str|Path,       # folder of a run, or a file from `save_encod
     file = encoder_file(run)
     out = Path(out or file.with_name("encoder_timm.safetensors"))
     return out,export_timm(load_encoder(file), out)
+
+def export_formats(run:str|Path,      # folder of a run, or a file from `save_encoder`
+                   formats:str|list,  # as for `export_encoder`
+                   out:str|Path=None, # folder for the files; "export" in the folder of the encoder if not given
+                   license:str=None   # for the model card
+                  )->tuple:           # the folder, and a table with a row per file
+    "A run's encoder in formats of other tools, with a model card that says how it was trained and evaluated"
+    file = encoder_file(run)
+    out = Path(out or file.with_name("export"))
+    facts = run_facts(Path(run)) if Path(run).is_dir() else {}
+    return out,export_encoder(load_encoder(file), out, formats, license, facts=facts)
+
+def run_facts(run:Path # folder of a run
+             )->dict:  # plain data
+    "What a run's files tell for a model card, without the folders of this machine"
+    def content(name):
+        if not os.path.lexists(run/name): return {}
+        try: return read_json(run/name)
+        except ValueError as e: warnings.warn(f"{e}: the model card says nothing of it")
+        return {}
+    results,rows = content("results.json"),content("evaluation.json").get("rows")
+    training = recipe_facts(results["recipe"]) if isinstance(results.get("recipe"), dict) else {}
+    if results.get("data"): training["images of"] = Path(str(results["data"])).name
+    training |= {k: results[k] for k in ("images", "epochs", "seed") if k in results}
+    measured = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    return dict(training=training, results=[{"data": k, **row} for k,row in rows.items()] if measured else [])
 
 # %% ../nbs/50_runs.ipynb #dd6be2bb
 class ShortRun(NamedTuple):
@@ -848,7 +935,7 @@ def save_short_run(run:ShortRun,        # from `short_run`
     said = table_verdict(compared.table, run.n_test)
     tables = {f"On {run.n_test:,} held-out images. {said}": compared.table}
     page = report(compared.learn, out/"report", tables=tables, title=f"Barlow Twins: {run.name}")
-    names = ("encoder.safetensors", "results.json", "history.csv", "table.csv")
+    names = ("encoder.safetensors", "model.safetensors", "results.json", "history.csv", "table.csv")
     return [*(out/name for name in names), *pictures, page]
 
 # %% ../nbs/50_runs.ipynb #6e5da575

@@ -526,16 +526,19 @@ def _receive(wanted, part, folder, progress):
     if total and size > total: raise ValueError(f"{wanted.url} sent {size} bytes after it had promised {total}")
 
 # %% ../nbs/19_zoo.ipynb #96605625
+def _bring(wanted, part, folder, progress):
+    "A file from its server or mirror, its sha256 compared"
+    place = mirrored(wanted.url)
+    if isinstance(place, str): _receive(wanted, part, folder, progress)
+    elif place.is_file(): shutil.copyfile(place, part.path)
+    else: raise ConnectionError(f"$SELF_SUPERVISED_BT_MIRROR has no {place}")
+    origin = f"{place} (mirror of {wanted.url})" if place != wanted.url else wanted.url
+    check_sha256(origin, file_sha256(part.path), wanted.sha256,
+                 "It was refused and removed: the source has another file now, or the connection changes files")
+
 def _transfer(wanted, part, folder, progress):
-    "Bring a file from its server or mirror; what is wrong for good is removed"
-    try:
-        place = mirrored(wanted.url)
-        if isinstance(place, str): _receive(wanted, part, folder, progress)
-        elif place.is_file(): shutil.copyfile(place, part.path)
-        else: raise ConnectionError(f"$SELF_SUPERVISED_BT_MIRROR has no {place}")
-        origin = f"{place} (mirror of {wanted.url})" if place != wanted.url else wanted.url
-        check_sha256(origin, file_sha256(part.path), wanted.sha256,
-                     "It was refused and removed: the source has another file now, or the connection changes files")
+    "The same; what is wrong for good is removed, what can be continued is kept, and the error says so"
+    try: _bring(wanted, part, folder, progress)
     except ValueError:
         _drop(part)
         raise
@@ -545,7 +548,12 @@ def _transfer(wanted, part, folder, progress):
         again = f"The same call continues from there, {begun/1e6:.1f} MB are kept. " if begun else ""
         raise ConnectionError(f"{e}. {again}If {wanted.url} cannot be reached from here, get the file in another way: "
                               f"{_other_ways(wanted, folder)}") from e
+    except OSError as e:
+        if e.errno is None: raise
+        raise OSError(f"{wanted.url} could not be written to {folder} ({e.strerror}): free disk space, or choose "
+                      "another folder, $SELF_SUPERVISED_BT_CACHE. The same call continues") from e
 
+# %% ../nbs/19_zoo.ipynb #89887ee6
 def _place_by_hand(wanted, folder):
     "The file that the user has put into the cache, checked; `None` if there is none"
     path = by_hand(wanted, folder)
@@ -635,25 +643,25 @@ def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
 def local_file(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError` or `IsADirectoryError`
     "A file that must be there"
-    path = Path(path).expanduser()
-    if path.is_file(): return path
-    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: pass the file in it")
-    raise FileNotFoundError(f"there is no file {path}. To download, pass an address, or a name of zoo.list_models(), "
-                            "which has no folder in it")
+    path = os.path.expanduser(path)
+    if os.path.isfile(path): return Path(path)
+    if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder: pass the file in it")
+    raise FileNotFoundError(f"there is no file {path:.200}. To download, pass an address, or a name of "
+                            "zoo.list_models(), which has no folder in it")
 
 def is_path(what:str|Path # path, URL or name
            )->bool:
     "Is it meant as a path? Names of the zoo have no separator, and a folder of that name does not hide them"
-    path = Path(what).expanduser()
-    if isinstance(what, Path) or path.is_file(): return True
+    path = os.path.expanduser(what)
+    if isinstance(what, Path) or os.path.isfile(path): return True
     if "://" in what: return False
-    return any(sep in what for sep in ("/", "\\")) or (path.is_dir() and what not in CATALOGUE)
+    return any(sep in what for sep in ("/", "\\")) or (os.path.isdir(path) and what not in CATALOGUE)
 
 def local_path(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError`
     "A file, or a folder of timm or Hugging Face"
-    path = Path(path).expanduser()
-    return path if path.is_dir() else local_file(path)
+    folder = Path(os.path.expanduser(path))
+    return folder if os.path.isdir(folder) else local_file(path)
 
 # %% ../nbs/19_zoo.ipynb #5711cc75
 def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hub:owner/name"

@@ -200,7 +200,8 @@ def main():
             status, text = called(bt_pretrain, str(images), out=str(runs[name]), seed=int(name == "other"), **SMALL)
             assert status == 0, text
         shutil.copytree(runs["finished"], runs["unfinished"])
-        for name in ("encoder.safetensors", "results.json"): (runs["unfinished"]/name).unlink()
+        for name in ("encoder.safetensors", "model.safetensors", "results.json"):
+            (runs["unfinished"]/name).unlink()
         (runs["unfinished"]/"step-0000000006.pt").unlink(missing_ok=True)
         newest = max(runs["unfinished"].glob("step-*.pt"))
         newest.unlink()                          # one epoch is left to train

@@ -324,7 +324,7 @@ def kerem(folder, arch="torchvision", alone=False, optimizer=True):
 # Plain networks
 
 def plain(folder, prefix="", classifier=False, file="weights.pth", format="torchvision"):
-    head, path = nn.Linear(512, 5) if classifier else None, folder/file
+    head, path = nn.Linear(512, 1000) if classifier else None, folder/file   # whose classes nobody knows
     weights = under(prefix, trunk()) | (under(f"{prefix}fc.", head) if classifier else {})
     if file.endswith("safetensors"): save_file(weights, path)
     else: torch.save({"epoch": 1, "state_dict": weights} if prefix else weights, path)
@@ -379,6 +379,7 @@ LAYOUTS = {
     "torchvision, safetensors": partial(plain, file="w.safetensors"),
     "torchvision, safetensors named .pth": partial(lambda f: Made(
         plain(f, file="w.safetensors").path.rename(f/"w.pth"), trunk(), 120, "torchvision")),
+    "backbone and fc": partial(plain, prefix="backbone.", classifier=True, format="backbone."),
     "backbone alone": partial(plain, prefix="backbone.", format="backbone."),
     "timm, folder of Hugging Face": hugging_face,
     "timm, another architecture": partial(hugging_face, arch="test_efficientnet"),

@@ -26,7 +26,8 @@ def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
     table = pd.read_csv(tmp_path/"runs/digits/table.csv", index_col=0)
     assert list(table.index) == ["raw pixels", "untrained encoder", "trained encoder"] and table.shape[1] == 4
     assert {f.name for f in (tmp_path/"runs/digits").iterdir()} == {
-        "cross_correlation.png", "encoder.safetensors", "history.csv", "loss.png", "neighbours.png", "report",
+        "cross_correlation.png", "encoder.safetensors", "history.csv", "loss.png", "model.safetensors",
+        "neighbours.png", "report",
         "results.json", "table.csv", "views.png"}
     assert "<h2>Diagnosis</h2>" in (tmp_path/"runs/digits/report/report.html").read_text()
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"

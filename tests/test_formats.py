@@ -215,6 +215,8 @@ def archive(name):
     return write
 
 
+LOOP = {"trunk": {}}
+LOOP["trunk"]["again"] = LOOP
 BROKEN = {
     "empty": (text(b""), "empty"),
     "page of an error": (text(b"\n<!DOCTYPE html><html>404</html>"), "a page of HTML"),
@@ -245,6 +247,11 @@ BROKEN = {
     "no ResNet": (saved({"blocks.0.attn.qkv.weight": torch.ones(3, 5)}), "blocks.0.attn.qkv.weight (3, 5)"),
     "a tensor on no device": (saved({"conv1.weight": torch.ones(3, 5, device="meta")}), "without numbers"),
     "sparse": (saved({"conv1.weight": torch.eye(3).to_sparse()}), "sparse"),
+    "a number as the head": (saved({"conv1.weight": torch.ones(1), "fc.weight": torch.tensor(1.)}), "no ResNet"),
+    "xresnet of no shape": (saved({"0.0.weight": torch.ones(1), "4.0.convpath.0.0.weight": torch.ones(1)}), "xresnets"),
+    "xresnet with a name": (saved({"a.convpath.0": torch.ones(1)}), "xresnets"),
+    "a long name": (saved({"."*1000: torch.ones(1)}), "a name of 1,000 characters"),
+    "a dict in itself": (lambda path: torch.save({"model": LOOP}, path), "no weights that are known"),
     "one name twice": (saved({"module.conv1.weight": torch.ones(1), "conv1.weight": torch.ones(1)}), "twice")}
 
 
@@ -377,6 +384,12 @@ def test_a_source_that_contradicts_the_file_is_refused(layout, source, words, tm
     with pytest.raises(ValueError, match=words): read_weights(path, source=source)
 
 
+def test_linear_evaluations_of_mix_bt_and_the_authors_look_the_same(tmp_path):
+    made = layouts.authors_linear(tmp_path)
+    for source in ("mix-bt/imagenet", "facebookresearch/imagenet"):
+        assert read_weights(made.path, source=source).classes == made.classes
+
+
 def test_every_source_is_complete():
     for name, source in SOURCES.items():
         assert source.size in (32, 64, 96, 224) and len(source.mean) == len(source.std) == 3, name
@@ -416,6 +429,9 @@ CHANGES = {
     "infinite": (lambda w: w["bn1.running_var"].fill_(float("inf")), "bn1.running_var holds NaN or infinite"),
     "integers": (lambda w: w.update({"bn1.bias": torch.ones(64, dtype=torch.int8)}), "torch.int8"),
     "a head for another width": (lambda w: w.update({"fc.weight": torch.ones(5, 99)}), "width 99"),
+    "a number for conv1": (lambda w: w.update({"conv1.weight": torch.tensor(1.)}), "no ResNet"),
+    "a number for a convolution": (lambda w: w.update({"layer1.0.conv1.weight": torch.tensor(1.)}), "no ResNet"),
+    "a number for a norm": (lambda w: w.update({"bn1.running_mean": torch.tensor(1.)}), "bn1.running_mean is ()"),
     "no tensor among them": (lambda w: w.update({"bn1.bias": 3}), "bn1.bias is missing")}
 
 
@@ -428,7 +444,8 @@ def test_nothing_is_loaded_by_halves(change, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_weights(path)
-    if "too many" in change or "another width" in change: return   # the given network needs neither
+    if change in ("a weight too many", "a head for another width"): return   # the given network needs neither
+    words = "" if "a number" in change else words
     with pytest.raises(ValueError, match=re.escape(words)): read_weights(path, encoder=own)
     assert all(torch.equal(t, before[name]) for name, t in own.state_dict().items())
 

@@ -20,12 +20,15 @@ from torch import nn
 
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.core import undisturbed
 from self_supervised_bt.data import digits_dls, tensor_dls
 from self_supervised_bt.layers import PoolingType, create_encoder
 from self_supervised_bt.losses import BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
 from self_supervised_bt.training import LARS, Autocast, WarmupCosine, split_norm_bias, warmup_cosine
+from self_supervised_bt.weights import load_encoder, save_encoder, save_model
+from self_supervised_bt.zoo import load_weights
 
 # LARS
 
@@ -477,3 +480,117 @@ def test_a_loader_that_does_not_say_its_batch_size_has_that_of_its_first_batch()
     learn = quiet(bt_learner(DataLoaders(dl, dl), tiny(), recipe=get_recipe("default", epochs=1, **SMALL)))
     learn.fit_recipe()
     assert learn.recipe.bs == 12
+
+
+# Weights to continue from
+
+def digits(**kwargs): return digits_dls(bs=128, device="cpu", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    "A Learner after ten epochs on the digits, and its file"
+    set_seed(0)
+    learn = quiet(bt_learner(digits(), recipe="digits", projection_size=128, hidden_size=96))
+    with learn.no_bar(): learn.fit_recipe(10)
+    return learn, save_model(learn, tmp_path_factory.mktemp("weights")/"model.safetensors")
+
+
+def losses_of_views(learn, seed=0):
+    "Losses of ten batches of views in training mode, without a step: mean and standard deviation"
+    set_seed(seed)
+    model, views = learn.model.train(), learn.barlow_twins
+    xs = [b[0] for _, b in zip(range(10), learn.dls.train)]
+    with undisturbed(model, evaluate=False), torch.no_grad():
+        losses = [float(views.objective(*model(torch.cat([aug(x) for aug in views.augs])).chunk(2))) for x in xs]
+    return np.mean(losses), np.std(losses)
+
+
+def test_training_continues_at_the_loss_where_it_ended(pretrained):
+    "Within the noise of the views; a new projector starts several times higher"
+    learn, file = pretrained
+    end, noise = losses_of_views(learn)
+    again, _ = losses_of_views(bt_learner(digits(), weights=file), seed=1)
+    assert abs(again - end) < 2*noise
+    with pytest.warns(UserWarning, match="new projector, so the loss starts as in a new run"):
+        jump, _ = losses_of_views(bt_learner(digits(), weights=file, projection_size=127), seed=1)
+    assert jump > 1.3*end + 3*noise
+
+
+def test_all_weights_and_the_normalisation_are_those_of_the_file(pretrained):
+    learn, file = pretrained
+    more = bt_learner(digits(), weights=file)
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.state_dict().values(), more.model.state_dict().values()))
+    assert more.model.training and all(p.requires_grad for p in more.model.parameters())
+    for name in ("arch", "size", "hidden_size", "projection_size", "lmb", "lr"):
+        assert getattr(more.recipe, name) == getattr(learn.recipe, name)
+    assert more.recipe.weights == str(file)
+
+
+@pytest.mark.parametrize("stats", [None, ([.2], [.4])])
+def test_views_are_normalised_as_the_weights_were(tmp_path, stats):
+    "Also where the recipe's own views would be normalised by ImageNet's statistics"
+    encoder = create_encoder("timm/test_resnet", pretrained=False, n_in=1, pool_type="avg")
+    source = bt_learner(digits(), encoder, aug_pipelines=get_barlow_twins_aug_pipelines(16, stats=stats), size=16)
+    file = save_encoder(source, tmp_path/"e.safetensors")
+    with pytest.warns(UserWarning, match="hold no projector"):
+        learn = bt_learner(digits(), recipe="cifar", weights=file)
+    x = torch.rand(3, 1, 24, 24)
+    expected = x if stats is None else (x - .2)/.4
+    assert torch.allclose(learn.barlow_twins.clean(x), expected, atol=1e-6)
+    with pytest.warns(UserWarning): own = bt_learner(digits(), weights=file, size=24,
+                                                     recipe=get_recipe("cifar", views=dict(stats=[[.5], [.5]])))
+    assert torch.allclose(own.barlow_twins.clean(x), (x - .5)/.5, atol=1e-6)
+
+
+def test_a_named_recipe_asks_for_its_widths_and_bias_is_the_files(tmp_path):
+    encoder = create_encoder("timm/test_resnet", pretrained=False, n_in=1, pool_type="avg")
+    model = create_barlow_twins_model(encoder, 32, 24, nlayers=2, bias="last", size=16)
+    file = save_model(model, tmp_path/"m.safetensors")
+    fitting = get_recipe("digits", hidden_size=32, projection_size=24, nlayers=2)
+    learn = bt_learner(digits(), recipe=fitting, weights=file)
+    assert torch.equal(learn.model.projector[0].weight, model.projector[0].weight) and learn.recipe.bias == "last"
+    with pytest.warns(UserWarning, match="nlayers=3"):
+        other = bt_learner(digits(), recipe=get_recipe("digits", hidden_size=32, projection_size=24), weights=file)
+    assert len(other.model.projector) == 7 and torch.equal(other.model.encoder.conv1[0].weight, encoder.conv1[0].weight)
+
+
+def test_weights_for_other_channels_are_summed_which_is_said(tmp_path):
+    encoder = create_encoder("resnet18", pretrained=False, pool_type="avg")
+    file = save_encoder(encoder, tmp_path/"e.safetensors")
+    with pytest.warns(UserWarning, match=r"for images of 3 channel\(s\), these have 1"):
+        learn = bt_learner(digits(), weights=file, size=32)
+    assert torch.allclose(learn.model.encoder.conv1.weight, encoder.conv1.weight.sum(1, keepdim=True), atol=1e-6)
+    with torch.no_grad(): h = learn.model.encoder.eval()(torch.rand(2, 1, 32, 32))
+    again = load_encoder(save_encoder(learn, tmp_path/"grey.safetensors"))
+    assert h.shape == (2, 512) and again.conv1.in_channels == 1
+
+
+def test_a_network_of_the_users_own_is_filled(tmp_path):
+    own = small_model().encoder
+    file = save_encoder(own, tmp_path/"e.safetensors")
+    other = small_model().encoder
+    with pytest.warns(UserWarning, match="no projector"): learn = bt_learner(digits(), other, weights=file, size=16)
+    assert learn.model.encoder is other and torch.equal(other[0].weight, own[0].weight)
+    assert learn.recipe.arch == "own" and learn.recipe.weights == str(file)
+
+
+def test_weights_that_are_loaded_already_are_not_shared(pretrained):
+    loaded = load_weights(pretrained[1])
+    before = copy.deepcopy(loaded.encoder.state_dict())
+    learn = quiet(bt_learner(digits(), weights=loaded))
+    learn.fit(1)
+    assert all(torch.equal(before[k], t) for k, t in loaded.encoder.state_dict().items())
+    assert learn.recipe.weights == "own"
+    with pytest.raises(ValueError, match="pass weights again"): bt_learner(digits(), recipe=learn.recipe)
+
+
+@pytest.mark.parametrize("given", [dict(arch="resnet18"), dict(pretrained=True), dict(pool_type="avg"),
+                                   dict(small_stem=True)])
+def test_what_the_weights_decide_is_not_taken_twice(pretrained, given):
+    with pytest.raises(ValueError, match="would have no effect, the weights say"):
+        bt_learner(digits(), weights=pretrained[1], **given)
+
+
+def test_weights_and_pretrained_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"): Recipe(weights="x.pth", pretrained=True)

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from callbacks import DoAt
 from fastai.callback.core import CancelEpochException
 from PIL import Image
+from safetensors.torch import load_file
 
 from self_supervised_bt import runs
 from self_supervised_bt.checkpoints import read_checkpoint
@@ -61,7 +63,7 @@ def run(trained, tmp_path):
 @pytest.fixture
 def unfinished(run):
     "A copy of the run as it was after the last epoch, before its results were written"
-    for name in ("encoder.safetensors", "results.json"): (run/name).unlink()
+    for name in ("encoder.safetensors", "model.safetensors", "results.json"): (run/name).unlink()
     return run
 
 
@@ -153,7 +155,8 @@ def test_one_process_at_a_time_trains_into_a_folder(trained, tmp_path):
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["results.json", "history.csv", "encoder.safetensors", "best.pt", "run.json"])
+@pytest.mark.parametrize("name", ["results.json", "history.csv", "encoder.safetensors", "model.safetensors", "best.pt",
+                                  "run.json"])
 def test_files_of_others_are_not_overwritten(trained, tmp_path, name):
     (tmp_path/name).write_text('{"mine": 1}')
     for resume in (False, True):
@@ -430,3 +433,76 @@ def test_a_damaged_encoder_is_noticed_and_written_again(trained, run, at):
     if at < .01: return   # no longer known as a file of this library: it is not overwritten
     results = pretrain(out=run, resume=True, num_workers=0)
     assert results["steps"] == trained[1]["steps"] and load_encoder(file)
+
+
+# Runs that continue from weights
+
+@pytest.mark.parametrize("weights", ["https://127.0.0.1/w.pth", "barlowtwins_resnet50_8xb256-coslr-300e_in1k"])
+def test_no_weights_are_fetched_because_the_settings_of_a_run_say_so(unfinished, monkeypatch, weights):
+    "Before its first checkpoint a run that resumes starts from its weights again"
+    for call in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(call, lambda *a, **k: pytest.fail("reached for the network"))
+    for checkpoint in unfinished.glob("step-*.pt"): checkpoint.unlink()
+    settings = json.loads((unfinished/"run.json").read_text())
+    settings["recipe"].update(weights=weights)
+    (unfinished/"run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="nothing is fetched because a file says so: give the same weights again"):
+        pretrain(out=unfinished, resume=True, num_workers=0)
+
+
+def model_tensors(folder, part):
+    "Weights of a part of a run's model"
+    return {k: t for k, t in load_file(folder/"model.safetensors").items() if k.startswith(f"{part}.")}
+
+
+def test_a_run_continues_from_another_and_resumes_when_that_is_gone(trained, run, tmp_path, capsys):
+    home, _ = trained
+    more = tmp_path/"more"
+    results = pretrain(home/"images", weights=run, out=more, valid_pct=.2, epochs=2, bs=16, num_workers=0)
+    assert f"Continues from {run} (" in capsys.readouterr().out
+    assert results["recipe"]["weights"] == str(run) and results["recipe"]["projection_size"] == 16
+    final = (more/"encoder.safetensors").read_bytes()
+    shutil.rmtree(run)
+    for name in ("encoder.safetensors", "model.safetensors", "results.json"): (more/name).unlink()
+    for checkpoint in sorted(more.glob("step-*.pt"))[1:]: checkpoint.unlink()   # back to the end of the first epoch
+    assert pretrain(out=more, resume=True, num_workers=0)["steps"] == results["steps"]
+    assert (more/"encoder.safetensors").read_bytes() == final
+
+
+def test_a_run_starts_from_exactly_the_weights_it_was_given(trained, run, tmp_path, monkeypatch):
+    "Encoder and projector before the first step, normalised as they were"
+    class Stop(Exception): pass
+    def stop(learn):
+        parts = model_tensors(run, "encoder") | model_tensors(run, "projector")
+        now = learn.model.state_dict()
+        assert now.keys() == parts.keys() and all(torch.equal(now[k], t) for k, t in parts.items())
+        raise Stop
+    monkeypatch.setattr(runs, "fit_run", stop)
+    with pytest.raises(Stop):
+        pretrain(trained[0]/"images", weights=run, out=tmp_path/"more", valid_pct=.2, bs=16, num_workers=0)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(arch="resnet18"), "arch='resnet18' would have no effect"),
+    (dict(pretrained=True), "exclude each other"), (dict(weights="nowhere.pth"), "nowhere.pth")])
+def test_settings_that_contradict_the_weights_are_refused_before_anything_is_written(trained, run, tmp_path, change,
+                                                                                     message):
+    args = {"weights": run, "out": tmp_path/"more", "num_workers": 0, **change}
+    with pytest.raises((ValueError, OSError), match=message): pretrain(trained[0]/"images", **args)
+    assert not (tmp_path/"more").exists()
+
+
+def test_another_width_starts_a_new_projector_which_is_said_before_training(trained, run, tmp_path):
+    with pytest.warns(UserWarning, match=r"another projector than .*projection_size=8 \(there 16\).*as in a new run"):
+        pretrain(trained[0]/"images", weights=run, out=tmp_path/"more", valid_pct=.2, epochs=1, bs=16, num_workers=0,
+                 projection_size=8)
+    assert model_tensors(tmp_path/"more", "projector")["projector.6.weight"].shape == (8, 16)
+
+
+def test_a_damaged_model_is_noticed_and_written_again(trained, run):
+    file = run/"model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged"): load_encoder(file)
+    pretrain(out=run, resume=True, num_workers=0)
+    assert file.read_bytes() == content

@@ -8,14 +8,20 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from self_supervised_bt.barlow_twins import BarlowTwinsModel, create_barlow_twins_model
+from self_supervised_bt.classifiers import classifier_learner
+from self_supervised_bt.encoder_files import restore_input
+from self_supervised_bt.folders import labelled_dls
 from self_supervised_bt.layers import create_encoder
-from self_supervised_bt.weights import load_encoder, save_encoder
+from self_supervised_bt.weights import inference_model, load_encoder, load_model, save_encoder, save_model
 
 KEY = "self_supervised_bt"
 
@@ -127,7 +133,8 @@ def test_a_damaged_file_is_one_line(good, tmp_path):
     contents = dict(empty=b"", cut=content[:-100], header=b"\xff"*8 + content[8:], zero=bytes(900))
     for name, damaged in contents.items():
         (tmp_path/name).write_bytes(damaged)
-        with pytest.raises(ValueError, match="not a safetensors file") as e: load_encoder(tmp_path/name)
+        with pytest.raises(ValueError, match="safetensors file|is empty|no checkpoint") as e:
+            load_encoder(tmp_path/name)
         assert len(str(e.value).splitlines()) == 1
 
 
@@ -204,3 +211,145 @@ def test_an_encoder_gives_the_same_bytes_each_time(tmp_path):
     encoder = create_encoder("timm/test_resnet", pretrained=False)
     files = [save_encoder(encoder, tmp_path/f"{i}.safetensors").read_bytes() for i in range(8)]
     assert len(set(files)) == 1
+
+
+# Models: encoder, projector, predictor, head
+
+def model_with(tmp_path, name="m.safetensors", **kwargs):
+    "A model of three networks, and its file"
+    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
+    encoder.clean_pipeline = restore_input(dict(size=[32, 32], stats=[[.5]*3, [.25]*3]))
+    model = create_barlow_twins_model(encoder, 24, 16, size=32, **kwargs).eval()
+    return model, save_model(model, tmp_path/name)
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(predictor=True), dict(bn=False, bias=False), dict(nlayers=1),
+                                    dict(nlayers=2, bias="last")])
+def test_a_model_comes_back_with_all_its_networks(tmp_path, kwargs):
+    model, file = model_with(tmp_path, **kwargs)
+    again = load_model(file)
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad(): assert torch.equal(again(x, paired=True), model(x, paired=True))
+    assert not again.training and repr(again.projector) == repr(model.projector)
+    assert torch.allclose(again.encoder.clean_pipeline(x), (x - .5)/.25, atol=1e-6)
+    with torch.no_grad(): assert torch.equal(load_encoder(file)(x), model.encoder(x))
+
+
+def test_loading_a_model_leaves_the_random_state(tmp_path):
+    file = model_with(tmp_path)[1]
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    load_model(file)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_projector_of_the_users_own_is_filled_if_it_is_given(tmp_path):
+    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
+    def projector(): return nn.Sequential(nn.Linear(96, 8), nn.GELU(), nn.Linear(8, 4))
+    own = projector()
+    file = save_model(BarlowTwinsModel(encoder, own), tmp_path/"m.safetensors")
+    with pytest.raises(ValueError, match="projector in .* was not built by create_mlp_module.*pass projector="):
+        load_model(file)
+    again = load_model(file, projector=projector())
+    assert torch.equal(again.projector[2].weight, own[2].weight)
+    with pytest.raises(ValueError, match="head was given, but"): load_model(file, projector=own, head=own)
+
+
+PARTS = dict(projector=dict(hidden_size=24, projection_size=16, nlayers=3, bn=True, bias=True))
+MALFORMED_PARTS = {
+    "a list": [], "another part": dict(PARTS, code="1"), "no bias": {"projector": {"hidden_size": 1}},
+    "a code": {"projector": dict(PARTS["projector"], bn="x")}, "a number": {"projector": 1},
+    "bias is a number": {"projector": dict(PARTS["projector"], bias=1)},
+    "bias is a text": {"projector": dict(PARTS["projector"], bias="first")},
+    "a giant": {"projector": dict(PARTS["projector"], hidden_size=2**40)},
+    "many layers": {"projector": dict(PARTS["projector"], nlayers=10**9)},
+    "another width": {"projector": dict(PARTS["projector"], hidden_size=25)},
+    "more layers": {"projector": dict(PARTS["projector"], nlayers=4)},
+    "no projector": {}, "classes are numbers": dict(PARTS, head=[1, 2]),
+    "a head that is not there": dict(PARTS, head=["a"])}
+
+
+@pytest.mark.parametrize("name", MALFORMED_PARTS)
+def test_a_malformed_description_of_a_model_is_one_line(tmp_path, name):
+    "And nothing of it is built that the weights in the file would not fill"
+    file = model_with(tmp_path)[1]
+    about = about_of(file)
+    about["parts"] = MALFORMED_PARTS[name]
+    save_file(load_file(file), tmp_path/"bad.safetensors", {KEY: json.dumps(about)})
+    with pytest.raises(ValueError) as e: load_model(tmp_path/"bad.safetensors")
+    assert len(str(e.value).splitlines()) == 1 and "bad.safetensors" in str(e.value) and len(str(e.value)) < 700
+
+
+def test_a_changed_weight_of_any_part_is_noticed(tmp_path):
+    model, file = model_with(tmp_path)
+    tensors = load_file(file)
+    for name in ("encoder.bn1.weight", "projector.0.bias"):
+        with safe_open(file, "pt") as f: save_file({**tensors, name: tensors[name] + 1}, tmp_path/"b", f.metadata())
+        with pytest.raises(ValueError, match="damaged"): load_encoder(tmp_path/"b")
+
+
+def test_what_is_no_model_says_which_function_to_use(good, tmp_path):
+    encoder = load_encoder(good)
+    with pytest.raises(ValueError, match="use save_encoder"): save_model(encoder, tmp_path/"m.safetensors")
+    with pytest.raises(ValueError, match="holds an encoder alone: use load_encoder"): load_model(good)
+
+
+# Classification
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    "A trained classifier of dark and light pictures, its file, and the folder of pictures"
+    home = tmp_path_factory.mktemp("classifier")
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        file = home/"pictures"/("dark" if i % 2 else "light")/f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rng.integers(0, 100, (20, 24, 3)) + (0 if i % 2 else 150)).astype(np.uint8)).save(file)
+    torch.manual_seed(0)
+    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
+    encoder.clean_pipeline = restore_input(dict(size=[16, 16], stats=[[.5]*3, [.25]*3]))
+    learn = classifier_learner(encoder, labelled_dls(home/"pictures", 20, valid_pct=.25, num_workers=0))
+    learn.logger = lambda *_: None
+    learn.fit(5, 3e-2)
+    return learn, save_model(learn, home/"c.safetensors"), home/"pictures"
+
+
+def test_a_classifier_names_the_class_of_a_file(classifier):
+    learn, kept, pictures = classifier
+    for model in (learn, kept, str(kept), load_model(kept)):
+        for name in ("dark/01.png", "light/00.png"):
+            result = inference_model(model, pictures/name)
+            assert result["pred_class"] == name.split("/")[0] == learn.dls.vocab[result["pred_label"]]
+            assert result["pred_score"] == pytest.approx(result["pred_scores"].max())
+            assert result["pred_scores"].sum() == pytest.approx(1) and result["pred_scores"].shape == (2,)
+
+
+def test_a_file_a_picture_an_array_and_a_tensor_give_the_same(classifier):
+    learn, _, pictures = classifier
+    file = pictures/"dark/01.png"
+    picture = Image.open(file)
+    pixels = np.array(picture)
+    scores = [inference_model(learn, image)["pred_scores"] for image in (file, picture, pixels)]
+    assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
+    square = torch.from_numpy(pixels[:, 2:22]).permute(2, 0, 1)
+    with torch.no_grad(): expected = learn.model.eval()(square[None]).softmax(1)[0].numpy()
+    for image in (square, square/255.): assert np.allclose(inference_model(learn, image)["pred_scores"], expected)
+    assert np.allclose(scores[0], expected, atol=.02)   # resized once as bytes
+
+
+def test_images_of_a_list_keep_their_order_and_the_model_its_mode(classifier):
+    learn, _, pictures = classifier
+    learn.model.train()
+    files = [pictures/"dark/01.png", pictures/"light/00.png", pictures/"dark/03.png"]
+    several = inference_model(learn, files)
+    assert [r["pred_class"] for r in several] == ["dark", "light", "dark"] and learn.model.training
+    assert np.array_equal(several[1]["pred_scores"], inference_model(learn, files[1])["pred_scores"])
+
+
+def test_a_model_without_a_classifier_says_what_to_use(classifier, good, tmp_path):
+    picture = classifier[2]/"dark/01.png"
+    for model in (load_encoder(good), good, model_with(tmp_path)[0], tmp_path/"m.safetensors"):
+        with pytest.raises(ValueError, match="has no classifier.*use encode.*classifier_learner"):
+            inference_model(model, picture)
+    with pytest.raises(TypeError, match="an image must be a file"): inference_model(classifier[0], 3)

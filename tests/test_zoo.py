@@ -3,10 +3,13 @@ import hashlib
 import importlib.resources
 import json
 import os
+import pickle
 import re
+import tempfile
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -245,6 +248,7 @@ def test_transforms_take_tensors_and_refuse_other_things():
         torch.testing.assert_close(transforms(x), expected, rtol=0, atol=1e-5)
     assert transforms(exact[None].repeat(4, 1, 1, 1)).shape == (4, 3, 32, 32)
     assert transforms(exact[:1]).shape == (3, 32, 32)   # grey
+    assert torch.equal(pickle.loads(pickle.dumps(transforms))(exact), transforms(exact))   # for workers of a loader
     with pytest.raises(ValueError, match=r"images must be \(C,H,W\)"): transforms(torch.rand(2, 32, 32))
     with pytest.raises(TypeError, match="got str"): transforms("picture.png")
 
@@ -276,7 +280,7 @@ class Server:
         self.files, self.asked = {}, []
         self.ranges, self.etag, self.date, self.die_after = True, True, None, None
         self.status, self.type, self.delay, self.length = 200, "application/octet-stream", 0, True
-        self.ignore_if_range, self.redirects = False, {}
+        self.ignore_if_range, self.shift, self.redirects = False, 0, {}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -317,8 +321,9 @@ class Server:
         "Byte to begin with; None if there is no such byte"
         asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         if not asked or not self.ranges: return 0
-        if request.headers.get("If-Range") not in self.validators(data).values() and not self.ignore_if_range: return 0
-        return int(asked[1]) if int(asked[1]) < len(data) else None
+        strong = [v for v in self.validators(data).values() if v and not v.startswith("W/")]   # RFC 9110, 13.1.5
+        if request.headers.get("If-Range") not in strong and not self.ignore_if_range: return 0
+        return int(asked[1]) + self.shift if int(asked[1]) < len(data) else None
 
 
 @pytest.fixture
@@ -444,9 +449,18 @@ def test_a_file_that_changed_in_between_is_not_glued_together(server, cache, ign
     assert left(cache) == [f"model-{sha(new)[:8]}.pth", "model.json"]
 
 
+@pytest.mark.parametrize("shift", [-5, 5])
+def test_a_server_that_continues_at_another_place(server, cache, shift):
+    data, server.die_after, server.shift = content(), 1_000_000, shift
+    file = wanted(server, data)
+    with pytest.raises(ConnectionError): get(file)
+    server.die_after = None
+    assert get(file).read_bytes() == data
+
+
 def test_a_part_of_another_address_is_not_continued(server, cache):
     a, b = content(seed=1), content(seed=2)
-    server.die_after = 1_000_000
+    server.die_after, server.etag, server.date = 1_000_000, None, DATE   # both files have one date
     with pytest.raises(ConnectionError): get(wanted(server, a, path="/a.pth"))
     server.die_after = None
     assert get(wanted(server, b, path="/b.pth")).read_bytes() == b
@@ -476,6 +490,8 @@ def test_a_wrong_hash_is_refused_and_removed(server, cache):
     server.files["/models/resnet50.pth"] = content(seed=9)   # the source changes the file
     with pytest.raises(ValueError): get(wanted(server, sha256=sha(data)), refresh=True)
     assert get(wanted(server, sha256=sha(data))) == right    # the old one is as it was
+    new = get(wanted(server), refresh=True)
+    assert new.read_bytes() == content(seed=9) and left(cache) == [new.name, "model.json"]   # without the old one
 
 
 @pytest.mark.parametrize("text, type, says", [
@@ -521,6 +537,20 @@ def test_far_too_large_a_file(server, cache):
 def test_a_full_disk_is_said_before(server, cache, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), dict(free=10**6)))
     with pytest.raises(OSError, match="needs 3 MB in .*, where 1 MB are free"): get(wanted(server, content()))
+
+
+def test_a_disk_that_becomes_full(server, cache):
+    "As if: this process may not write more than 1 MB to a file"
+    import resource
+    data, limits = content(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = wanted(server, data)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written to .*another folder.* The same call continues") as e:
+            get(file)
+        assert not isinstance(e.value, ConnectionError)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert get(file).read_bytes() == data and server.asked[-1][1]
 
 
 def test_redirects(server, cache):
@@ -643,15 +673,28 @@ def test_a_cache_that_cannot_be_written_to(server, tmp_path, monkeypatch):
     assert server.asked == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_cache_can_be_read(server, cache):
-    file = wanted(server, content())
-    path = get(file)
-    cache.chmod(0o500)
-    try:
-        assert get(file) == path
-        with pytest.raises(OSError, match="cannot be written to"): get(wanted(server, content(), name="other"))
-    finally: cache.chmod(0o700)
+@contextmanager
+def without_the_right_to_write(folder):
+    "As another user if this one is root, who may write everywhere"
+    folder.chmod(0o555)
+    if root_user := os.geteuid() == 0: os.seteuid(65534)
+    try: yield
+    finally:
+        if root_user: os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as on Unix")
+def test_a_read_only_cache_can_be_read(server, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("SELF_SUPERVISED_BT_CACHE", folder)
+        file = wanted(server, content())
+        path = get(file)
+        with without_the_right_to_write(Path(folder)):
+            assert get(file) == path
+            with pytest.raises(OSError, match="cannot be written to"): get(wanted(server, content(), name="other"))
+            with pytest.raises(OSError, match="cannot be written to"): get(file, refresh=True)
+        assert get(file) == path and len(server.asked) == 1
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
@@ -736,7 +779,9 @@ def test_a_file_comes_before_a_name(published, online, tmp_path, monkeypatch):
     ("weights/resnet50.pth", FileNotFoundError, "there is no file"),
     (Path("resnet50"), FileNotFoundError, "no file resnet50"),
     ("", ValueError, "pass a file, a URL or a name"), (None, ValueError, "got None"), (3, ValueError, "got 3"),
-    ("resnet50_2021-03/../../x", FileNotFoundError, "there is no file")])
+    ("resnet50_2021-03/../../x", FileNotFoundError, "there is no file"), ("x"*5000, ValueError, "no model called"),
+    ("x/"*5000, FileNotFoundError, "there is no file"), ("\x00", ValueError, "no model called"),
+    ("~nobody-of-this-name/x.pth", FileNotFoundError, "there is no file ~nobody"), (".", ValueError, "is a folder")])
 def test_what_is_no_weights(what, error, says, cache):
     with pytest.raises(error, match=re.escape(says)): load_weights(what)
     assert not cache.exists()
@@ -853,6 +898,14 @@ def test_models_from_the_files_of_all_sources(name, tmp_path, add_card, cache):
         torch.testing.assert_close(model(x), top(h), rtol=1e-5, atol=1e-6)
     assert model.classes == made.classes
     assert describe_input(model.encoder.clean_pipeline)["stats"][0] == pytest.approx(SMALL["mean"])   # the card's
+
+
+def test_a_file_of_another_project(tmp_path, add_card, cache):
+    "Which the encoder alone would not tell"
+    made = layouts.solo(tmp_path)
+    add_card(small_card("mixed", stem="padding 2", read_as="mix-bt/cifar10"))
+    with pytest.raises(ValueError, match="does not hold the weights of mixed: .*is of solo-learn"):
+        zoo.get_model("mixed", pretrained=made.path)
 
 
 def test_cards_and_formats_agree_on_images_and_stems():
