@@ -238,7 +238,7 @@ class DetectionBackbone(nn.Module):
         if self.image_mean is not None: check_pixels_normalised(x, self.image_mean, self.image_std)
         return self.fpn(self.body(x))
 
-# %% ../nbs/42_detection.ipynb #79385df3
+# %% ../nbs/42_detection.ipynb #e28ec28a
 def choose_layers(encoder:nn.Module, # images to representations
                   maps:dict,         # from `encoder_maps`
                   layers=None        # names of modules; the last four stages if not given
@@ -247,8 +247,8 @@ def choose_layers(encoder:nn.Module, # images to representations
     found = stages(encoder, maps)
     if layers is None:
         if len(found) > 1: return found[-4:]
-        strides = ", ".join(str(maps[n][1]) for n in found) or "no map of the whole image"
-        raise ValueError(f"a detector needs maps of several strides, and this encoder has {strides}: use a CNN, e.g. "
+        strides = ", ".join(str(maps[n][1]) for n in found) or "none of 1/2, 1/4, 1/8 ... of the image"
+        raise ValueError(f"a detector needs maps of several strides, and this encoder has {strides}: use a CNN such as "
                          "create_encoder('resnet50'), or name modules with layers=[...]")
     if isinstance(layers, str) or not all(isinstance(n, str) for n in layers):
         raise TypeError(f"layers must be a list of names of modules, e.g. {found}, got {layers!r:.80}")
@@ -264,13 +264,14 @@ def choose_layers(encoder:nn.Module, # images to representations
                          f"take some of {found}")
     return ordered
 
-# %% ../nbs/42_detection.ipynb #2c081bd1
+# %% ../nbs/42_detection.ipynb #22740e0b
 def check_encoder(encoder # what was given
                  )->None: # raises `TypeError` or `ValueError`
     "Raise unless it is a network that returns representations"
     net = encoder.model if isinstance(encoder, Learner) else encoder
     if not isinstance(net, nn.Module):
         hint = f": use create_encoder({net!r})" if isinstance(net, str) else ""
+        if isinstance(getattr(net, "encoder", None), nn.Module): hint = ": pass its .encoder"
         raise TypeError(f"encoder must be an encoder, a BarlowTwinsModel or a Learner, got {net!r:.80}{hint}")
     if isinstance(net, (DetectionBackbone, BackboneWithFPN)) or hasattr(net, "backbone"):
         raise ValueError(f"{type(net).__name__} is or has a backbone already: pass the encoder itself")

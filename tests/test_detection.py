@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,6 +282,7 @@ def test_wrong_arguments_are_named(tiny, make_learner):
         with pytest.raises(error, match=match): detection_backbone(*args, **kwargs)
     refuses(TypeError, "use create_encoder\\('resnet18'\\)", "resnet18")
     refuses(TypeError, "must be an encoder", None)
+    refuses(TypeError, "pass its .encoder", SimpleNamespace(encoder=tiny))
     backbone = detection_backbone(tiny, out_channels=8, stats=GREY)
     for done in (backbone, detector_of(backbone), resnet_fpn_backbone(backbone_name="resnet18", weights=None)):
         refuses(ValueError, "backbone already|pass the encoder itself", done)

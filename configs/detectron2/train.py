@@ -1,10 +1,9 @@
 """Fine-tune an encoder in detectron2, on VOC07+12 or COCO, and print its AP: Table 4 of Barlow Twins
 
-    python train.py --config-file voc_R_50_C4_24k.yaml --num-gpus 8 MODEL.WEIGHTS encoder.pth
+    python train.py --config-file voc_R_50_C4_24k.yaml --num-gpus 8 MODEL.WEIGHTS encoder_detectron2.pth
 
 Needs detectron2 (https://github.com/facebookresearch/detectron2), and its datasets under $DETECTRON2_DATASETS. The file
-of weights has detectron2's names. With a single file several runs differ by some tenths: MoCo's repository reports
-standard deviations of 0.2 to 0.4 over five runs on VOC.
+of weights has detectron2's names: export_encoder(encoder, folder, formats="detectron2") writes it.
 """
 import os
 
