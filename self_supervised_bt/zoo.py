@@ -622,21 +622,24 @@ def _with_input_of(card, report):
     return pd.concat([report[report.part != "input"], row], ignore_index=True)
 
 # %% ../nbs/19_zoo.ipynb #b0d4f41b
-def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
-             )->Path:  # raises `ValueError` or `ConnectionError`
+def hf_folder(name:str,          # "hf-hub:owner/name", perhaps with "@revision"
+              refresh:bool=False # download again?
+             )->Path:            # raises `ValueError` or `ConnectionError`
     "Settings and weights of a repository of Hugging Face, in a folder"
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     repo,_,revision = name.removeprefix("hf-hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise ValueError(f"{name:.200}: expected hf-hub:owner/name, or hf-hub:owner/name@revision")
-    get = partial(hf_hub_download, repo, revision=revision or None)
+    get = partial(hf_hub_download, repo, revision=revision or None, force_download=refresh)
     try:
         settings = get("config.json")
         try: get("model.safetensors")
-        except EntryNotFoundError: get("pytorch_model.bin")
-    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
+        except EntryNotFoundError as e:
+            if isinstance(e, LocalEntryNotFoundError): raise   # no network
+            get("pytorch_model.bin")
     except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} could not be downloaded ({one_line(e)})") from e
+    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
     return Path(settings).parent
 
 # %% ../nbs/19_zoo.ipynb #f09faa1d
@@ -657,6 +660,13 @@ def is_path(what:str|Path # path, URL or name
     if "://" in what: return False
     return any(sep in what for sep in ("/", "\\")) or (os.path.isdir(path) and what not in CATALOGUE)
 
+def check_no_refresh(what,        # that is not downloaded
+                     refresh:bool # of the caller
+                    ):            # the same; raises `ValueError`
+    "Refuse refresh=True where nothing is downloaded"
+    if refresh: raise ValueError(f"refresh=True has no effect, nothing is downloaded for {what!r:.200}: leave it out")
+    return what
+
 def local_path(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError`
     "A file, or a folder of timm or Hugging Face"
@@ -674,8 +684,8 @@ def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hu
     if not isinstance(what, (str, Path)) or not str(what):
         raise ValueError(f"pass a file, a URL or a name of zoo.list_models(), got {what!r:.80}")
     read = partial(read_weights, encoder=encoder, source=source)
-    if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what))
-    if is_path(what): return read(local_path(what))
+    if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what, refresh))
+    if is_path(what): return read(local_path(check_no_refresh(what, refresh)))
     if "://" in what: return read(fetch(wanted_url(what), refresh, progress))
     card = model_info(what)
     return _from_card(card, fetch(wanted_model(card), refresh, progress), encoder, source)
@@ -702,7 +712,7 @@ def _weights_file(pretrained, card, refresh, progress):
     "The file that get_model asks for"
     if pretrained is True: return fetch(wanted_model(card), refresh, progress)
     if isinstance(pretrained, str) and "://" in pretrained: path = fetch(wanted_url(pretrained), refresh, progress)
-    else: path = local_file(pretrained)
+    else: path = local_file(check_no_refresh(pretrained, refresh))
     check_sha256(path, file_sha256(path) if card.sha256 else "", card.sha256,
                  f"This is not the published file of {card.name}: to use it all the same, load_weights(path)")
     return path
@@ -715,11 +725,15 @@ def get_model(name:str,             # one of `list_models()`
               progress:bool=True    # show a progress bar?
              )->ZooModel:           # in eval mode; raises as `load_weights`
     "A published model, with random weights or its own"
-    card = model_info(name)
-    if pretrained is False: return build_model(card, "cpu" if device is None else device)
+    card,device = model_info(name),"cpu" if device is None else device
+    if not isinstance(pretrained, (bool, str, Path)):
+        raise ValueError(f"pretrained must be True, False, or the path of a file, got {pretrained!r:.80}")
+    if pretrained is False:
+        check_no_refresh("pretrained=False", refresh)
+        return build_model(card, device)
     path = _weights_file(pretrained, card, refresh, progress)
     loaded = _from_card(card, path)
     check_parts(card, loaded, path)
     parts = {part: getattr(loaded, part) for part in ("projector", "head") if part in card.parts}
     model = ZooModel(card, loaded.encoder, classes=loaded.classes if "head" in parts else None, **parts)
-    return model.to("cpu" if device is None else device).eval()
+    return model.to(device).eval()

@@ -807,6 +807,18 @@ def test_a_file_given_by_path_must_be_the_published_one(published, online, tmp_p
     with pytest.raises(FileNotFoundError, match="there is no file"): zoo.get_model("tiny", pretrained=tmp_path/"no.pth")
 
 
+def test_options_are_used_or_refused(published, online, server):
+    for call in (lambda: load_weights(published[1], refresh=True), lambda: zoo.get_model("tiny", refresh=True),
+                 lambda: zoo.get_model("tiny", pretrained=published[1], refresh=True)):
+        with pytest.raises(ValueError, match="refresh=True has no effect, nothing is downloaded"): call()
+    zoo.get_model("tiny", pretrained=True, progress=False)
+    zoo.get_model("tiny", pretrained=True, refresh=True, progress=False)
+    load_weights("tiny", refresh=True, progress=False)
+    assert len(server.asked) == 3
+    for pretrained in (None, 1, torch.nn.Identity()):
+        with pytest.raises(ValueError, match="pretrained must be"): zoo.get_model("tiny", pretrained=pretrained)
+
+
 def test_a_model_without_address_takes_a_path(published, add_card, cache):
     add_card(small_card("removed", no_url="the source removed the file"))
     with pytest.raises(FileNotFoundError, match="the source removed the file"):
@@ -851,17 +863,23 @@ def test_a_repository_of_hugging_face(tmp_path, cache, monkeypatch):
     "Without the network: what huggingface_hub would bring lies in a folder"
     import huggingface_hub
     made, asked = layouts.hugging_face(tmp_path), []
-    def download(repo, file, revision=None):
-        asked.append((repo, file, revision))
+    def download(repo, file, revision=None, force_download=False):
+        asked.append((repo, file, revision, force_download))
         return str(tmp_path/file)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = load_weights("hf-hub:owner/name@abc")
     x = torch.rand(2, 3, 48, 48)
     with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), made.encoder(x))
-    assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
-    def offline(*args, **kwargs): raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ConnectionError, match="hf-hub:owner/name could not be"): load_weights("hf-hub:owner/name")
+    assert asked == [("owner/name", file, "abc", False) for file in ("config.json", "model.safetensors")]
+    load_weights("hf-hub:owner/name", refresh=True)
+    assert asked[-1] == ("owner/name", "model.safetensors", None, True)
+    errors, down = huggingface_hub.errors, "could not be downloaded"
+    for raised, error, says in [(OSError("no network"), ConnectionError, down),
+                                (errors.LocalEntryNotFoundError("no network"), ConnectionError, down),
+                                (errors.EntryNotFoundError("no such file"), ValueError, "is not in timm's format")]:
+        def fails(*args, raised=raised, **kwargs): raise raised
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+        with pytest.raises(error, match=f"hf-hub:owner/name {says}"): load_weights("hf-hub:owner/name")
     for name in ("hf-hub:", "hf-hub:owner", "hf-hub:../../etc/passwd", "hf-hub:a/b/c"):
         with pytest.raises(ValueError, match="expected hf-hub:owner/name"): load_weights(name)
 
