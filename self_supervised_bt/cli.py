@@ -209,7 +209,7 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
 # %% ../nbs/51_cli.ipynb #4fe760c9
 @call_parse
 @one_line_errors
-def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
+def bt_evaluate(run:str,          # folder of a run; or file, URL or name of published weights
                 data:str,         # folder with one folder of images per class; several, separated by commas
                 protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
                 test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible
@@ -231,7 +231,7 @@ def bt_evaluate(run:str,          # folder of a run, or a file from save_encoder
 # %% ../nbs/51_cli.ipynb #62a9155c
 @call_parse
 @one_line_errors
-def bt_export(run:str,        # folder of a run, or a file from save_encoder
+def bt_export(run:str,        # folder of a run; or file, URL or name of published weights
               out:str=None,   # folder for --format; without it a .safetensors file; in the run's folder if not given
               format:str=None, # timm, code, torchvision, onnx, onnx-uint8, pt2, detectron2, mmdetection, ...
               license:str=None # for the model card of the format timm, e.g. apache-2.0

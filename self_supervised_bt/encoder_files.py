@@ -46,10 +46,12 @@ def describe_input(clean # pipeline from `clean_pipeline`
     described = {}
     for t in getattr(clean, "fs", []):
         if isinstance(t, (CentreResize, CropTfm)): described["size"] = list(t.size)
-        elif isinstance(t, Normalize): described["stats"] = [t.mean.flatten().tolist(), t.std.flatten().tolist()]
+        elif isinstance(t, Normalize): described["stats"] = [_short(t.mean), _short(t.std)]
         elif t.split_idx != 0:
             warnings.warn(f"{t.name} cannot be saved with the encoder: apply it yourself to images you encode later")
     return described
+
+def _short(numbers): return [float(str(v)) for v in numbers.flatten().float().cpu().numpy()]   # .485, not .48500001
 
 def restore_input(described:dict # from `describe_input`
                  )->Pipeline:    # applies it
@@ -143,15 +145,6 @@ def check_undamaged(path:str|Path # file that this library wrote
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({one_line(e)})") from e
     raise ValueError(f"{path} was damaged: its checksum differs. Get it again, or write it again from the run")
-
-def file_in(path:str|Path # file, or the folder of a run
-           )->str|Path:   # a file; raises `ValueError`
-    "The weights in the folder of a run, with their projector if it is kept there; a file as it is"
-    if not Path(path).is_dir(): return path
-    for name in ("model.safetensors", "encoder.safetensors"):
-        if (Path(path)/name).is_file(): return Path(path)/name
-    raise ValueError(f"the folder {path} holds neither model.safetensors nor encoder.safetensors: "
-                     "pass the folder of a run that has ended, or a file of weights")
 
 def is_own_file(path:str|Path # any file
                )->bool:

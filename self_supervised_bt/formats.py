@@ -569,12 +569,17 @@ def _mlp(tensors, part, path):
     weights = {f"{i}.{name}": t for i in numbers for name,t in layers[i].items()}
     return _filled(nn.Sequential(*modules).to_empty(device="cpu"), weights, path),None
 
-def _filled(network, weights, path):
-    "The network with these weights, in eval mode; raises `ValueError`"
+# %% ../nbs/18_formats.ipynb #fd5a59d9
+def _checked(network, weights, path):
+    "The weights, once they are known to be those of the network; raises `ValueError`"
     weights = _with_counters(weights)
     check_same_weights(shapes_of(plain_weights(network)), shapes_of(weights), path)
     for name,t in weights.items(): _check_numbers(name, t, path)
-    fill(network, weights)
+    return weights
+
+def _filled(network, weights, path):
+    "The network with these weights, in eval mode; raises `ValueError`"
+    fill(network, _checked(network, weights, path))
     return network.eval()
 
 def _check_numbers(name, t, path):
@@ -666,11 +671,11 @@ def _beside(path):
     return beside
 
 def _file_in(path):
-    "The file of weights, also of a folder of timm or Hugging Face; raises `ValueError` or `FileNotFoundError`"
+    "The file of weights, also of a run, of timm or of Hugging Face; raises `ValueError` or `FileNotFoundError`"
     path = Path(path)
     if path.is_file(): return path
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: pass the file of weights")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", "encoder.safetensors"):
         if (path/name).is_file(): return path/name
     raise ValueError(f"{path} is a folder: pass the file of weights in it")
 
@@ -755,14 +760,21 @@ def _find_source(c, given, has_pool):
     return name,_source(name)
 
 # %% ../nbs/18_formats.ipynb #a63544df
+def _openmmlab_stats(c):
+    "Mean and standard deviation, from 0-255 to 0-1, of the weights or the configuration in a file; `None` if not there"
+    pair = [c.raw.get(f"data_preprocessor.{stat}") for stat in ("mean", "std")]
+    if all(isinstance(t, Tensor) for t in pair): return [(t.flatten()/255).tolist() for t in pair]
+    meta = c.rest.get("meta")
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    block = text.partition("data_preprocessor")[2][:1000] if isinstance(text, str) else ""
+    found = [re.search(rf"\b{stat}=\[([\d.,\s]+)\]", block) for stat in ("mean", "std")]
+    if all(found): return [[float(v)/255 for v in re.findall(r"\d+\.?\d*", m[1])] for m in found]
+
 def _input_of(c, name, encoder):
     "Size and normalisation of the images, as plain data, and where they are from"
     source,n_in = _source(name),encoder_channels(unwrapped(encoder))
-    mean,std = (c.raw.get(f"data_preprocessor.{stat}") for stat in ("mean", "std"))
-    config = _dict_in(c.beside.get("config.json", {}), "pretrained_cfg")
-    if isinstance(mean, Tensor) and isinstance(std, Tensor):
-        stats,where = [(t.flatten()/255).tolist() for t in (mean, std)],"in the file"
-        size = source.size if source else 224
+    config,stats = _dict_in(c.beside.get("config.json", {}), "pretrained_cfg"),_openmmlab_stats(c)
+    if stats: size,where = source.size if source else 224,"in the file"
     elif {"mean", "std", "input_size"} <= config.keys():
         stats,where = [config["mean"], config["std"]],"in config.json"
         size = config["input_size"][-1] if isinstance(config["input_size"], list) and config["input_size"] else None
@@ -822,16 +834,16 @@ def _fit_given(c, encoder, named):
 
 # %% ../nbs/18_formats.ipynb #4bbfbc1d
 def _encoder_of(c, given, source):
-    "The encoder, its weights in the file, name of the source, and a row of the report; raises `ValueError`"
+    "The encoder, its weights, to be loaded, name of the source, and a row of the report; raises `ValueError`"
     named,has_pool = _torchvision_names(c.parts["encoder"])
     if given is None: _check_encoder(c, named)
     name,known = _find_source(c, source, has_pool)
     if given is None: encoder,weights = _build(c, named, has_pool, known)
     else: encoder,weights = given,_fit_given(c, unwrapped(given), named)
-    _filled(unwrapped(encoder), weights, c.path)
+    weights = _checked(unwrapped(encoder), weights, c.path)
     ids = {id(t) for t in c.tensors.values()}
     used = sum(id(t) in ids for t in weights.values())
-    return encoder.eval(),weights,name,[("encoder", used, "used", _why(encoder, weights, used))]
+    return encoder,weights,name,[("encoder", used, "used", _why(encoder, weights, used))]
 
 def _check_encoder(c, named):
     "Raise `ValueError` if there is no encoder in a checkpoint"
@@ -864,7 +876,7 @@ def _other_parts(c, encoder, used, given):
         if why: rows.append((part, len(tensors), "ignored", why))
         else:
             built[part] = network
-            rows += _part_rows(part, network, tensors)
+            rows += _part_rows(part, network, tensors, c.layout)
     return built,rows
 
 def _misfit(encoder, network, part, path, given):
@@ -876,7 +888,7 @@ def _misfit(encoder, network, part, path, given):
     raise ValueError(f"{path}: the {part} takes representations of width {takes}, and those of the encoder have "
                      f"{width}: they are not of one model")
 
-def _part_rows(part, network, tensors):
+def _part_rows(part, network, tensors, layout):
     "Rows of the report on a part that is used"
     linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
     words = " -> ".join(map(str, [linear[0].in_features, *(m.out_features for m in linear)]))
@@ -885,6 +897,7 @@ def _part_rows(part, network, tensors):
     if any(biases) and not all(biases):
         with_bias = [str(i+1) for i,b in enumerate(biases) if b]
         words += f" but in layer {', '.join(with_bias)}"
+    if part == "projector" and layout.projector.endswith("fc."): words += "; fc, in place of a classifier"
     layers = _layers(tensors) if part != "head" else {}
     after = sum(len(weights) for i,weights in layers.items() if i >= len(network))
     rows = [(part, len(tensors) - after, "used", words)]
@@ -893,7 +906,20 @@ def _part_rows(part, network, tensors):
 
 # %% ../nbs/18_formats.ipynb #25d82646
 _MANY = ("facebookresearch/barlowtwins, VICReg, wgcban/mix-bt, torchvision and others publish files with these names "
-         "and shapes: they do not tell which method made it")
+         "and shapes, which do not tell the method; the plain stem with its max-pool, and averages, are taken")
+
+def _is_ambiguous(c):
+    "A ResNet under its own names, and with averages and maxima: timm's, or torchvision's of this library?"
+    weights = c.parts["encoder"]
+    if c.layout.pools != _FASTAI_POOLS or "conv1.weight" not in weights: return False
+    width = max(len(t) for name,t in weights.items() if name.startswith("layer4.") and t.ndim == 1)
+    return _first_width(c.parts["projector"]) != width
+
+def _warn_order():
+    words = ("names do not tell whether averages or maxima come first: averages, as in timm's ResNets, are taken; if "
+             "it was torchvision's of this library, pass encoder=create_encoder('torchvision/resnet50', ...)")
+    warnings.warn(words, stacklevel=4)
+    return words
 
 def _rest_rows(c, used, name, given):
     "Rows of the report on what is not used, and on the origin"
@@ -906,6 +932,7 @@ def _rest_rows(c, used, name, given):
     others = [str(key) for key,value in c.rest.items() if value is not c.raw]
     if others: rows.append(("run", len(others), "ignored", f"no weights: {', '.join(others)}"))
     if c.layout.format == _BARE and name is None and not given: rows.append(("origin", 0, "unknown", _MANY))
+    if not given and _is_ambiguous(c): rows.append(("pooling", 0, "unknown", _warn_order()))
     return rows
 
 # %% ../nbs/18_formats.ipynb #b899f560
@@ -924,10 +951,11 @@ def read_weights(path:str|Path,          # local file of any known format, or a 
     used = {id(t) for t in weights.values()}
     parts,part_rows = _other_parts(c, network, used, encoder is not None)
     described,where = _input_of(c, name, network)
-    network.clean_pipeline = restore_input(described)
     rows = [*rows, *part_rows, *_rest_rows(c, used, name, encoder is not None), _input_row(described, where)]
     classes = _classes(parts.get("head"), c.rest.get("meta"), _source(name))
-    return LoadedWeights(_format(c, name), network, **parts, classes=classes, report=_report(rows))
+    fill(unwrapped(network), weights)   # last: an encoder of one's own stays as it is if something does not fit
+    network.clean_pipeline = restore_input(described)
+    return LoadedWeights(_format(c, name), network.eval(), **parts, classes=classes, report=_report(rows))
 
 def _format(c, name):
     "What kind of file it is, in words"

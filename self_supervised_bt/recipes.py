@@ -28,7 +28,7 @@ from torch import nn
 from .augmentations import check_pipelines, get_barlow_twins_aug_pipelines, get_batch_augs
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from .core import check_choice, check_number, check_positive_int, whole_file
-from .encoder_files import KEY, describe_input, file_in, mlp_settings
+from .encoder_files import KEY, describe_input, mlp_settings
 from .fitting import batch_size_of, random_states_kept
 from .formats import LoadedWeights
 from self_supervised_bt.layers import (
@@ -417,7 +417,7 @@ def weights_to_start(weights:str|Path|LoadedWeights, # as given to `bt_learner`
                      encoder:nn.Module=None          # of your own, to fill
                     )->LoadedWeights:                # raises `OSError` or `ValueError`
     "Weights that are nobody else's"
-    if not isinstance(weights, LoadedWeights): return load_weights(file_in(weights), encoder)
+    if not isinstance(weights, LoadedWeights): return load_weights(weights, encoder)
     if encoder is None: return deepcopy(weights)
     raise ValueError("arch is a network, and the weights are loaded already: leave arch out, or pass their file")
 

@@ -110,6 +110,7 @@ from self_supervised_bt.recipes import (
 from .reports import report, table_verdict
 from .training import Autocast
 from .weights import load_encoder, save_encoder, save_model
+from .zoo import is_path
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -293,7 +294,9 @@ def seen_in_training(run:Path,            # folder of a run, or a file from `sav
                      num_workers:int=None # worker processes
                     )->np.ndarray:        # (N,) bool, or `None` if it was not recorded
     "Which images a run was trained on"
-    file = encoder_file(run).with_name("trained_on.npy")
+    encoder = encoder_file(run)
+    if isinstance(encoder, str): return None
+    file = encoder.with_name("trained_on.npy")
     if not file.is_file(): return None
     try: digests = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
@@ -605,10 +608,10 @@ def unlabelled_scores(learn:Learner # after a fit
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
 SEEDS = range(5)   # of the labels sampled
 
-def encoder_file(run:str|Path # folder of a run, or a file from `save_encoder`
-                )->Path:      # raises `ValueError` if the run has none
+def encoder_file(run:str|Path # folder of a run, or what `load_encoder` reads
+                )->Path|str:  # a file; a URL or a name of the zoo as it is; raises `ValueError` if the run has none
     "The file of a run's encoder"
-    if not Path(run).is_dir(): return Path(run)
+    if not Path(run).is_dir(): return Path(run) if is_path(run) else run
     file = Path(run)/"encoder.safetensors"
     if file.exists() or not checkpoints_in(Path(run)): return file
     raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
@@ -682,7 +685,7 @@ def names_of(folders:list # paths
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i,name in enumerate(names)]
 
 # %% ../nbs/50_runs.ipynb #449a25e8
-def evaluate(run:str|Path,        # folder of a run, or a file from `save_encoder`
+def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` reads
              data:str|Path|list,  # folder with one folder of images per class; several folders for one row each
              protocols:tuple=("knn", "linear"), # of "knn", "linear", "semi-supervised", "transfer"
              test:str|Path=None,  # folder of test images; a fifth of `data` is held out if not given
@@ -722,25 +725,31 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     write_json(Path(run)/"evaluation.json", results)
 
 # %% ../nbs/50_runs.ipynb #f5365dec
-def export_run(run:str|Path,       # folder of a run, or a file from `save_encoder`
+def export_run(run:str|Path,       # folder of a run, or what `load_encoder` reads
                out:str|Path=None   # file to write; encoder_timm.safetensors in the folder of the encoder if not given
               )->tuple:            # the file, and the code that loads it
     "Weights of a run's encoder for plain timm"
-    file = encoder_file(run)
-    out = Path(out or file.with_name("encoder_timm.safetensors"))
-    return out,export_timm(load_encoder(file), out)
+    out = Path(out or place_beside(run, "encoder_timm.safetensors"))
+    return out,export_timm(load_encoder(encoder_file(run)), out)
 
-def export_formats(run:str|Path,      # folder of a run, or a file from `save_encoder`
+def place_beside(run:str|Path, # folder of a run, or what `load_encoder` reads
+                 name:str      # of a file or folder
+                )->Path:       # in the working directory for a URL or a name of the zoo
+    "Where an export goes if nothing else is said"
+    file = encoder_file(run)
+    return Path(name) if isinstance(file, str) else file.with_name(name)
+
+def export_formats(run:str|Path,      # folder of a run, or what `load_encoder` reads
                    formats:str|list,  # as for `export_encoder`
                    out:str|Path=None, # folder for the files; "export" in the folder of the encoder if not given
                    license:str=None   # for the model card
                   )->tuple:           # the folder, and a table with a row per file
     "A run's encoder in formats of other tools, with a model card that says how it was trained and evaluated"
-    file = encoder_file(run)
-    out = Path(out or file.with_name("export"))
+    out = Path(out or place_beside(run, "export"))
     facts = run_facts(Path(run)) if Path(run).is_dir() else {}
-    return out,export_encoder(load_encoder(file), out, formats, license, facts=facts)
+    return out,export_encoder(load_encoder(encoder_file(run)), out, formats, license, facts=facts)
 
+# %% ../nbs/50_runs.ipynb #e1c73594
 def run_facts(run:Path # folder of a run
              )->dict:  # plain data
     "What a run's files tell for a model card, without the folders of this machine"
@@ -750,8 +759,11 @@ def run_facts(run:Path # folder of a run
         except ValueError as e: warnings.warn(f"{e}: the model card says nothing of it")
         return {}
     results,rows = content("results.json"),content("evaluation.json").get("rows")
-    training = recipe_facts(results["recipe"]) if isinstance(results.get("recipe"), dict) else {}
+    recipe = results["recipe"] if isinstance(results.get("recipe"), dict) else {}
+    training = recipe_facts(recipe)
     if results.get("data"): training["images of"] = Path(str(results["data"])).name
+    weights = recipe.get("weights")
+    if weights: training["continued from"] = weights if "://" in str(weights) else Path(str(weights)).name
     training |= {k: results[k] for k in ("images", "epochs", "seed") if k in results}
     measured = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
     return dict(training=training, results=[{"data": k, **row} for k,row in rows.items()] if measured else [])

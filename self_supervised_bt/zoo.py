@@ -526,16 +526,19 @@ def _receive(wanted, part, folder, progress):
     if total and size > total: raise ValueError(f"{wanted.url} sent {size} bytes after it had promised {total}")
 
 # %% ../nbs/19_zoo.ipynb #96605625
+def _bring(wanted, part, folder, progress):
+    "A file from its server or mirror, its sha256 compared"
+    place = mirrored(wanted.url)
+    if isinstance(place, str): _receive(wanted, part, folder, progress)
+    elif place.is_file(): shutil.copyfile(place, part.path)
+    else: raise ConnectionError(f"$SELF_SUPERVISED_BT_MIRROR has no {place}")
+    origin = f"{place} (mirror of {wanted.url})" if place != wanted.url else wanted.url
+    check_sha256(origin, file_sha256(part.path), wanted.sha256,
+                 "It was refused and removed: the source has another file now, or the connection changes files")
+
 def _transfer(wanted, part, folder, progress):
-    "Bring a file from its server or mirror; what is wrong for good is removed"
-    try:
-        place = mirrored(wanted.url)
-        if isinstance(place, str): _receive(wanted, part, folder, progress)
-        elif place.is_file(): shutil.copyfile(place, part.path)
-        else: raise ConnectionError(f"$SELF_SUPERVISED_BT_MIRROR has no {place}")
-        origin = f"{place} (mirror of {wanted.url})" if place != wanted.url else wanted.url
-        check_sha256(origin, file_sha256(part.path), wanted.sha256,
-                     "It was refused and removed: the source has another file now, or the connection changes files")
+    "The same; what is wrong for good is removed, what can be continued is kept, and the error says so"
+    try: _bring(wanted, part, folder, progress)
     except ValueError:
         _drop(part)
         raise
@@ -545,7 +548,12 @@ def _transfer(wanted, part, folder, progress):
         again = f"The same call continues from there, {begun/1e6:.1f} MB are kept. " if begun else ""
         raise ConnectionError(f"{e}. {again}If {wanted.url} cannot be reached from here, get the file in another way: "
                               f"{_other_ways(wanted, folder)}") from e
+    except OSError as e:
+        if e.errno is None: raise
+        raise OSError(f"{wanted.url} could not be written to {folder} ({e.strerror}): free disk space, or choose "
+                      "another folder, $SELF_SUPERVISED_BT_CACHE. The same call continues") from e
 
+# %% ../nbs/19_zoo.ipynb #89887ee6
 def _place_by_hand(wanted, folder):
     "The file that the user has put into the cache, checked; `None` if there is none"
     path = by_hand(wanted, folder)
@@ -614,46 +622,56 @@ def _with_input_of(card, report):
     return pd.concat([report[report.part != "input"], row], ignore_index=True)
 
 # %% ../nbs/19_zoo.ipynb #b0d4f41b
-def hf_folder(name:str # "hf-hub:owner/name", perhaps with "@revision"
-             )->Path:  # raises `ValueError` or `ConnectionError`
+def hf_folder(name:str,          # "hf-hub:owner/name", perhaps with "@revision"
+              refresh:bool=False # download again?
+             )->Path:            # raises `ValueError` or `ConnectionError`
     "Settings and weights of a repository of Hugging Face, in a folder"
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     repo,_,revision = name.removeprefix("hf-hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise ValueError(f"{name:.200}: expected hf-hub:owner/name, or hf-hub:owner/name@revision")
-    get = partial(hf_hub_download, repo, revision=revision or None)
+    get = partial(hf_hub_download, repo, revision=revision or None, force_download=refresh)
     try:
         settings = get("config.json")
         try: get("model.safetensors")
-        except EntryNotFoundError: get("pytorch_model.bin")
-    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
+        except EntryNotFoundError as e:
+            if isinstance(e, LocalEntryNotFoundError): raise   # no network
+            get("pytorch_model.bin")
     except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} could not be downloaded ({one_line(e)})") from e
+    except EntryNotFoundError as e: raise ValueError(f"{name} is not in timm's format ({one_line(e)})") from e
     return Path(settings).parent
 
 # %% ../nbs/19_zoo.ipynb #f09faa1d
 def local_file(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError` or `IsADirectoryError`
     "A file that must be there"
-    path = Path(path).expanduser()
-    if path.is_file(): return path
-    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: pass the file in it")
-    raise FileNotFoundError(f"there is no file {path}. To download, pass an address, or a name of zoo.list_models(), "
-                            "which has no folder in it")
+    path = os.path.expanduser(path)
+    if os.path.isfile(path): return Path(path)
+    if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder: pass the file in it")
+    raise FileNotFoundError(f"there is no file {path:.200}. To download, pass an address, or a name of "
+                            "zoo.list_models(), which has no folder in it")
 
 def is_path(what:str|Path # path, URL or name
            )->bool:
     "Is it meant as a path? Names of the zoo have no separator, and a folder of that name does not hide them"
-    path = Path(what).expanduser()
-    if isinstance(what, Path) or path.is_file(): return True
+    path = os.path.expanduser(what)
+    if isinstance(what, Path) or os.path.isfile(path): return True
     if "://" in what: return False
-    return any(sep in what for sep in ("/", "\\")) or (path.is_dir() and what not in CATALOGUE)
+    return any(sep in what for sep in ("/", "\\")) or (os.path.isdir(path) and what not in CATALOGUE)
+
+def check_no_refresh(what,        # that is not downloaded
+                     refresh:bool # of the caller
+                    ):            # the same; raises `ValueError`
+    "Refuse refresh=True where nothing is downloaded"
+    if refresh: raise ValueError(f"refresh=True has no effect, nothing is downloaded for {what!r:.200}: leave it out")
+    return what
 
 def local_path(path:str|Path # of the user
               )->Path:       # raises `FileNotFoundError`
     "A file, or a folder of timm or Hugging Face"
-    path = Path(path).expanduser()
-    return path if path.is_dir() else local_file(path)
+    folder = Path(os.path.expanduser(path))
+    return folder if os.path.isdir(folder) else local_file(path)
 
 # %% ../nbs/19_zoo.ipynb #5711cc75
 def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hub:owner/name"
@@ -666,8 +684,8 @@ def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hu
     if not isinstance(what, (str, Path)) or not str(what):
         raise ValueError(f"pass a file, a URL or a name of zoo.list_models(), got {what!r:.80}")
     read = partial(read_weights, encoder=encoder, source=source)
-    if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what))
-    if is_path(what): return read(local_path(what))
+    if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what, refresh))
+    if is_path(what): return read(local_path(check_no_refresh(what, refresh)))
     if "://" in what: return read(fetch(wanted_url(what), refresh, progress))
     card = model_info(what)
     return _from_card(card, fetch(wanted_model(card), refresh, progress), encoder, source)
@@ -694,7 +712,7 @@ def _weights_file(pretrained, card, refresh, progress):
     "The file that get_model asks for"
     if pretrained is True: return fetch(wanted_model(card), refresh, progress)
     if isinstance(pretrained, str) and "://" in pretrained: path = fetch(wanted_url(pretrained), refresh, progress)
-    else: path = local_file(pretrained)
+    else: path = local_file(check_no_refresh(pretrained, refresh))
     check_sha256(path, file_sha256(path) if card.sha256 else "", card.sha256,
                  f"This is not the published file of {card.name}: to use it all the same, load_weights(path)")
     return path
@@ -707,11 +725,15 @@ def get_model(name:str,             # one of `list_models()`
               progress:bool=True    # show a progress bar?
              )->ZooModel:           # in eval mode; raises as `load_weights`
     "A published model, with random weights or its own"
-    card = model_info(name)
-    if pretrained is False: return build_model(card, "cpu" if device is None else device)
+    card,device = model_info(name),"cpu" if device is None else device
+    if not isinstance(pretrained, (bool, str, Path)):
+        raise ValueError(f"pretrained must be True, False, or the path of a file, got {pretrained!r:.80}")
+    if pretrained is False:
+        check_no_refresh("pretrained=False", refresh)
+        return build_model(card, device)
     path = _weights_file(pretrained, card, refresh, progress)
     loaded = _from_card(card, path)
     check_parts(card, loaded, path)
     parts = {part: getattr(loaded, part) for part in ("projector", "head") if part in card.parts}
     model = ZooModel(card, loaded.encoder, classes=loaded.classes if "head" in parts else None, **parts)
-    return model.to("cpu" if device is None else device).eval()
+    return model.to(device).eval()

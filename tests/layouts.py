@@ -183,7 +183,15 @@ def mix_imagenet(folder):
 
 # OpenMMLab
 
-def mm_pretrain(folder, preprocessor=False, raw=False):
+MM_CONFIG = """data_preprocessor = dict(
+    mean=[51.0, 102.0, 153.0],
+    std=[
+        25.5, 51.0, 76.5
+    ], to_rgb=True)
+model = dict(mean=[1.0])"""
+
+
+def mm_pretrain(folder, preprocessor=False, raw=False, config="model = ..."):
     projector, path, bn = mlp(PROJECTOR), folder/"barlowtwins.pth", nn.BatchNorm1d(32, affine=False)
     neck = {"0": "fc0", "1": "bn0", "3": "fc1", "4": "bn1", "6": "fc2"}
     weights = under("backbone.", trunk()) | under("head.bn.", bn)
@@ -194,14 +202,14 @@ def mm_pretrain(folder, preprocessor=False, raw=False):
     if preprocessor:
         weights["data_preprocessor.mean"] = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
         weights["data_preprocessor.std"] = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-    content = {"meta": {"epoch": 300, "cfg": "model = ...", "dataset_meta": {}}, "state_dict": weights}
+    content = {"meta": {"epoch": 300, "cfg": config, "dataset_meta": {}}, "state_dict": weights}
     class HistoryBuffer:
         def __init__(self): self.history, self.methods = np.ones(3), [getattr]
     with importable(**{"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}):
         if raw: content |= {"message_hub": {"log": HistoryBuffer()}, "optimizer": {}, "param_schedulers": []}
         torch.save(content, path)
     return Made(path, trunk(), len(weights), "mmselfsup, pre-training", projector, ignored=3 + len(weights) - n,
-                **IMAGENET)
+                **(IMAGENET if config != MM_CONFIG else dict(stats=(.2, .1), size=224)))
 
 
 def mm_linear(folder, old=False):
@@ -324,7 +332,7 @@ def kerem(folder, arch="torchvision", alone=False, optimizer=True):
 # Plain networks
 
 def plain(folder, prefix="", classifier=False, file="weights.pth", format="torchvision"):
-    head, path = nn.Linear(512, 5) if classifier else None, folder/file
+    head, path = nn.Linear(512, 1000) if classifier else None, folder/file   # whose classes nobody knows
     weights = under(prefix, trunk()) | (under(f"{prefix}fc.", head) if classifier else {})
     if file.endswith("safetensors"): save_file(weights, path)
     else: torch.save({"epoch": 1, "state_dict": weights} if prefix else weights, path)
@@ -358,6 +366,7 @@ LAYOUTS = {
     "mix-bt stl10 linear": partial(mix_small, pool=True, classes=10), "mix-bt ImageNet": mix_imagenet,
     "mmpretrain pre-training": mm_pretrain,
     "mmpretrain pre-training, data_preprocessor": partial(mm_pretrain, preprocessor=True),
+    "mmpretrain pre-training, other images": partial(mm_pretrain, config=MM_CONFIG),
     "mmpretrain pre-training, file of the runner": partial(mm_pretrain, raw=True),
     "mmpretrain linear": mm_linear, "mmcls linear": partial(mm_linear, old=True), "mmselfsup 0.x": mm_old_backbone,
     "lightly": lightly, "lightly, AttributeDict": partial(lightly, settings=AttributeDict),
@@ -379,6 +388,7 @@ LAYOUTS = {
     "torchvision, safetensors": partial(plain, file="w.safetensors"),
     "torchvision, safetensors named .pth": partial(lambda f: Made(
         plain(f, file="w.safetensors").path.rename(f/"w.pth"), trunk(), 120, "torchvision")),
+    "backbone and fc": partial(plain, prefix="backbone.", classifier=True, format="backbone."),
     "backbone alone": partial(plain, prefix="backbone.", format="backbone."),
     "timm, folder of Hugging Face": hugging_face,
     "timm, another architecture": partial(hugging_face, arch="test_efficientnet"),

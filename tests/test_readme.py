@@ -34,7 +34,7 @@ def test_the_python_blocks_run_in_order(photos, monkeypatch, capsys):
     monkeypatch.setattr(defaults, "callbacks", [*defaults.callbacks, EndEarly])
     names = {}
     for block in blocks: exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert len(names["h"]) == len(names["y"] if names["y"] is not None else names["dls"].valid_ds) or names["y"] is None
     assert isinstance(names["classifier"], Learner) and names["classifier"].dls.c == 10
     assert {"encoder.safetensors", "runs"} <= {f.name for f in photos.iterdir()}

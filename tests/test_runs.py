@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from callbacks import DoAt
 from fastai.callback.core import CancelEpochException
 from PIL import Image
@@ -433,6 +434,19 @@ def test_a_damaged_encoder_is_noticed_and_written_again(trained, run, at):
     if at < .01: return   # no longer known as a file of this library: it is not overwritten
     results = pretrain(out=run, resume=True, num_workers=0)
     assert results["steps"] == trained[1]["steps"] and load_encoder(file)
+
+
+def test_weights_of_other_projects_are_evaluated_as_they_are(trained, tmp_path):
+    "Here those of facebookresearch/barlowtwins; whether images were seen in their training is not known"
+    encoder = torchvision.models.resnet18()
+    encoder.fc = torch.nn.Identity()
+    model = {f"module.backbone.{k}": t for k, t in encoder.state_dict().items()}
+    projector = torch.nn.Sequential(torch.nn.Linear(512, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.ReLU(),
+                                    torch.nn.Linear(8, 8, bias=False))
+    model |= {f"module.projector.{k}": t for k, t in projector.state_dict().items()}
+    torch.save(dict(epoch=1, model=model, optimizer={}), tmp_path/"checkpoint.pth")
+    table = evaluate(tmp_path/"checkpoint.pth", trained[0]/"images", ("knn",), num_workers=0)
+    assert table["seen in training"].item() == "not known" and 0 <= table["kNN (k=20)"].item() <= 100
 
 
 # Runs that continue from weights

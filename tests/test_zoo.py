@@ -3,10 +3,13 @@ import hashlib
 import importlib.resources
 import json
 import os
+import pickle
 import re
+import tempfile
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -245,6 +248,7 @@ def test_transforms_take_tensors_and_refuse_other_things():
         torch.testing.assert_close(transforms(x), expected, rtol=0, atol=1e-5)
     assert transforms(exact[None].repeat(4, 1, 1, 1)).shape == (4, 3, 32, 32)
     assert transforms(exact[:1]).shape == (3, 32, 32)   # grey
+    assert torch.equal(pickle.loads(pickle.dumps(transforms))(exact), transforms(exact))   # for workers of a loader
     with pytest.raises(ValueError, match=r"images must be \(C,H,W\)"): transforms(torch.rand(2, 32, 32))
     with pytest.raises(TypeError, match="got str"): transforms("picture.png")
 
@@ -535,6 +539,20 @@ def test_a_full_disk_is_said_before(server, cache, monkeypatch):
     with pytest.raises(OSError, match="needs 3 MB in .*, where 1 MB are free"): get(wanted(server, content()))
 
 
+def test_a_disk_that_becomes_full(server, cache):
+    "As if: this process may not write more than 1 MB to a file"
+    import resource
+    data, limits = content(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = wanted(server, data)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written to .*another folder.* The same call continues") as e:
+            get(file)
+        assert not isinstance(e.value, ConnectionError)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert get(file).read_bytes() == data and server.asked[-1][1]
+
+
 def test_redirects(server, cache):
     data = content()
     server.files["/real/resnet50.pth"] = data
@@ -655,15 +673,28 @@ def test_a_cache_that_cannot_be_written_to(server, tmp_path, monkeypatch):
     assert server.asked == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_cache_can_be_read(server, cache):
-    file = wanted(server, content())
-    path = get(file)
-    cache.chmod(0o500)
-    try:
-        assert get(file) == path
-        with pytest.raises(OSError, match="cannot be written to"): get(wanted(server, content(), name="other"))
-    finally: cache.chmod(0o700)
+@contextmanager
+def without_the_right_to_write(folder):
+    "As another user if this one is root, who may write everywhere"
+    folder.chmod(0o555)
+    if root_user := os.geteuid() == 0: os.seteuid(65534)
+    try: yield
+    finally:
+        if root_user: os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as on Unix")
+def test_a_read_only_cache_can_be_read(server, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("SELF_SUPERVISED_BT_CACHE", folder)
+        file = wanted(server, content())
+        path = get(file)
+        with without_the_right_to_write(Path(folder)):
+            assert get(file) == path
+            with pytest.raises(OSError, match="cannot be written to"): get(wanted(server, content(), name="other"))
+            with pytest.raises(OSError, match="cannot be written to"): get(file, refresh=True)
+        assert get(file) == path and len(server.asked) == 1
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
@@ -748,7 +779,9 @@ def test_a_file_comes_before_a_name(published, online, tmp_path, monkeypatch):
     ("weights/resnet50.pth", FileNotFoundError, "there is no file"),
     (Path("resnet50"), FileNotFoundError, "no file resnet50"),
     ("", ValueError, "pass a file, a URL or a name"), (None, ValueError, "got None"), (3, ValueError, "got 3"),
-    ("resnet50_2021-03/../../x", FileNotFoundError, "there is no file")])
+    ("resnet50_2021-03/../../x", FileNotFoundError, "there is no file"), ("x"*5000, ValueError, "no model called"),
+    ("x/"*5000, FileNotFoundError, "there is no file"), ("\x00", ValueError, "no model called"),
+    ("~nobody-of-this-name/x.pth", FileNotFoundError, "there is no file ~nobody"), (".", ValueError, "is a folder")])
 def test_what_is_no_weights(what, error, says, cache):
     with pytest.raises(error, match=re.escape(says)): load_weights(what)
     assert not cache.exists()
@@ -772,6 +805,18 @@ def test_a_file_given_by_path_must_be_the_published_one(published, online, tmp_p
     with pytest.raises(ValueError) as e: zoo.get_model("tiny", pretrained=tmp_path/"other.pth")
     assert "is not the published file of tiny" in str(e.value) and online.sha256 in str(e.value)
     with pytest.raises(FileNotFoundError, match="there is no file"): zoo.get_model("tiny", pretrained=tmp_path/"no.pth")
+
+
+def test_options_are_used_or_refused(published, online, server):
+    for call in (lambda: load_weights(published[1], refresh=True), lambda: zoo.get_model("tiny", refresh=True),
+                 lambda: zoo.get_model("tiny", pretrained=published[1], refresh=True)):
+        with pytest.raises(ValueError, match="refresh=True has no effect, nothing is downloaded"): call()
+    zoo.get_model("tiny", pretrained=True, progress=False)
+    zoo.get_model("tiny", pretrained=True, refresh=True, progress=False)
+    load_weights("tiny", refresh=True, progress=False)
+    assert len(server.asked) == 3
+    for pretrained in (None, 1, torch.nn.Identity()):
+        with pytest.raises(ValueError, match="pretrained must be"): zoo.get_model("tiny", pretrained=pretrained)
 
 
 def test_a_model_without_address_takes_a_path(published, add_card, cache):
@@ -818,17 +863,23 @@ def test_a_repository_of_hugging_face(tmp_path, cache, monkeypatch):
     "Without the network: what huggingface_hub would bring lies in a folder"
     import huggingface_hub
     made, asked = layouts.hugging_face(tmp_path), []
-    def download(repo, file, revision=None):
-        asked.append((repo, file, revision))
+    def download(repo, file, revision=None, force_download=False):
+        asked.append((repo, file, revision, force_download))
         return str(tmp_path/file)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = load_weights("hf-hub:owner/name@abc")
     x = torch.rand(2, 3, 48, 48)
     with torch.no_grad(): torch.testing.assert_close(loaded.encoder(x), made.encoder(x))
-    assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
-    def offline(*args, **kwargs): raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ConnectionError, match="hf-hub:owner/name could not be"): load_weights("hf-hub:owner/name")
+    assert asked == [("owner/name", file, "abc", False) for file in ("config.json", "model.safetensors")]
+    load_weights("hf-hub:owner/name", refresh=True)
+    assert asked[-1] == ("owner/name", "model.safetensors", None, True)
+    errors, down = huggingface_hub.errors, "could not be downloaded"
+    for raised, error, says in [(OSError("no network"), ConnectionError, down),
+                                (errors.LocalEntryNotFoundError("no network"), ConnectionError, down),
+                                (errors.EntryNotFoundError("no such file"), ValueError, "is not in timm's format")]:
+        def fails(*args, raised=raised, **kwargs): raise raised
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+        with pytest.raises(error, match=f"hf-hub:owner/name {says}"): load_weights("hf-hub:owner/name")
     for name in ("hf-hub:", "hf-hub:owner", "hf-hub:../../etc/passwd", "hf-hub:a/b/c"):
         with pytest.raises(ValueError, match="expected hf-hub:owner/name"): load_weights(name)
 
