@@ -228,7 +228,7 @@ def version(module # that has a version
     "Its version, without the kind of build"
     return module.__version__.split("+")[0]
 
-# %% ../nbs/41_export.ipynb #599c2ea4
+# %% ../nbs/41_export.ipynb #fef3ed30
 def _stem_lines(encoder, n_in, stem):
     "Changes of `small_stem`"
     if stem in (True, "no pool", "padding 2"): yield "model.maxpool = torch.nn.Identity()"
@@ -243,7 +243,7 @@ def _input_lines(about, n_in):
     size = "x".join(map(str, about.get("size", ["any", "size"])))
     yield f"# model(x) gives the representations of x: {n_in} x {size} pixels in [0,1]"
     if "stats" not in about: return
-    mean,std = ([round(v, 6) for v in vs] for vs in about["stats"])
+    mean,std = ([round(v, 6) for v in vs] for vs in channel_stats(about, n_in))
     yield (f"# normalised first: x = (x - torch.tensor({mean}).view(1,-1,1,1))"
            f"/torch.tensor({std}).view(1,-1,1,1)")
 
