@@ -241,7 +241,8 @@ bt_export runs/photos; bt_export runs/photos --format timm,onnx --license mit --
     from self_supervised_bt.runs import export_formats, export_run
     if format:
         out,table = export_formats(run, format, out, license)
-        print(f"{table.to_string(index=False)}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
+        text = table.to_string(index=False, float_format="{:.0e}".format)
+        print(f"{text}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
               "representations, up to this share of the largest number.")
         return
     if license: raise ValueError("license is for the model card: add --format timm")

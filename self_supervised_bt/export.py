@@ -145,7 +145,7 @@ def declared_size(encoder:nn.Module # any
     declared = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or getattr(encoder, "image_size", None)
     return declared or 224
 
-# %% ../nbs/41_export.ipynb #c1350b28
+# %% ../nbs/41_export.ipynb #30546c1e
 def learner_facts(model # a Learner, or anything else
                  )->dict:
     "What a Learner tells of its training"
@@ -165,7 +165,11 @@ RECIPE_FACTS = dict(name="recipe", source="source of the recipe", epochs="epochs
 def recipe_facts(recipe:dict # settings of a `Recipe`
                 )->dict:     # words to values
     "What a model card says of a recipe"
-    return {word: recipe[k] for k,word in RECIPE_FACTS.items() if recipe.get(k) not in (None, "", {})}
+    method = METHODS[recipe.get("lmb_reg") is not None] if recipe.get("lmb") is not None else None
+    facts = {word: recipe[k] for k,word in RECIPE_FACTS.items() if recipe.get(k) not in (None, "", {})}
+    return {**({"method": method} if method else {}), **facts}
+
+METHODS = ("Barlow Twins", "Mixed Barlow Twins")
 
 # %% ../nbs/41_export.ipynb #242b9f4c
 LICENSE = r"[a-z0-9][a-z0-9.+-]{0,39}"
@@ -218,7 +222,13 @@ def check_same(differences:list, # from `difference`
     raise ValueError(f"{tool} gives other representations than this encoder, they differ by {max(differences):.1g} of "
                      "the largest: it was changed after it was built, or its layers compute something else there")
 
-# %% ../nbs/41_export.ipynb #599c2ea4
+# %% ../nbs/41_export.ipynb #06a2ee5b
+def version(module # that has a version
+           )->str:
+    "Its version, without the kind of build"
+    return module.__version__.split("+")[0]
+
+# %% ../nbs/41_export.ipynb #fef3ed30
 def _stem_lines(encoder, n_in, stem):
     "Changes of `small_stem`"
     if stem in (True, "no pool", "padding 2"): yield "model.maxpool = torch.nn.Identity()"
@@ -233,7 +243,7 @@ def _input_lines(about, n_in):
     size = "x".join(map(str, about.get("size", ["any", "size"])))
     yield f"# model(x) gives the representations of x: {n_in} x {size} pixels in [0,1]"
     if "stats" not in about: return
-    mean,std = ([round(v, 6) for v in vs] for vs in about["stats"])
+    mean,std = ([round(v, 6) for v in vs] for vs in channel_stats(about, n_in))
     yield (f"# normalised first: x = (x - torch.tensor({mean}).view(1,-1,1,1))"
            f"/torch.tensor({std}).view(1,-1,1,1)")
 
@@ -332,14 +342,14 @@ def export_timm(model,        # a Learner, a `BarlowTwinsModel` or an encoder
     try: return save_timm(prepare(encoder), Path(path))[0]
     finally: set_rng_states(states)
 
-# %% ../nbs/41_export.ipynb #b4c3afed
+# %% ../nbs/41_export.ipynb #1e2c559b
 def write_code(p:Prepared, # encoder
                folder:Path # to write into
               )->tuple:    # what opened it, largest difference, what to know
     "Format `code`"
     import timm
     _,worst = save_timm(p, folder/"encoder_timm.safetensors")
-    return f"timm {timm.__version__}",worst,""
+    return f"timm {version(timm)}",worst,""
 
 # %% ../nbs/41_export.ipynb #d42e24fb
 @cache
@@ -417,7 +427,7 @@ def torchvision_code(p:Prepared, # encoder
              f"model.load_state_dict(torch.load({file!r}, map_location='cpu', weights_only=True))", "model.eval()"]
     return "\n".join([*lines, *_input_lines(p.input, p.n_in)]) + "\n"
 
-# %% ../nbs/41_export.ipynb #3c4f8fbf
+# %% ../nbs/41_export.ipynb #a6a9468e
 def write_torchvision(p:Prepared, # encoder
                       folder:Path # to write into
                      )->tuple:    # what opened it, largest difference, what to know
@@ -428,7 +438,7 @@ def write_torchvision(p:Prepared, # encoder
     save_tensors(p.tensors, folder/file)
     (folder/file).with_suffix(".py").write_text(code)
     worst = model_difference(p, run_code(code, file, folder/file)["model"], f"torchvision's {name}")
-    return f"torchvision {torchvision.__version__}, {name}",worst,stem_words(p.encoder)
+    return f"torchvision {version(torchvision)}, {name}",worst,stem_words(p.encoder)
 
 # %% ../nbs/41_export.ipynb #c4f17a85
 def stem_words(encoder:nn.Module # a ResNet
@@ -523,7 +533,7 @@ def metadata_text(p:Prepared # encoder
     about = dict(created_by=plain_call(p.encoder), input=p.input)
     return json.dumps({**about, "sha256": checksum(json.dumps(about), p.tensors)})
 
-# %% ../nbs/41_export.ipynb #4991e8f4
+# %% ../nbs/41_export.ipynb #5822a90f
 def write_pt2(p:Prepared, # encoder
               folder:Path # to write into
              )->tuple:    # what opened it, largest difference, what to know
@@ -536,7 +546,7 @@ def write_pt2(p:Prepared, # encoder
         run = torch.export.load(str(path), extra_files=read).module()
         worst = check_same(batch_differences(p, lambda x: run(p.normalised(x)), free), "torch.export")
         if as_text(read["self_supervised_bt"]) != text: raise ValueError("torch.export lost the metadata")
-        return f"torch.export {torch.__version__}",worst,sizes_in_words(p, free)
+        return f"torch.export {version(torch)}",worst,sizes_in_words(p, free)
     return first_that_works(p, write)
 
 def as_text(content): return content.decode() if isinstance(content, bytes) else content
@@ -580,7 +590,7 @@ def write_onnx(p:Prepared,   # encoder
         return onnxruntime_differences(p, path, free, pixels, text)
     return first_that_works(p, write, pixels)
 
-# %% ../nbs/41_export.ipynb #9c830e23
+# %% ../nbs/41_export.ipynb #db0c1924
 def onnxruntime_differences(p:Prepared,   # encoder
                             path:Path,    # file
                             free:bool,    # are height and width free?
@@ -603,7 +613,7 @@ def onnxruntime_differences(p:Prepared,   # encoder
     worst = check_same(batch_differences(p, run, free), "onnxruntime")
     opsets = {o.domain: o.version for o in onnx.load(path, load_external_data=False).opset_import}
     takes = "uint8, normalises itself; " if pixels else ""
-    return f"onnxruntime {onnxruntime.__version__}",worst,f"opset {opsets['']}; {takes}{sizes_in_words(p, free)}"
+    return f"onnxruntime {version(onnxruntime)}",worst,f"opset {opsets['']}; {takes}{sizes_in_words(p, free)}"
 
 # %% ../nbs/41_export.ipynb #204debab
 def stage_maps(encoder:nn.Module, # a ResNet
@@ -743,7 +753,7 @@ def write_mmdetection(p:Prepared, # encoder
     worst = check_same(map_differences(p, stage_maps(model, p.normalised(p.images(2)))), "a ResNet of mmdetection")
     return "PyTorch, by mmdetection's names",worst,f"{len(tensors)} weights; maps of the four stages"
 
-# %% ../nbs/41_export.ipynb #2add8294
+# %% ../nbs/41_export.ipynb #2bfe0eff
 def detector_code(p:Prepared, # a ResNet
                   name:str,   # from `resnet_name`
                   file:str    # name of the file of weights
@@ -782,9 +792,9 @@ def write_detector(p:Prepared, # encoder
         with torch.no_grad(): maps = model.backbone.body(seen)
         differences += map_differences(p, list(maps.values()))
     worst = check_same(differences, f"torchvision's detector on {name}")
-    return f"torchvision {torchvision.__version__}, FasterRCNN",worst,"BatchNorm trained or frozen; normalises itself"
+    return f"torchvision {version(torchvision)}, FasterRCNN",worst,"BatchNorm trained or frozen; normalises itself"
 
-# %% ../nbs/41_export.ipynb #08f9a108
+# %% ../nbs/41_export.ipynb #0cac02f4
 def timm_config(p:Prepared # encoder
                )->dict:    # plain data; raises `ValueError`
     "The configuration from which timm builds an encoder and its transforms"
@@ -820,7 +830,7 @@ def write_timm(p:Prepared, # encoder
     differ = [k for k,v in expected.items() if as_list(told[k]) != as_list(v)]
     if differ: raise ValueError(f"timm reads another {differ[0]} from config.json: {told[differ[0]]!r:.80}")
     worst = model_difference(p, model, f"timm's {p.arch}")
-    return f"timm {timm.__version__}, local-dir",worst,"config.json has size, mean and std"
+    return f"timm {version(timm)}, local-dir",worst,"config.json has size, mean and std"
 
 def as_list(value): return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -845,7 +855,7 @@ def markdown_table(rows:list # of dicts with the same keys
     text = [f"| {' | '.join(map(in_markdown, line))} |" for line in lines]
     return "\n".join([text[0], "|---"*len(columns) + "|", *text[1:]])
 
-# %% ../nbs/41_export.ipynb #4ec12ba5
+# %% ../nbs/41_export.ipynb #3eceb90f
 NOT_CHOSEN = "unknown"   # which Hugging Face knows as a licence
 CARD = """---
 library_name: timm
@@ -853,14 +863,11 @@ pipeline_tag: image-feature-extraction
 license: {license}
 tags:
 - image-feature-extraction
-- timm
-- self-supervised-learning
-- barlow-twins
+- timm{tags}
 ---
 # An image encoder: {arch}
 
-It turns an image into a representation of {width} numbers, for a classifier, a search or a detector on top. \
-Its method of training is Barlow Twins, which needs no labels ([paper](https://arxiv.org/abs/2103.03230)).
+It turns an image into a representation of {width} numbers, for a classifier, a search or a detector on top.{method}
 
 ## Trained on
 
@@ -893,19 +900,29 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {license_words}
 """
 
-# %% ../nbs/41_export.ipynb #76eeb982
+# %% ../nbs/41_export.ipynb #a7ce2d9e
+def method_words(method:str # from `recipe_facts`, or `None`
+                )->dict:    # text by its name in the card
+    "What a model card says of a method that is known"
+    if method not in METHODS: return dict(tags="", method="")
+    paper = " ([paper](https://arxiv.org/abs/2103.03230))"
+    return dict(tags="\n- self-supervised-learning\n- barlow-twins",
+                method=f"\nIt was trained without labels, by {method}{paper}.")
+
 def model_card(p:Prepared # encoder
               )->str:     # Markdown
     "The model card of an encoder"
     training,results = p.facts.get("training"),p.facts.get("results")
-    rows = [{"": k, " ": v} for k,v in (training or {}).items()]
+    training = training or {}
+    rows = [{"": k, " ": v} for k,v in training.items()]
     words = f"`{p.license}`" if p.license else ("Not chosen yet. Whoever publishes the weights chooses one: "
                                                "`license` above, and here.")
     return (CARD + USE).format(
         license=json.dumps(p.license or NOT_CHOSEN), arch=in_markdown(p.arch), width=p.represent(p.images(1)).shape[1],
         training=markdown_table(rows) if rows else "Not recorded.",
         results=markdown_table(results) if results else "Not measured.",
-        n_in=p.n_in, height=p.size[0], width_px=p.size[1], mean=p.mean, std=p.std, license_words=words)
+        n_in=p.n_in, height=p.size[0], width_px=p.size[1], mean=p.mean, std=p.std, license_words=words,
+        **method_words(training.get("method")))
 
 # %% ../nbs/41_export.ipynb #b1459063
 RECORD = "export.json"
