@@ -110,7 +110,7 @@ from self_supervised_bt.recipes import (
 from .reports import report, table_verdict
 from .training import Autocast
 from .weights import load_encoder, save_encoder, save_model
-from .zoo import is_path
+from .zoo import ZooCard, is_path, model_info
 
 # %% ../nbs/50_runs.ipynb #0a080854
 def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
@@ -746,10 +746,26 @@ def export_formats(run:str|Path,      # folder of a run, or what `load_encoder` 
                   )->tuple:           # the folder, and a table with a row per file
     "A run's encoder in formats of other tools, with a model card that says how it was trained and evaluated"
     out = Path(out or place_beside(run, "export"))
-    facts = run_facts(Path(run)) if Path(run).is_dir() else {}
+    facts = facts_of(run)
     return out,export_encoder(load_encoder(encoder_file(run)), out, formats, license, facts=facts)
 
 # %% ../nbs/50_runs.ipynb #e1c73594
+def facts_of(run:str|Path # folder of a run, or what `load_encoder` reads
+            )->dict:      # plain data
+    "What is known of an encoder for its model card"
+    if Path(run).is_dir(): return run_facts(Path(run))
+    return card_facts(model_info(run)) if isinstance(encoder_file(run), str) and "://" not in run else {}
+
+def card_facts(card:ZooCard # of a published model
+              )->dict:      # plain data
+    "What a card of the zoo tells for a model card"
+    training = {"published as": card.name, "source": card.source, "images of": card.data, "epochs": card.epochs,
+                "images per batch": card.batch_size, "licence at the source": card.license}
+    def row(a): return {words: a[k] for k,words in CARD_COLUMNS.items() if k in a}
+    return dict(training={k: v for k,v in training.items() if v}, results=[row(a) for a in card.accuracy])
+
+CARD_COLUMNS = dict(data="data", protocol="protocol", top1="top-1 (%)", top5="top-5 (%)")
+
 def run_facts(run:Path # folder of a run
              )->dict:  # plain data
     "What a run's files tell for a model card, without the folders of this machine"

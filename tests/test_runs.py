@@ -520,3 +520,28 @@ def test_a_damaged_model_is_noticed_and_written_again(trained, run):
     with pytest.raises(ValueError, match="damaged"): load_encoder(file)
     pretrain(out=run, resume=True, num_workers=0)
     assert file.read_bytes() == content
+
+
+def test_pretrained_weights_of_torchvision_are_one_argument_away(trained, tmp_path, monkeypatch):
+    "The download itself is replaced by weights made here"
+    torch.manual_seed(1)
+    published = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda self, **kwargs: published)
+    class Stop(Exception): pass
+    def stop(learn):
+        weights = learn.model.encoder.state_dict()
+        assert all(torch.equal(weights[k], published[k]) for k in weights) and learn.recipe.pretrained
+        raise Stop
+    monkeypatch.setattr(runs, "fit_run", stop)
+    with pytest.raises(Stop):
+        pretrain(trained[0]/"images", pretrained=True, arch="resnet18", pool_type="avg", out=tmp_path/"run", size=64,
+                 valid_pct=.2, bs=16, num_workers=0)
+
+
+def test_the_model_card_of_a_published_model_says_where_it_comes_from(monkeypatch, tmp_path):
+    "Weights that have been downloaded are replaced by random ones here"
+    encoder = create_encoder("resnet18", pretrained=False, pool_type="avg", small_stem=False)
+    monkeypatch.setattr(runs, "load_encoder", lambda name: encoder)
+    out, table = runs.export_formats("mixbt_resnet18_cifar10", "timm", tmp_path/"out")
+    card = (out/"README.md").read_text()
+    assert "92.58" in card and "CIFAR-10" in card and "licence at the source | MIT" in card and len(table) == 3

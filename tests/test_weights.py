@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.models import ResNet50_Weights
 
+from self_supervised_bt import zoo
 from self_supervised_bt.barlow_twins import BarlowTwinsModel, create_barlow_twins_model
 from self_supervised_bt.classifiers import classifier_learner
 from self_supervised_bt.encoder_files import restore_input
@@ -353,3 +355,21 @@ def test_a_model_without_a_classifier_says_what_to_use(classifier, good, tmp_pat
         with pytest.raises(ValueError, match="has no classifier.*use encode.*classifier_learner"):
             inference_model(model, picture)
     with pytest.raises(TypeError, match="an image must be a file"): inference_model(classifier[0], 3)
+
+
+def test_a_model_of_the_zoo_classifies_with_its_own_transforms(classifier):
+    "Random weights; resized to 256, cropped to 224 and normalised as the source evaluates"
+    torch.manual_seed(0)
+    model = zoo.get_model("resnet50_barlowtwins-pre_8xb32-linear-coslr-100e_in1k")
+    file = classifier[2]/"dark/01.png"
+    result = inference_model(model, file)
+    transforms = ResNet50_Weights.IMAGENET1K_V1.transforms(resize_size=256, crop_size=224)
+    with torch.no_grad(): expected = model(transforms(Image.open(file))[None]).softmax(1)[0].numpy()
+    assert np.allclose(result["pred_scores"], expected, atol=1e-6)
+    assert result["pred_class"] == ResNet50_Weights.IMAGENET1K_V1.meta["categories"][result["pred_label"]]
+
+
+def test_a_published_model_without_a_classifier_says_what_to_use(classifier):
+    model = zoo.get_model("mixbt_resnet18_cifar10")
+    with pytest.raises(ValueError, match="has no classifier.*use encode"):
+        inference_model(model, classifier[2]/"dark/01.png")
