@@ -32,15 +32,14 @@ from .fused import CentreResize
 from .layers import encoder_channels
 from .multiview import multiview_of
 
-# %% ../nbs/42_detection.ipynb #4d705946
+# %% ../nbs/42_detection.ipynb #542e4296
 PROBE = 64,96   # height and width of the image that is sent through; they differ, to find the axes of a map
 
 def _layout(shape):
     "Stride of a map, and whether its channels are last; `None` if it is no map of the whole image"
     for height,width,last in ((*shape[2:], False), (*shape[1:3], True)):
         stride = PROBE[0]//height
-        exact = height*stride == PROBE[0] and width*stride == PROBE[1]
-        if exact and stride & (stride - 1) == 0: return stride,last
+        if height*stride == PROBE[0] and width*stride == PROBE[1]: return stride,last
 
 def _record(encoder):
     "What happens when one image is sent through: (name, None) if a module begins, (name, tensor, version) if it ends"
