@@ -921,6 +921,8 @@ def _warn_order():
     warnings.warn(words, stacklevel=4)
     return words
 
+_AVERAGES = "moving averages of the weights; to use them instead, save this dict by itself with torch.save"
+
 def _rest_rows(c, used, name, given):
     "Rows of the report on what is not used, and on the origin"
     left = [(key, "not part of the network given as encoder=") for key,t in c.tensors.items()
@@ -929,7 +931,9 @@ def _rest_rows(c, used, name, given):
     unused = [(f"encoder.{key}", "not part of the network given as encoder=") for key,t in c.parts["encoder"].items()
               if id(t) not in used]
     rows = _ignored_rows(c.ignored + left + unused)
-    others = [str(key) for key,value in c.rest.items() if value is not c.raw]
+    averages = {str(key): value for key,value in c.rest.items() if "ema" in str(key) and isinstance(value, Mapping)}
+    rows += [(key, len(value), "ignored", _AVERAGES) for key,value in averages.items()]
+    others = [str(key) for key,value in c.rest.items() if value is not c.raw and str(key) not in averages]
     if others: rows.append(("run", len(others), "ignored", f"no weights: {', '.join(others)}"))
     if c.layout.format == _BARE and name is None and not given: rows.append(("origin", 0, "unknown", _MANY))
     if not given and _is_ambiguous(c): rows.append(("pooling", 0, "unknown", _warn_order()))

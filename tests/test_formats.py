@@ -590,3 +590,17 @@ def test_solo_learns_stem_survives_files_and_export(tmp_path):
     with torch.no_grad():
         for network in (again, scope["model"]): assert same(network(x), made.encoder(x))
     assert again.created_by["small_stem"] == "padding 2" and len(again.clean_pipeline.fs) == 2
+
+
+def test_moving_averages_beside_the_weights_are_named(tmp_path):
+    "timm's training script keeps both; the weights are taken, and the report says what to do for the others"
+    encoder = torchvision.models.resnet18()
+    encoder.fc = nn.Identity()
+    weights = encoder.state_dict()
+    averages = {k: t + 1 for k, t in weights.items()}
+    torch.save({"state_dict": weights, "state_dict_ema": averages, "epoch": 3}, tmp_path/"checkpoint.pth.tar")
+    with pytest.warns(UserWarning, match="normalisation"): loaded = read_weights(tmp_path/"checkpoint.pth.tar")
+    assert torch.equal(loaded.encoder.conv1.weight, weights["conv1.weight"])
+    row = loaded.report.set_index("part").loc["state_dict_ema"]
+    assert row["use"] == "ignored" and row["keys"] == 120 and "moving averages" in row["why"]
+    assert loaded.report.set_index("part").loc["run", "why"] == "no weights: epoch"
