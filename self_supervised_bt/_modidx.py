@@ -1138,6 +1138,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.export_encoder': ( 'export.html#export_encoder',
                                                                                          'self_supervised_bt/export.py'),
+                                           'self_supervised_bt.export.export_text': ( 'export.html#export_text',
+                                                                                      'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.export_timm': ( 'export.html#export_timm',
                                                                                       'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.file_sha256': ( 'export.html#file_sha256',

@@ -238,12 +238,12 @@ def bt_export(run:str,        # folder of a run; or file, URL or name of publish
              ):
     "The encoder for other tools; without --format weights for plain timm, and the code that loads them. Examples: \
 bt_export runs/photos; bt_export runs/photos --format timm,onnx --license mit --out photos-encoder"
+    from self_supervised_bt.export import export_text
     from self_supervised_bt.runs import export_formats, export_run
     if format:
         out,table = export_formats(run, format, out, license)
-        text = table.to_string(index=False, float_format="{:.0e}".format)
-        print(f"{text}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
-              "representations, up to this share of the largest number.")
+        print(f"{export_text(table)}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
+              "representations,\nup to this share of the largest number.")
         return
     if license: raise ValueError("license is for the model card: add --format timm")
     file,code = export_run(run, out)

@@ -1077,6 +1077,18 @@ def table_row(name:str,      # format
     return {"format": name, "file": path.name, "size": in_words, "opened by": opened_by,
             "largest difference": float(f"{worst:.1g}"), "about": about}
 
+# %% ../nbs/41_export.ipynb #5c06a8fc
+def export_text(table:pd.DataFrame # from `export_encoder`
+               )->str:             # lines for a terminal
+    "What was written, and how it was checked, format by format"
+    lines = []
+    for name,rows in table.groupby("format", sort=False):
+        first = rows.iloc[0]
+        lines.append(f"{name}: opened by {first['opened by']}, largest difference {first['largest difference']:.0e}")
+        if first["about"]: lines.append(f"  ({first['about']})")
+        lines += [f"  {row.file}, {row.size}" for row in rows.itertuples()]
+    return "\n".join(lines)
+
 # %% ../nbs/41_export.ipynb #96c41717
 def push_to_hub(exported,           # folder with the format timm, or a model, which is exported first
                 repo_id:str,        # "user/name" on Hugging Face; it is made if needed

@@ -833,10 +833,11 @@ def test_bt_export_prints_what_was_written_and_compared(run, capsys):
     bt_export(run=str(run), format="timm,code", license="apache-2.0")
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].split() == ["format", "file", "size", "opened", "by", "largest", "difference", "about"]
-    assert [line.split()[:2] for line in lines[1:6]] == [
-        ["timm", "config.json"], ["timm", "model.safetensors"], ["timm", "README.md"],
-        ["code", "encoder_timm.safetensors"], ["code", "encoder_timm.py"]]
+    assert re.match(r"timm: opened by timm [\d.]+, local-dir, largest difference \de[-+]\d\d$", lines[0])
+    assert [line.split(",")[0].strip() for line in lines[2:5]] == ["config.json", "model.safetensors", "README.md"]
+    assert lines[5].startswith("code: opened by timm")
+    assert [line.split(",")[0].strip() for line in lines[6:8]] == ["encoder_timm.safetensors", "encoder_timm.py"]
+    assert max(map(len, lines[:8])) <= 80
     assert f"Saved in {run/'export'}/." in out
     card = (run/"export/README.md").read_text()
     for line in ("| recipe | cifar |", "| images of | photos |", "| images | 1,000 |", "| epochs | 7 |", "| seed | 3 |",
