@@ -521,7 +521,7 @@ def test_all_weights_and_the_normalisation_are_those_of_the_file(pretrained):
     learn, file = pretrained
     more = bt_learner(digits(), weights=file)
     assert all(torch.equal(a, b) for a, b in zip(learn.model.state_dict().values(), more.model.state_dict().values()))
-    assert more.model.training and all(p.requires_grad for p in more.model.parameters())
+    assert all(m.training for m in more.model.modules()) and all(p.requires_grad for p in more.model.parameters())
     for name in ("arch", "size", "hidden_size", "projection_size", "lmb", "lr"):
         assert getattr(more.recipe, name) == getattr(learn.recipe, name)
     assert more.recipe.weights == str(file)

@@ -283,6 +283,14 @@ def test_a_malformed_description_of_a_model_is_one_line(tmp_path, name):
     assert len(str(e.value).splitlines()) == 1 and "bad.safetensors" in str(e.value) and len(str(e.value)) < 700
 
 
+def test_weights_that_belong_to_no_part_are_refused(tmp_path):
+    file = model_with(tmp_path)[1]
+    about = about_of(file)
+    about["parts"] = {}
+    save_file(load_file(file), tmp_path/"bad.safetensors", {KEY: json.dumps(about)})
+    with pytest.raises(ValueError, match="projector.* belongs to no part"): load_encoder(tmp_path/"bad.safetensors")
+
+
 def test_a_changed_weight_of_any_part_is_noticed(tmp_path):
     model, file = model_with(tmp_path)
     tensors = load_file(file)
