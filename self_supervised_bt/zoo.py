@@ -687,7 +687,8 @@ def load_weights(what:str|Path,          # file, URL, name in the zoo, or "hf-hu
     if isinstance(what, str) and what.startswith("hf-hub:"): return read(hf_folder(what, refresh))
     if is_path(what): return read(local_path(check_no_refresh(what, refresh)))
     if "://" in what: return read(fetch(wanted_url(what), refresh, progress))
-    card = model_info(what)
+    try: card = model_info(what)
+    except ValueError as e: raise ValueError(f"there is no file {what!r:.80}, and {e}") from e
     return _from_card(card, fetch(wanted_model(card), refresh, progress), encoder, source)
 
 # %% ../nbs/19_zoo.ipynb #e64aba9d
