@@ -776,7 +776,8 @@ def test_a_file_comes_before_a_name(published, online, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what, error, says", [
-    ("nothing", ValueError, "no file 'nothing', and there is no model called 'nothing'"), ("../resnet50", FileNotFoundError, "no file ../resnet50"),
+    ("nothing", ValueError, "no file 'nothing', and there is no model called 'nothing'"),
+    ("../resnet50", FileNotFoundError, "no file ../resnet50"),
     ("weights/resnet50.pth", FileNotFoundError, "there is no file"),
     (Path("resnet50"), FileNotFoundError, "no file resnet50"),
     ("", ValueError, "pass a file, a URL or a name"), (None, ValueError, "got None"), (3, ValueError, "got 3"),
