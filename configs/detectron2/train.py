@@ -13,6 +13,7 @@ from detectron2.engine import DefaultTrainer, default_argument_parser, default_s
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.layers import get_norm
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from torch import nn
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -20,9 +21,8 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
     "The head of C4 detectors with one more normalisation after res5 (He et al. 2020, MoCo, appendix)"
     @classmethod
     def _build_res5_block(cls, cfg):
-        res5, channels = super()._build_res5_block(cfg)
-        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
-        return res5, channels
+        blocks, channels = super()._build_res5_block(cfg)
+        return nn.Sequential(*blocks, get_norm(cfg.MODEL.RESNETS.NORM, channels)), channels
 
 
 class Trainer(DefaultTrainer):
