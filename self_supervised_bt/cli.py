@@ -71,6 +71,7 @@ def in_shell(message:str,  # of a function
         return name if name in POSITIONAL else f"--{name.replace('_', '-')}"
     def with_value(m):
         if typed(m[1]) is None: return m[0]
+        if m[2] == "False": return f"no {typed(m[1])}"
         return typed(m[1]) if m[2] == "True" else f"{typed(m[1])} {m[2]}"
     message = re.sub(r"\b(\w+)=('[^']*'|[\w.+-]*\w)", with_value, message)
     return re.sub(r"^(\w+)(?= (?:must|needs?|is|are|cannot) )", lambda m: typed(m[1]) or m[0], message)
