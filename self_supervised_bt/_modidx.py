@@ -1142,8 +1142,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.export_timm': ( 'export.html#export_timm',
                                                                                       'self_supervised_bt/export.py'),
-                                           'self_supervised_bt.export.file_sha256': ( 'export.html#file_sha256',
-                                                                                      'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.fill_detectron2': ( 'export.html#fill_detectron2',
                                                                                           'self_supervised_bt/export.py'),
                                            'self_supervised_bt.export.first_that_works': ( 'export.html#first_that_works',

@@ -7,7 +7,6 @@ __all__ = ['export_timm', 'export_encoder', 'push_to_hub']
 
 # %% ../nbs/41_export.ipynb #3e25a201
 import copy
-import hashlib
 import importlib.util
 import json
 import math
@@ -53,6 +52,7 @@ from self_supervised_bt.encoder_files import (
 from .evaluation import encoder_of
 from .fitting import epoch_values
 from .layers import encoder_channels
+from .zoo import file_sha256
 
 # %% ../nbs/41_export.ipynb #1078c435
 def plain_copy(encoder:nn.Module # perhaps compiled, in half precision, in training, on another device
@@ -926,10 +926,6 @@ def model_card(p:Prepared # encoder
 
 # %% ../nbs/41_export.ipynb #b1459063
 RECORD = "export.json"
-
-def file_sha256(path:Path # file
-               )->str:    # hexadecimal digits
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def read_record(folder:Path # of exports
                )->dict:     # empty if there are none; raises `FileExistsError`
