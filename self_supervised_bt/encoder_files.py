@@ -25,10 +25,9 @@ from .augmentations import CropTfm, clean_pipeline
 from self_supervised_bt.core import (
     check_choice,
     check_positive_int,
-    rng_states,
-    set_rng_states,
     unwrapped,
 )
+from .fitting import random_states_kept
 from .fused import CentreResize, NormalizeViews
 from self_supervised_bt.layers import (
     STEMS,
@@ -50,6 +49,11 @@ def describe_input(clean # pipeline from `clean_pipeline`
         elif t.split_idx != 0:
             warnings.warn(f"{t.name} cannot be saved with the encoder: apply it yourself to images you encode later")
     return described
+
+def input_of(encoder:nn.Module # any
+            )->dict:           # as `describe_input`, empty if nothing is known
+    "Size and normalisation of the images that an encoder says it expects"
+    return describe_input(getattr(encoder, "clean_pipeline", None))
 
 def _short(numbers): return [float(str(v)) for v in numbers.flatten().float().cpu().numpy()]   # .485, not .48500001
 
@@ -325,18 +329,15 @@ def build_encoder(created_by:dict, # a call of `create_encoder`
                   path:str|Path    # the file
                  )->nn.Module:     # raises `ValueError`
     "The encoder that a file describes, once its weights are known to fit"
-    states = rng_states()
-    try: expected = shapes_without_memory(created_by, shapes)
+    try:
+        with random_states_kept(): expected = shapes_without_memory(created_by, shapes)
     except Exception as e:
         raise ValueError(f"{path} describes an encoder that cannot be built ({one_line(e)}): get the file again, or "
                          "build the architecture and pass it as encoder=") from e
-    finally: set_rng_states(states)
     check_same_weights(expected, {plain_name(k): shape for k,shape in shapes.items()}, path)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*cannot pool with.*")   # said when it was built
-            return create_encoder(pretrained=False, **created_by)
-    finally: set_rng_states(states)
+    with random_states_kept(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cannot pool with.*")   # said when it was built
+        return create_encoder(pretrained=False, **created_by)
 
 def build_mlp(settings:dict, # from `mlp_settings`
               shapes:dict,   # name to shape of the weights in the file

@@ -33,8 +33,6 @@ from torchvision.models import ResNet
 from self_supervised_bt.core import (
     check_choice,
     hidden_folder,
-    rng_states,
-    set_rng_states,
     unwrapped,
     whole_file,
     write_json,
@@ -44,13 +42,14 @@ from self_supervised_bt.encoder_files import (
     check_replaceable,
     checksum,
     describe_input,
+    input_of,
     one_line,
     plain_call,
     plain_weights,
     separate_tensors,
 )
 from .evaluation import encoder_of
-from .fitting import epoch_values
+from .fitting import epoch_values, random_states_kept
 from .layers import encoder_channels
 from .zoo import file_sha256
 
@@ -247,7 +246,6 @@ def _input_lines(about, n_in):
     yield (f"# normalised first: x = (x - torch.tensor({mean}).view(1,-1,1,1))"
            f"/torch.tensor({std}).view(1,-1,1,1)")
 
-def _input_of(encoder): return describe_input(getattr(encoder, "clean_pipeline", None))
 
 # %% ../nbs/41_export.ipynb #57ac1156
 def timm_settings(encoder:nn.Module # from `create_encoder`
@@ -281,7 +279,7 @@ def timm_code(encoder:nn.Module, # from `create_encoder`
         lines.append("model.register_forward_hook(lambda m, x, h: h.roll(h.shape[1]//2, 1))   "
                      "# maxima before means, as it was trained")
     lines += [f"model.load_state_dict(load_file({file!r}))", "model.eval()"]
-    return "\n".join([*lines, *_input_lines(_input_of(encoder), options["in_chans"])]) + "\n"
+    return "\n".join([*lines, *_input_lines(input_of(encoder), options["in_chans"])]) + "\n"
 
 # %% ../nbs/41_export.ipynb #387a88bc
 def _check_export(path):
@@ -338,9 +336,7 @@ def export_timm(model,        # a Learner, a `BarlowTwinsModel` or an encoder
     "The encoder as weights of a plain timm model, and the code that loads them, after a test run"
     encoder = encoder_of(model)[0]
     timm_settings(unwrapped(encoder))   # raises if there is none
-    states = rng_states()
-    try: return save_timm(prepare(encoder), Path(path))[0]
-    finally: set_rng_states(states)
+    with random_states_kept(): return save_timm(prepare(encoder), Path(path))[0]
 
 # %% ../nbs/41_export.ipynb #1e2c559b
 def write_code(p:Prepared, # encoder
@@ -1048,16 +1044,14 @@ def export_encoder(model,               # a Learner, a `BarlowTwinsModel` or an 
     names,folder = format_names(formats),Path(folder)
     if license and "timm" not in names: raise ValueError("license is for the model card: add 'timm' to formats")
     files = [file for name in names for file in FORMATS[name].files]
-    states = rng_states()
-    try:
+    rows = []
+    with random_states_kept():
         p = prepare(model, size, license, facts)
-        rows = []
         with whole_export(folder, files) as (part,recorded):
             for name in names:
                 opened_by,worst,about = FORMATS[name].write(p, part)
                 recorded[name] = dict(opened_by=opened_by, difference=worst, about=about, files=FORMATS[name].files)
                 rows += [table_row(name, part/file, opened_by, worst, about) for file in FORMATS[name].files]
-    finally: set_rng_states(states)
     return pd.DataFrame(rows)
 
 # %% ../nbs/41_export.ipynb #c2dd9a79

@@ -605,7 +605,8 @@ def _linear(tensors, path):
     with torch.device("meta"): head = nn.Linear(w.shape[1], w.shape[0], "bias" in tensors)
     return _filled(head.to_empty(device="cpu"), tensors, path),None
 
-def _imagenet_classes():
+def imagenet_classes()->list: # of 1000 names, in the order of the logits
+    "Names of the classes of ImageNet-1k, as torchvision has them"
     from torchvision.models import ResNet50_Weights
     return list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
 
@@ -620,7 +621,7 @@ def _classes(head, meta, source):
     meta = meta if isinstance(meta, Mapping) else {}
     names = _classes_in(meta)
     if isinstance(names, (list, tuple)) and len(names) == head.out_features: return list(map(str, names))
-    if source is not None and source.imagenet and head.out_features == 1000: return _imagenet_classes()
+    if source is not None and source.imagenet and head.out_features == 1000: return imagenet_classes()
 
 # %% ../nbs/18_formats.ipynb #61dc175f
 @dataclass

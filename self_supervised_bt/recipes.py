@@ -28,7 +28,7 @@ from torch import nn
 from .augmentations import check_pipelines, get_barlow_twins_aug_pipelines, get_batch_augs
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from .core import check_choice, check_number, check_positive_int, whole_file
-from .encoder_files import KEY, describe_input, mlp_settings
+from .encoder_files import KEY, input_of, mlp_settings
 from .fitting import batch_size_of, random_states_kept
 from .formats import LoadedWeights
 from self_supervised_bt.layers import (
@@ -444,7 +444,7 @@ def views_of_weights(recipe:Recipe,
                      loaded:LoadedWeights
                     )->dict|str:       # arguments of `get_barlow_twins_aug_pipelines`
     "The views of a recipe, normalised as the images of the weights were; unless the recipe says how"
-    described = describe_input(getattr(loaded.encoder, "clean_pipeline", None))
+    described = input_of(loaded.encoder)
     known = described or loaded.format == KEY   # a file of this library says that images were not normalised
     if recipe.views == OWN or "stats" in recipe.views or not known: return recipe.views
     return {**recipe.views, "stats": described.get("stats")}

@@ -60,7 +60,7 @@ from self_supervised_bt.diagnostics import (
 )
 from .distributed import setup_ranks
 from .doctor import Diagnosis, diagnose
-from .encoder_files import check_undamaged, describe_input
+from .encoder_files import check_undamaged, input_of
 from .export import export_encoder, export_timm, recipe_facts
 from .fitting import epoch_values
 from .formats import LoadedWeights
@@ -381,7 +381,7 @@ def recipe_for_weights(loaded:LoadedWeights,
                        changes:dict # settings to replace
                       )->Recipe:    # raises `ValueError`
     "The recipe if none was named: that in the file, or one for images of the size that the weights are for"
-    size = max(describe_input(getattr(loaded.encoder, "clean_pipeline", None)).get("size", [0]))
+    size = max(input_of(loaded.encoder).get("size", [0]))
     if loaded.recipe: recipe = recipe_to_start("default", loaded)
     else: recipe = get_recipe("small-gpu" if size > 48 else "cifar")
     return recipe.changed(**changes)

@@ -28,16 +28,16 @@ from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 import torch
-import torchvision.models as tvm
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from .core import check_choice, rng_states, set_rng_states, write_json
+from .core import check_choice, write_json
 from .encoder_files import one_line, restore_input
-from .formats import LoadedWeights, read_weights
+from .fitting import random_states_kept
+from .formats import LoadedWeights, imagenet_classes, read_weights
 from .layers import create_encoder, create_mlp_module, encoder_width
 
 # %% ../nbs/19_zoo.ipynb #6d26eb83
@@ -255,7 +255,7 @@ def class_names(card:ZooCard # of a model
                )->list:      # in the order of the logits; `None` if not known
     "Names of the classes of a head"
     if "head" not in card.parts: return None
-    if card.classes == "imagenet-1k": return list(tvm.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    if card.classes == "imagenet-1k": return imagenet_classes()
     return list(CIFAR10) if card.classes == "cifar-10" else None
 
 def _projector(card, width):
@@ -267,17 +267,11 @@ def build_encoder(card:ZooCard # of a model
     "The encoder of a card with random weights"
     return create_encoder(card.arch, pretrained=False, pool_type="avg", small_stem=card.stem).eval()
 
-@contextmanager
-def _same_random_state():
-    states = rng_states()
-    try: yield
-    finally: set_rng_states(states)
-
 def build_model(card:ZooCard, # of a model
                 device="cpu"  # of the weights; "meta" needs no memory
                )->ZooModel:   # in eval mode
     "The model of a card with random weights; the random state stays as it was"
-    with _same_random_state(), torch.device(device):
+    with random_states_kept(), torch.device(device):
         encoder = build_encoder(card)
         width = encoder_width(encoder, 64)
         projector = _projector(card, width) if "projector" in card.parts else None
@@ -604,7 +598,7 @@ def fetch(wanted:Wanted,     # the file
 # %% ../nbs/19_zoo.ipynb #6c2d2074
 def _from_card(card, path, encoder=None, source=None):
     "The networks in the file of a model; raises `ValueError`"
-    with _same_random_state(): own = build_encoder(card) if encoder is None else encoder
+    with random_states_kept(): own = build_encoder(card) if encoder is None else encoder
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="size and normalisation of the images")   # the card knows them
         try: loaded = read_weights(path, encoder=own, source=source or card.read_as)
