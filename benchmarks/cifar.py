@@ -1,121 +1,182 @@
 """CIFAR-10 on a CPU: accuracy after 440 seconds of training on 10,000 images without labels, and what each setting adds
 
-    python benchmarks/cifar.py path/to/cifar10-train                  # the settings, one seed: 9 minutes on 2 cores
+    python benchmarks/cifar.py path/to/cifar10-train                  # the recipe, one seed: 9 minutes on 2 cores
     python benchmarks/cifar.py path/to/cifar10-train --seeds 3        # with a spread
-    python benchmarks/cifar.py path/to/cifar10-train --choose --seconds 100 --without all    # each setting left out
+    python benchmarks/cifar.py path/to/cifar10-train --choose --cpu --seconds 200 --seeds 3 --try all   # other settings
 
 Trains on the first 1,000 images per class by file name, without labels. The settings were chosen, with `--choose`, on
 the last 500 per class; without it, the figures are measured on the 500 per class before those, on which nothing was
-chosen. kNN is a weighted vote of the 20 nearest of the 10,000 (temperature 0.1), also with all images resized to 40
-pixels; the linear probe uses those. Every training takes the same seconds: the schedule follows the clock.
+chosen. kNN is a weighted vote of the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds:
+the schedule follows the clock, or with `--cpu` the seconds that one core has computed, so that other work on the
+machine does not count.
 """
 import argparse
 import statistics
 import time
 
+import torch
 from _common import class_folders, machine
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.schedule import combined_cos
+from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
 from fastai.torch_core import set_seed
 
-from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
+from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
-from self_supervised_bt.layers import create_encoder
-from self_supervised_bt.recipes import bt_learner
+from self_supervised_bt.recipes import bt_learner, get_recipe
 from self_supervised_bt.training import Autocast
 
-SETTINGS = dict(arch="timm/resnet10t", small_stem="no pool", channels=(32, 64, 128, 256), stem_width=16,
-                size=24, width=512, lmb=.02, lr=5e-3, bs=256, bf16=True, channels_last=True)
 LARGER = 40   # pixels of the second evaluation
-WITHOUT = {   # what differs from SETTINGS
-    "bfloat16": dict(bf16=False),
-    "channels last": dict(channels_last=False),
-    "lmb=0.02 (0.005)": dict(lmb=5e-3),
-    "views of 24 px (32)": dict(size=32),
-    "dropping the pool": dict(small_stem=False),
-    "narrow layers": dict(channels=(64, 128, 256, 512), stem_width=32)}
-SCORES = ("kNN before", "kNN", f"at {LARGER} px", "linear")
+EXTRAS = dict(bf16=True, channels_last=True, nviews=2, sizes=None, ema=None)
 
 
-def learner(x, seed, arch, small_stem, channels, stem_width, size, width, lmb, lr, bs, bf16, channels_last):
-    set_seed(seed)
-    encoder = create_encoder(arch, pretrained=False, small_stem=small_stem, channels=channels, stem_width=stem_width)
-    augs = get_barlow_twins_aug_pipelines(size, "cifar")
-    cbs = [Autocast()]*bf16 + [ChannelsLast()]*channels_last
-    dls = tensor_dls(x, bs=bs, valid_pct=0, device="cpu")
-    return bt_learner(dls, encoder, size, augs, lmb=lmb, hidden_size=width, projection_size=width, cbs=cbs)
-
-
-class OneCycleBySeconds(Callback):
-    "The schedule of `fit_one_cycle` over `seconds` of training; then the fit ends"
-    def __init__(self, seconds, lr):
-        self.seconds = seconds
-        self.schedules = dict(lr=combined_cos(.25, lr/25, lr, lr/1e5), mom=combined_cos(.25, .95, .85, .95))
-    def before_fit(self): self.start = time.perf_counter()
-    def elapsed(self): return time.perf_counter() - self.start
-    def before_batch(self):
-        position = min(1, self.elapsed()/self.seconds)
-        for name, schedule in self.schedules.items(): self.opt.set_hyper(name, schedule(position))
+class ByTheClock(Callback):
+    "Progress of the fit, which schedules follow, as a share of `seconds`; then the fit ends"
+    order = TrainEvalCallback.order + 1
+    def __init__(self, seconds, clock): self.seconds, self.clock = seconds, clock
+    def before_fit(self): self.start = self.clock()
+    def elapsed(self): return self.clock() - self.start
+    def before_batch(self): self.learn.pct_train = min(1, self.elapsed()/self.seconds)
     def after_batch(self):
         if self.elapsed() >= self.seconds: raise CancelFitException
 
 
-def fit(learn, seconds, lr):
-    "Epochs and seconds of training"
+class SizesInTurn(Callback):
+    "Views of other sizes: `stages` are pairs (share of the fit until which, pipelines)"
+    order = ByTheClock.order + 1
+    def __init__(self, stages): self.stages = stages
+    def before_batch(self):
+        self.learn.barlow_twins.augs = next(a for end, a in self.stages if self.pct_train <= end)
+
+
+class WeightAverage(Callback):
+    "Exponential moving average of the encoder's weights from a share `start` of the fit on"
+    def __init__(self, decay, start=.5): self.decay, self.start, self.average = decay, start, None
+    def after_batch(self):
+        if self.pct_train < self.start: return
+        weights = list(self.model.encoder.parameters())
+        if self.average is None: self.average = [w.detach().clone() for w in weights]
+        else: torch._foreach_lerp_(self.average, [w.detach() for w in weights], 1 - self.decay)
+    def after_fit(self):
+        if self.average is None: return
+        with torch.no_grad():
+            for w, average in zip(self.model.encoder.parameters(), self.average): w.copy_(average)
+
+
+def learner(x, seed, bf16, channels_last, nviews, sizes, ema, **changes):
+    "The recipe with `changes`, on images `x`"
+    set_seed(seed)
+    recipe = get_recipe("cifar", **changes)
+    def views(size): return get_multi_aug_pipelines(nviews, size, **recipe.views)
+    cbs = [Autocast()]*bf16 + [ChannelsLast()]*channels_last
+    if sizes: cbs.append(SizesInTurn([(end, views(size)) for end, size in sizes]))
+    if ema: cbs.append(WeightAverage(ema))
+    dls = tensor_dls(x, bs=recipe.bs, valid_pct=0, device="cpu")
+    return bt_learner(dls, recipe=recipe, aug_pipelines=views(recipe.size), cbs=cbs)
+
+
+def fit(learn, seconds, clock):
+    "Epochs, and seconds of training"
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit(100000, lr, cbs=OneCycleBySeconds(seconds, lr))
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(100000, cbs=ByTheClock(seconds, clock))
     return learn.train_iter/len(learn.dls.train), time.perf_counter() - start
 
 
-def run(data, seed, seconds, **settings):
-    "Epochs, seconds of training, and the scores in percent"
+def whitened(h, floor=.01):
+    "ZCA whitening fitted on `h`: a function of representations"
+    mean = h.mean(0)
+    centred = (h - mean).double()
+    variance, directions = torch.linalg.eigh(centred.T@centred/len(h))
+    matrix = (directions*(variance + floor*variance.mean()).rsqrt())@directions.T
+    return lambda rows: ((rows - mean).double()@matrix).float()
+
+
+def averaged(learn, x, sizes=(32, LARGER)):
+    "Representations averaged over the sizes, and over each image and its mirror image"
+    return sum(encode(learn, part, size)[0] for size in sizes for part in (x, x.flip(3)))/(2*len(sizes))
+
+
+def scores(learn, data):
+    "Name to percent"
     x, y, x_test, y_test = data
-    fit(learner(x[:6*settings["bs"]], seed, **settings), 3, 1e-3)   # warm up
+    def knn(h, h_test): return 100*knn_accuracy(h_test, y_test, h, y, k=20)
+    def linear(h, h_test): return 100*linear_probe(h, y, h_test, y_test).top1
+    found = {"kNN": knn(encode(learn, x)[0], encode(learn, x_test)[0])}
+    one = encode(learn, x, LARGER)[0], encode(learn, x_test, LARGER)[0]
+    all_views = averaged(learn, x), averaged(learn, x_test)
+    found[f"at {LARGER} px"] = knn(*one)
+    found["linear"] = linear(*one)
+    found["whitened"] = knn(*map(whitened(one[0]), one))
+    found["averaged"] = knn(*map(whitened(all_views[0]), all_views))
+    found["linear, averaged"] = linear(*all_views)
+    return found
+
+
+def run(data, seed, seconds, clock, settings):
+    "Epochs, seconds of training, and the scores in percent"
+    x = data[0]
+    fit(learner(x[:6*256], seed, **settings), 3, clock)   # warm up
     learn = learner(x, seed, **settings)
-    def knn(size=None):
-        return 100*knn_accuracy(encode(learn, x_test, size)[0], y_test, encode(learn, x, size)[0], y, k=20)
-    before = knn()
-    epochs, took = fit(learn, seconds, settings["lr"])
-    h, h_test = encode(learn, x, LARGER)[0], encode(learn, x_test, LARGER)[0]
-    return epochs, took, before, knn(), knn(LARGER), 100*linear_probe(h, y, h_test, y_test).top1
+    epochs, took = fit(learn, seconds, clock)
+    return epochs, took, scores(learn, data)
+
+
+TRIED = {   # name to what differs from the recipe
+    "float32": dict(bf16=False),
+    "not channels last": dict(channels_last=False),
+    "λ 0.005": dict(lmb=.005),
+    "λ 0.05": dict(lmb=.05),
+    "projector 1024, λ 0.01": dict(hidden_size=1024, projection_size=1024, lmb=.01),
+    "projector 256, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04),
+    "projector of 2 layers": dict(nlayers=2),
+    "batch 128": dict(bs=128, lr=.007),
+    "batch 512": dict(bs=512, lr=.0035),
+    "learning rate 0.01": dict(lr=.01),
+    "learning rate 0.0025": dict(lr=.0025),
+    "views of 32 px": dict(size=32),
+    "views of 16, then 24 px": dict(sizes=[(.5, 16), (1, 24)]),
+    "views of 16, 20, 24 px": dict(sizes=[(.33, 16), (.67, 20), (1, 24)]),
+    "crops above 35 %": dict(views=dict(recipe="cifar", resize_scale=[.35, 1.])),
+    "weaker jitter": dict(views=dict(recipe="cifar", jitter_s=[.3, .3, .2, .08])),
+    "four views": dict(nviews=4),
+    "weights averaged": dict(ema=.998),
+    "plain stem": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_type="", stem_width=32)),
+    "average pool": dict(pool_type="avg"),
+}
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("path", help="folder with one folder of images per class")
     p.add_argument("--seconds", type=float, default=440, help="of training")
+    p.add_argument("--cpu", action="store_true", help="count seconds that one core computes")
     p.add_argument("--choose", action="store_true", help="test on the images for choosing settings")
-    p.add_argument("--seeds", type=int, default=1)
-    p.add_argument("--without", nargs="+", choices=[*WITHOUT, "all"], default=[], help="settings to leave out in turn")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="other settings")
     return p.parse_args()
 
 
 def main():
     a = arguments()
+    clock = time.process_time if a.cpu else time.perf_counter
+    if a.cpu: torch.set_num_threads(1)
     data = class_folders(a.path, 1000, 500, spare=0 if a.choose else 500)
-    weights = sum(w.numel() for w in learner(data[0][:600], 0, **SETTINGS).model.encoder.parameters())
     print(machine("fastai", "timm"))
     print(f"{len(data[0]):,} images to train on, {len(data[2]):,} to test with"
-          f"{', on which the settings were chosen' if a.choose else ''}; "
-          f"encoder of {weights/1e6:.1f} M weights; {a.seconds:.0f} s of training")
-    print(SETTINGS, "\n")
-    columns = " ".join(f"{score:>11}" for score in SCORES)
-    print(f"{'':32} {'seed':>4} {'epochs':>6} {'seconds':>8} {columns}", flush=True)
-    without = WITHOUT if "all" in a.without else a.without
-    changes = {"all settings": {}, **{f"without {name}": WITHOUT[name] for name in without}}
-    for name, change in changes.items():
+          f"{', on which the settings were chosen' if a.choose else ''}; {a.seconds:.0f} s of training"
+          f"{' as one core computes them' if a.cpu else ''}")
+    tried = TRIED if "all" in a.tried else {name: TRIED[name] for name in a.tried}
+    for name, change in {"recipe": {}, **tried}.items():
         rows = []
-        for seed in range(a.seeds):
-            epochs, took, *scores = run(data, seed, a.seconds, **{**SETTINGS, **change})
-            rows.append(scores)
-            print(f"{name:32} {seed:4} {epochs:6.1f} {took:8.0f} {' '.join(f'{s:11.1f}' for s in scores)}", flush=True)
-        if a.seeds > 1:
-            columns = dict(zip(SCORES, zip(*rows)))
-            del columns["kNN before"]
-            spread = [f"{k} {statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for k, c in columns.items()]
-            print(f"{'mean ± sd over seeds':32} {', '.join(spread)}", flush=True)
+        for seed in a.seeds:
+            epochs, took, found = run(data, seed, a.seconds, clock, {**EXTRAS, **change})
+            rows.append(found)
+            text = ", ".join(f"{k} {v:.1f}" for k, v in found.items())
+            print(f"{name:26} seed {seed} {epochs:5.1f} epochs {took:4.0f} s: {text}", flush=True)
+        if len(rows) < 2: continue
+        spread = {k: [row[k] for row in rows] for k in rows[0]}
+        text = ", ".join(f"{k} {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for k, v in spread.items())
+        print(f"{name:26} mean ± sd: {text}", flush=True)
 
 
 if __name__ == "__main__": main()

@@ -2451,6 +2451,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.call_in_autocast': ( 'training.html#call_in_autocast',
                                                                                                'self_supervised_bt/training.py'),
+                                             'self_supervised_bt.training.muon': ('training.html#muon', 'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.scaled_to_weights': ( 'training.html#scaled_to_weights',
                                                                                                 'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.split_norm_bias': ( 'training.html#split_norm_bias',

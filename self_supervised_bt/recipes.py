@@ -41,7 +41,7 @@ from self_supervised_bt.layers import (
 )
 from .mixed import MixedBarlowTwins
 from .multiview import training_images
-from .training import LARS, WarmupCosine, split_norm_bias
+from .training import LARS, WarmupCosine, muon, split_norm_bias
 from .zoo import load_weights
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9
@@ -52,6 +52,7 @@ OPTIMIZERS = {
     "sgd": partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)),
     "adam": partial(OptimWrapper, opt=torch.optim.Adam),
     "adamw": partial(OptimWrapper, opt=torch.optim.AdamW),
+    "muon": partial(OptimWrapper, opt=muon),
     OWN: None}
 SCHEDULES = ("cosine", "one cycle")
 DECAYS = {"fastai": .01, OWN: None}   # weight decay if the recipe gives none, of the other optimizers 0
@@ -79,7 +80,7 @@ class Recipe:
     lmb_reg:float|None=None     # λ_reg of Mixed Barlow Twins in units of λ; None for the plain method
     bs:int=256                  # images per batch, over all ranks
     epochs:int=100
-    opt:str="fastai"            # "fastai", "lars", "sgd", "adam" or "adamw"
+    opt:str="fastai"            # "fastai", "lars", "sgd", "adam", "adamw" or "muon"
     lr:float=1e-3               # largest learning rate of the weights, for 256 images per batch
     lr_bias:float|None=None     # of biases and norms; that of the weights if None
     scale_lr:bool=True          # learning rates in proportion to the batch?

@@ -64,6 +64,14 @@ class LARS(Optimizer):
         torch._foreach_add_(m, u)
         torch._foreach_add_(ps, m, alpha=-lr)
 
+# %% ../nbs/20_training.ipynb #f66890c6
+def muon(params, # parameters, or groups of them
+         **kwargs # options of timm's `Muon`
+        )->torch.optim.Optimizer:
+    "timm's Muon (Jordan et al. 2024), with Nesterov's momentum; NAdamW for what is no matrix"
+    from timm.optim.muon import Muon
+    return Muon(params, nesterov=True, betas=(.9,.99), **kwargs)
+
 # %% ../nbs/20_training.ipynb #2d6e5cab
 def warmup_cosine(pct:float,      # share of all steps that are done, in [0,1]
                   warmup:float,   # share of the steps that the learning rate rises

@@ -84,7 +84,7 @@ def test_killed_20_times_resumed_20_times():
 # A resumed run equals a whole one bit for bit
 
 @pytest.mark.parametrize("at", [7, 8, 9])
-@pytest.mark.parametrize("opt", ["fastai", "lars", "adam", "adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["fastai", "lars", "adam", "adamw", "sgd", "muon"])
 def test_every_optimizer_resumes(tmp_path, opt, at):
     wd = 0. if opt == "fastai" else 1e-3
     schedule = "cosine" if opt == "lars" else "one cycle"

@@ -16,6 +16,8 @@ from conftest import collate, image_items, quiet, small_model
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from timm.optim import NAdamW
+from timm.optim.muon import Muon
 from torch import nn
 
 from self_supervised_bt.augmentations import VIEW_RECIPES, get_barlow_twins_aug_pipelines
@@ -26,7 +28,7 @@ from self_supervised_bt.layers import PoolingType, create_encoder
 from self_supervised_bt.losses import BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
-from self_supervised_bt.training import LARS, Autocast, WarmupCosine, split_norm_bias, warmup_cosine
+from self_supervised_bt.training import LARS, Autocast, WarmupCosine, muon, split_norm_bias, warmup_cosine
 from self_supervised_bt.weights import load_encoder, save_encoder, save_model
 from self_supervised_bt.zoo import load_weights
 
@@ -90,6 +92,36 @@ def test_lars_leaves_what_has_no_gradient_alone_and_its_state_can_be_saved():
 
 def digits_learner(recipe, **kwargs):
     return quiet(bt_learner(digits_dls(bs=128, device="cpu"), small_model().encoder, 8, recipe=recipe, **kwargs))
+
+
+@pytest.mark.parametrize("shape", [(24, 8, 3, 3), (8, 40), (40, 8)])
+def test_muon_moves_all_directions_equally_far(shape):
+    "Jordan et al. 2024: the update has the singular vectors of the momentum, and singular values near 1"
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(shape))
+    before = w.detach().clone()
+    spectrum = torch.logspace(0, -1, min(shape[0], w[0].numel()), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64).flatten(1), full_matrices=False)
+    w.grad = ((u*spectrum)@v).float().view(shape)
+    muon([w], lr=.1, weight_decay=0).step()
+    moved = (before - w.detach()).flatten(1).double()/(.1*.2*max(shape[0], w[0].numel())**.5)
+    inside = u.T@moved@v.T
+    assert inside.diagonal().sub(1).abs().max() < .35
+    assert (inside - inside.diagonal().diag()).abs().max() < .05   # Newton-Schulz in bfloat16
+
+
+def test_muon_leaves_biases_and_norms_to_nadamw():
+    torch.manual_seed(0)
+    b = torch.nn.Parameter(torch.randn(5))
+    reference = torch.nn.Parameter(b.detach().clone())
+    ours = muon([b], lr=.1, weight_decay=.02)
+    nadamw = NAdamW([reference], lr=.1, weight_decay=.02, betas=(.9, .99))
+    for _ in range(5):
+        b.grad = torch.randn(5)
+        reference.grad = b.grad.clone()
+        ours.step()
+        nadamw.step()
+    torch.testing.assert_close(b, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_schedule_values_are_the_formulas():
@@ -158,7 +190,8 @@ def test_every_recipe_is_plain_data_and_can_be_saved(name, tmp_path):
 
 
 @pytest.mark.parametrize("opt, kind", [
-    ("lars", LARS), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+    ("lars", LARS), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD),
+    ("muon", Muon)])
 @pytest.mark.parametrize("schedule", ["cosine", "one cycle"])
 def test_every_optimizer_and_schedule_trains(opt, kind, schedule):
     recipe = Recipe(opt=opt, lr=1e-2, lr_bias=1e-3, wd=1e-4, epochs=2, schedule=schedule, hidden_size=16,
