@@ -45,12 +45,11 @@ from self_supervised_bt.data import (
     digits_images,
     image_files,
     in_chunks,
-    known_dls,
     load_images,
-    named_data,
     split_indices,
     tensor_dls,
 )
+from .datasets import known_dls, named_data
 from self_supervised_bt.diagnostics import (
     Diagnostics,
     expected_losses,
