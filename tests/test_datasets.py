@@ -498,7 +498,7 @@ def test_a_class_of_torchvision_that_keeps_its_files_in_another_way():
 
 def test_parts_that_name_other_classes(tmp_path, monkeypatch):
     dtd(tmp_path, monkeypatch)
-    names = [n for n in (tmp_path/"dtd/dtd/labels/test1.txt").read_text().split() if "anemone" not in n]
+    names = [n for n in (tmp_path/"dtd/dtd/labels/test1.txt").read_text().splitlines() if "anemone" not in n]
     text(tmp_path/"dtd/dtd/labels/test1.txt", *names)
     with pytest.raises(ValueError, match="'dtd' names other classes in its test images"):
         train_test_dls("dtd", 8, root=tmp_path, complete=False)
