@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['known_images', 'known_dls']
 
-# %% ../nbs/04_datasets.ipynb #1e4c38b4
+# %% ../nbs/04_datasets.ipynb #e882b412
 import json
 import os
 from collections import defaultdict
@@ -25,6 +25,7 @@ from fastai.torch_core import TensorImage
 from fasttransform import Transform
 from torch import Tensor
 
+# %% ../nbs/04_datasets.ipynb #e4b239c3
 from self_supervised_bt.data import (
     BatchDL,
     ImageTensors,
@@ -39,7 +40,7 @@ from self_supervised_bt.data import (
 )
 from .folders import ImageFiles, file_dls, workers_for
 
-# %% ../nbs/04_datasets.ipynb #24efde2f
+# %% ../nbs/04_datasets.ipynb #6396e7ff
 METRICS = ("top-1", "mean per class", "mAP")
 
 class Published(NamedTuple):
@@ -71,7 +72,7 @@ class DataCard:
     def __str__(self): return card_text(self)
     __repr__ = __str__
 
-# %% ../nbs/04_datasets.ipynb #c4d70759
+# %% ../nbs/04_datasets.ipynb #97a1e29f
 def card_text(card:DataCard
              )->str:        # a line per fact
     "A card as plain text"
@@ -84,7 +85,7 @@ def card_text(card:DataCard
                 published="; ".join(figures), notes=card.notes)
     return "\n".join([f"{card.name}: {card.title}", *(f"  {k:<10}{v}" for k,v in rows.items() if v)])
 
-# %% ../nbs/04_datasets.ipynb #412bdd59
+# %% ../nbs/04_datasets.ipynb #e7e2897a
 FETCH = "pass download=True"
 _MIXED = "table of github.com/wgcban/mix-bt"
 
@@ -116,7 +117,7 @@ _PRETRAINING = (
              recipe="paper", published=(Published("Barlow Twins ResNet-50, 1000 epochs on its training images",
                                                   "linear", 73.2, "Zbontar et al. 2021, Table 1"),)))
 
-# %% ../nbs/04_datasets.ipynb #52bb8a85
+# %% ../nbs/04_datasets.ipynb #b85e414d
 _RANDOM = "Bandara et al. (2023) split the images 80 to 20 at random; here the standard split is used"
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 
@@ -135,7 +136,7 @@ _BANDARA = (
              "fgvc-aircraft-2013b", FETCH, f"{_VGG}/fgvc-aircraft/", metric="mean per class",
              notes="Bandara et al. (2023) cut the images to the aircraft's box and report top-1; here they are whole"))
 
-# %% ../nbs/04_datasets.ipynb #bc8cf3e8
+# %% ../nbs/04_datasets.ipynb #0b02dec9
 _TABLE3 = "Zbontar et al. 2021, Table 3"
 _BT = "Barlow Twins ResNet-50, 1000 epochs on ImageNet"
 
@@ -166,7 +167,7 @@ _OTHERS = (
     DataCard("places365", "Places365-Standard at 256 pixels, scenes", 365, 1_803_460, 36_500, "train-standard, val",
              "places365", FETCH, "http://places2.csail.mit.edu/"))
 
-# %% ../nbs/04_datasets.ipynb #718f1a5d
+# %% ../nbs/04_datasets.ipynb #cb98034c
 CARDS = {card.name: card for card in (*_PRETRAINING, *_BANDARA, *_OTHERS)}
 
 def closest(name:str # as a user typed it
@@ -191,7 +192,7 @@ def data_table()->pd.DataFrame: # a row per data set
                         "pixels": c.size or "vary", "recipe": c.recipe or ""}
     return pd.DataFrame({name: row(c) for name,c in CARDS.items()}).T
 
-# %% ../nbs/04_datasets.ipynb #f1684453
+# %% ../nbs/04_datasets.ipynb #d81fd17f
 PARTS = ("train", "test", "unlabelled")
 
 class Images(NamedTuple):
@@ -212,7 +213,7 @@ def taken(images:Images, # any
     files = None if images.files is None else [images.files[i] for i in idx.tolist()]
     return images._replace(x=x, files=files, y=images.y[idx])
 
-# %% ../nbs/04_datasets.ipynb #370653eb
+# %% ../nbs/04_datasets.ipynb #b2ecade5
 TINY_IMAGENET = dict(url="http://cs231n.stanford.edu/tiny-imagenet-200.zip", md5="90528d7ca1a48142e341f4ef8d21d0de")
 
 def torchvision_class(name): # of a data set; imported when it is needed
@@ -255,7 +256,7 @@ def class_numbers(names, classes)->Tensor: # raises `KeyError`
     index = {c: i for i,c in enumerate(classes)}
     return torch.tensor([index[n] for n in names], dtype=torch.long)
 
-# %% ../nbs/04_datasets.ipynb #021739bf
+# %% ../nbs/04_datasets.ipynb #42289e08
 LISTS = (("_image_files", "_labels"), ("_images", "_labels"), ("imgs", "targets"))   # files and labels
 
 def files_and_targets(ds # a dataset of torchvision
@@ -283,7 +284,7 @@ def listed(kind, train, test, home="", **kwargs): # a reader for a class of torc
         return Images(files=[Path(f) for f in files], y=torch.tensor(y), vocab=vocab)
     return read
 
-# %% ../nbs/04_datasets.ipynb #19a9d7da
+# %% ../nbs/04_datasets.ipynb #46de4d3b
 def imagenet(root, part, download):
     if download: raise ValueError("it is not downloaded from here")
     ds = torchvision_class("ImageFolder")(root/"imagenet"/("val" if part == "test" else "train"))
@@ -311,7 +312,7 @@ def caltech101(root, part, download):
     idx = torch.cat([rows[30:] if part == "test" else rows[:30] for rows in by_class]).sort()[0]
     return taken(Images(files=files, y=y, vocab=list(ds.categories)), idx)
 
-# %% ../nbs/04_datasets.ipynb #e8743383
+# %% ../nbs/04_datasets.ipynb #f91ae05e
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
        "sheep sofa train tvmonitor").split()
 
@@ -337,7 +338,7 @@ def inat2018(root, part, download):
     y = torch.tensor([classes[o["id"]] for o in about["images"]])
     return Images(files=files, y=y, vocab=[str(i) for i in range(len(about["categories"]))])
 
-# %% ../nbs/04_datasets.ipynb #e74c9cc9
+# %% ../nbs/04_datasets.ipynb #432c55d8
 READERS = dict(
     digits=digits, cifar10=arrays("CIFAR10"), cifar100=arrays("CIFAR100"), stl10=stl10, tinyimagenet=tiny_imagenet,
     mnist=arrays("MNIST"), fashionmnist=arrays("FashionMNIST"), imagenet=imagenet, voc2007=voc2007, inat2018=inat2018,
@@ -350,7 +351,7 @@ READERS = dict(
     food101=listed("Food101", ("train",), ("test",)),
     places365=listed("Places365", ("train-standard",), ("val",), "places365", small=True))
 
-# %% ../nbs/04_datasets.ipynb #72fff041
+# %% ../nbs/04_datasets.ipynb #9ca3cb41
 def data_root(root # folder or `None`
              )->Path:
     "Where data sets are kept; fastai's data folder if nothing else is said"
@@ -386,7 +387,7 @@ def absent_files(files:list # of paths
     return [f for folder,part in folders.items() for there in [names(folder)] for f in part
             if os.path.basename(f) not in there]
 
-# %% ../nbs/04_datasets.ipynb #3f9270b6
+# %% ../nbs/04_datasets.ipynb #11f2d69e
 def check_complete(name:str, part:str, images:Images, root:Path, complete:bool):
     "Raises `FileNotFoundError` if listed files are missing, `ValueError` if there are not as many as published"
     card = data_card(name)
@@ -420,7 +421,7 @@ def read_part(name:str,           # of a data set
     check_complete(name, part, images, root, complete)
     return images._replace(y=None) if part == "unlabelled" else images
 
-# %% ../nbs/04_datasets.ipynb #974438fe
+# %% ../nbs/04_datasets.ipynb #8f458129
 DATA_NAMES = tuple(CARDS)
 
 def named_data(data     # a name of `DATA_NAMES`, a folder, or a list
@@ -442,7 +443,7 @@ def data_as_text(data:str|Path # name or folder
     text = str(data)
     return f"./{text}" if isinstance(data, Path) and text in DATA_NAMES else text
 
-# %% ../nbs/04_datasets.ipynb #db789b21
+# %% ../nbs/04_datasets.ipynb #85538e19
 def kept_size_of(card:DataCard,
                  size # that was given, or `None`
                 )->int: # pixels; raises `ValueError`
@@ -463,7 +464,7 @@ def pixels_of(images:Images, size:int, n_in:int)->Tensor: # (N,n_in,size,size) u
     weights = torch.tensor([.299, .587, .114]).view(3, 1, 1)   # of ITU-R BT.601, as in Pillow
     return torch.cat([(part*weights).sum(1, keepdim=True).round().to(torch.uint8) for part in x.split(4096)])
 
-# %% ../nbs/04_datasets.ipynb #5d6f74b0
+# %% ../nbs/04_datasets.ipynb #7f762a6a
 def known_images(name:str,           # of a data set, e.g. "cifar10"
                  part:str="train",   # "train", "test", or "unlabelled": all to train on, for STL-10 more than "train"
                  root:str|Path=None, # folder that holds data sets; fastai's data folder if not given
@@ -479,7 +480,7 @@ def known_images(name:str,           # of a data set, e.g. "cifar10"
     images = read_part(name, part, root, download, complete)
     return pixels_of(images, size, n_in or card.n_in),images.y
 
-# %% ../nbs/04_datasets.ipynb #6d806ae4
+# %% ../nbs/04_datasets.ipynb #d0138305
 def known_dls(name:str,           # of a data set, e.g. "cifar10"
               bs:int=256,         # images per batch
               root:str|Path=None, # folder that holds data sets; fastai's data folder if not given
@@ -499,7 +500,7 @@ def known_dls(name:str,           # of a data set, e.g. "cifar10"
     if card.size: return tensor_dls(pixels_of(images, size, n_in), images.y, bs, vocab=vocab, **kwargs)
     return file_dls(images.files, images.y, vocab, size, bs, n_in=n_in, **kwargs)
 
-# %% ../nbs/04_datasets.ipynb #967d225b
+# %% ../nbs/04_datasets.ipynb #f5f8e5ef
 class CentreCut(Transform):
     "The centre of larger images"
     def __init__(self, size:int # height and width of the result, pixels
@@ -528,7 +529,7 @@ def part_dl(images:Images,    # from `read_part`
     dl.ignored = images.ignored
     return dl
 
-# %% ../nbs/04_datasets.ipynb #3775f535
+# %% ../nbs/04_datasets.ipynb #28d1c660
 def train_test_dls(name:str,           # of a data set
                    size:int,           # height and width at which files are read, pixels; no meaning for others
                    n_in:int=3,         # channels, 1 or 3
