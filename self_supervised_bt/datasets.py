@@ -213,7 +213,7 @@ def taken(images:Images, # any
     files = None if images.files is None else [images.files[i] for i in idx.tolist()]
     return images._replace(x=x, files=files, y=images.y[idx])
 
-# %% ../nbs/04_datasets.ipynb #b2ecade5
+# %% ../nbs/04_datasets.ipynb #957ec7ad
 TINY_IMAGENET = dict(url="http://cs231n.stanford.edu/tiny-imagenet-200.zip", md5="90528d7ca1a48142e341f4ef8d21d0de")
 
 def torchvision_class(name): # of a data set; imported when it is needed
@@ -239,6 +239,7 @@ def stl10(root, part, download):
     return Images(torch.from_numpy(np.ascontiguousarray(ds.data)), y=torch.from_numpy(ds.labels).long(),
                   vocab=getattr(ds, "classes", None))
 
+# %% ../nbs/04_datasets.ipynb #6f982bfe
 def tiny_imagenet(root, part, download):
     from torchvision.datasets.utils import download_and_extract_archive
     home = root/"tiny-imagenet-200"
@@ -256,7 +257,7 @@ def class_numbers(names, classes)->Tensor: # raises `KeyError`
     index = {c: i for i,c in enumerate(classes)}
     return torch.tensor([index[n] for n in names], dtype=torch.long)
 
-# %% ../nbs/04_datasets.ipynb #42289e08
+# %% ../nbs/04_datasets.ipynb #2d3acc34
 LISTS = (("_image_files", "_labels"), ("_images", "_labels"), ("imgs", "targets"))   # files and labels
 
 def files_and_targets(ds # a dataset of torchvision
@@ -284,7 +285,7 @@ def listed(kind, train, test, home="", **kwargs): # a reader for a class of torc
         return Images(files=[Path(f) for f in files], y=torch.tensor(y), vocab=vocab)
     return read
 
-# %% ../nbs/04_datasets.ipynb #46de4d3b
+# %% ../nbs/04_datasets.ipynb #5691f233
 def imagenet(root, part, download):
     if download: raise ValueError("it is not downloaded from here")
     ds = torchvision_class("ImageFolder")(root/"imagenet"/("val" if part == "test" else "train"))
@@ -312,7 +313,7 @@ def caltech101(root, part, download):
     idx = torch.cat([rows[30:] if part == "test" else rows[:30] for rows in by_class]).sort()[0]
     return taken(Images(files=files, y=y, vocab=list(ds.categories)), idx)
 
-# %% ../nbs/04_datasets.ipynb #f91ae05e
+# %% ../nbs/04_datasets.ipynb #c40cea29
 VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
        "sheep sofa train tvmonitor").split()
 
@@ -338,7 +339,7 @@ def inat2018(root, part, download):
     y = torch.tensor([classes[o["id"]] for o in about["images"]])
     return Images(files=files, y=y, vocab=[str(i) for i in range(len(about["categories"]))])
 
-# %% ../nbs/04_datasets.ipynb #432c55d8
+# %% ../nbs/04_datasets.ipynb #bfb9d827
 READERS = dict(
     digits=digits, cifar10=arrays("CIFAR10"), cifar100=arrays("CIFAR100"), stl10=stl10, tinyimagenet=tiny_imagenet,
     mnist=arrays("MNIST"), fashionmnist=arrays("FashionMNIST"), imagenet=imagenet, voc2007=voc2007, inat2018=inat2018,
@@ -351,7 +352,7 @@ READERS = dict(
     food101=listed("Food101", ("train",), ("test",)),
     places365=listed("Places365", ("train-standard",), ("val",), "places365", small=True))
 
-# %% ../nbs/04_datasets.ipynb #9ca3cb41
+# %% ../nbs/04_datasets.ipynb #7654b318
 def data_root(root # folder or `None`
              )->Path:
     "Where data sets are kept; fastai's data folder if nothing else is said"
@@ -387,7 +388,7 @@ def absent_files(files:list # of paths
     return [f for folder,part in folders.items() for there in [names(folder)] for f in part
             if os.path.basename(f) not in there]
 
-# %% ../nbs/04_datasets.ipynb #11f2d69e
+# %% ../nbs/04_datasets.ipynb #5604f448
 def check_complete(name:str, part:str, images:Images, root:Path, complete:bool):
     "Raises `FileNotFoundError` if listed files are missing, `ValueError` if there are not as many as published"
     card = data_card(name)
@@ -421,7 +422,7 @@ def read_part(name:str,           # of a data set
     check_complete(name, part, images, root, complete)
     return images._replace(y=None) if part == "unlabelled" else images
 
-# %% ../nbs/04_datasets.ipynb #8f458129
+# %% ../nbs/04_datasets.ipynb #52ed4310
 DATA_NAMES = tuple(CARDS)
 
 def named_data(data     # a name of `DATA_NAMES`, a folder, or a list
@@ -443,7 +444,7 @@ def data_as_text(data:str|Path # name or folder
     text = str(data)
     return f"./{text}" if isinstance(data, Path) and text in DATA_NAMES else text
 
-# %% ../nbs/04_datasets.ipynb #85538e19
+# %% ../nbs/04_datasets.ipynb #d774195c
 def kept_size_of(card:DataCard,
                  size # that was given, or `None`
                 )->int: # pixels; raises `ValueError`
@@ -464,7 +465,7 @@ def pixels_of(images:Images, size:int, n_in:int)->Tensor: # (N,n_in,size,size) u
     weights = torch.tensor([.299, .587, .114]).view(3, 1, 1)   # of ITU-R BT.601, as in Pillow
     return torch.cat([(part*weights).sum(1, keepdim=True).round().to(torch.uint8) for part in x.split(4096)])
 
-# %% ../nbs/04_datasets.ipynb #7f762a6a
+# %% ../nbs/04_datasets.ipynb #53ccff74
 def known_images(name:str,           # of a data set, e.g. "cifar10"
                  part:str="train",   # "train", "test", or "unlabelled": all to train on, for STL-10 more than "train"
                  root:str|Path=None, # folder that holds data sets; fastai's data folder if not given
@@ -480,7 +481,7 @@ def known_images(name:str,           # of a data set, e.g. "cifar10"
     images = read_part(name, part, root, download, complete)
     return pixels_of(images, size, n_in or card.n_in),images.y
 
-# %% ../nbs/04_datasets.ipynb #d0138305
+# %% ../nbs/04_datasets.ipynb #2c64163b
 def known_dls(name:str,           # of a data set, e.g. "cifar10"
               bs:int=256,         # images per batch
               root:str|Path=None, # folder that holds data sets; fastai's data folder if not given
@@ -500,7 +501,7 @@ def known_dls(name:str,           # of a data set, e.g. "cifar10"
     if card.size: return tensor_dls(pixels_of(images, size, n_in), images.y, bs, vocab=vocab, **kwargs)
     return file_dls(images.files, images.y, vocab, size, bs, n_in=n_in, **kwargs)
 
-# %% ../nbs/04_datasets.ipynb #f5f8e5ef
+# %% ../nbs/04_datasets.ipynb #c1943fb0
 class CentreCut(Transform):
     "The centre of larger images"
     def __init__(self, size:int # height and width of the result, pixels
@@ -529,7 +530,7 @@ def part_dl(images:Images,    # from `read_part`
     dl.ignored = images.ignored
     return dl
 
-# %% ../nbs/04_datasets.ipynb #28d1c660
+# %% ../nbs/04_datasets.ipynb #9133264d
 def train_test_dls(name:str,           # of a data set
                    size:int,           # height and width at which files are read, pixels; no meaning for others
                    n_in:int=3,         # channels, 1 or 3
