@@ -96,34 +96,36 @@ def averaged(learn, x, sizes=(32, LARGER)):
     return sum(encode(learn, part, size)[0] for size in sizes for part in (x, x.flip(3)))/(2*len(sizes))
 
 
-def scores(learn, data):
-    "Name to percent"
+def scores(learn, data, chosen):
+    "Name to percent; fewer of them while settings are chosen"
     x, y, x_test, y_test = data
     def knn(h, h_test): return 100*knn_accuracy(h_test, y_test, h, y, k=20)
     def linear(h, h_test): return 100*linear_probe(h, y, h_test, y_test).top1
     found = {"kNN": knn(encode(learn, x)[0], encode(learn, x_test)[0])}
     one = encode(learn, x, LARGER)[0], encode(learn, x_test, LARGER)[0]
-    all_views = averaged(learn, x), averaged(learn, x_test)
     found[f"at {LARGER} px"] = knn(*one)
-    found["linear"] = linear(*one)
     found["whitened"] = knn(*map(whitened(one[0]), one))
+    found["linear"] = linear(*one)
+    if not chosen: return found
+    all_views = averaged(learn, x), averaged(learn, x_test)
     found["averaged"] = knn(*map(whitened(all_views[0]), all_views))
     found["linear, averaged"] = linear(*all_views)
     return found
 
 
-def run(data, seed, seconds, clock, settings):
+def run(data, seed, seconds, clock, chosen, settings):
     "Epochs, seconds of training, and the scores in percent"
     x = data[0]
     fit(learner(x[:6*256], seed, **settings), 3, clock)   # warm up
     learn = learner(x, seed, **settings)
     epochs, took = fit(learn, seconds, clock)
-    return epochs, took, scores(learn, data)
+    return epochs, took, scores(learn, data, chosen)
 
 
 TRIED = {   # name to what differs from the recipe
     "float32": dict(bf16=False),
     "not channels last": dict(channels_last=False),
+    "Muon": dict(opt="muon", lr=.04, lr_bias=.005),
     "λ 0.005": dict(lmb=.005),
     "λ 0.05": dict(lmb=.05),
     "projector 1024, λ 0.01": dict(hidden_size=1024, projection_size=1024, lmb=.01),
@@ -169,7 +171,7 @@ def main():
     for name, change in {"recipe": {}, **tried}.items():
         rows = []
         for seed in a.seeds:
-            epochs, took, found = run(data, seed, a.seconds, clock, {**EXTRAS, **change})
+            epochs, took, found = run(data, seed, a.seconds, clock, not a.choose, {**EXTRAS, **change})
             rows.append(found)
             text = ", ".join(f"{k} {v:.1f}" for k, v in found.items())
             print(f"{name:26} seed {seed} {epochs:5.1f} epochs {took:4.0f} s: {text}", flush=True)
