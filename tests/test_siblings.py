@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.checkpoints import Checkpoints
-from self_supervised_bt.data import digits_dls
+from self_supervised_bt.data import digits_dls, digits_images, tensor_dls
 from self_supervised_bt.diagnostics import Diagnostics, losses_to_expect
 from self_supervised_bt.distributed import over_ranks, synced_batchnorm
 from self_supervised_bt.doctor import diagnose
@@ -264,8 +264,10 @@ def test_a_fit_shows_the_terms_moves_all_weights_and_restores_the_loss(name, vie
     assert torch.allclose(encode(learn, x)[0], learn.model.encoder(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fit_search_fit_export_load_fit(name, make_dls, tmp_path):
+@pytest.mark.parametrize("name", ["byol", "wmse"])
+def test_fit_search_fit_export_load_fit(name, tmp_path):
+    x = nn.functional.interpolate(digits_images()[0][:48].float()/255, size=8)
+    def make_dls(): return tensor_dls(x, bs=16, device="cpu")
     learn = learner(name, make_dls, cbs=[Autocast()])
     learn.path = tmp_path
     learn.fit(1)
@@ -286,13 +288,12 @@ def test_fit_search_fit_export_load_fit(name, make_dls, tmp_path):
     getattr(loaded, name).show(n=2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["byol", "wmse"])
 def test_a_killed_run_resumes_to_the_last_bit(name, make_dls, tmp_path):
     def fit(folder, cbs=()):
         set_seed(0)
-        dls = digits_dls(bs=16, device="cpu")
         learn = learner(name, make_dls, [Checkpoints(folder, every=2, resume=True), *cbs], dls=make_dls(64, bs=16))
-        with learn.no_bar() if hasattr(learn, "no_bar") else warnings.catch_warnings(): learn.fit(2)
+        learn.fit(2)
         return learn
     whole = fit(tmp_path/"whole")
     with pytest.raises(Killed): fit(tmp_path/"killed", [KillAfter(6)])
