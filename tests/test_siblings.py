@@ -240,7 +240,8 @@ def test_two_ranks_equal_one_with_the_global_batch():
 
 def learner(name, make_dls, cbs=(), views=2, model=None, width=4, dls=None, opt_func=SGD, **kwargs):
     cb = SIBLINGS[name](get_multi_aug_pipelines(views, 8, stats=None), **kwargs)
-    if model is None: model = create_byol_model(small_encoder(), 8, width) if name == "byol" else small_model(width=width)
+    if model is None and name == "byol": model = create_byol_model(small_encoder(), 8, width)
+    if model is None: model = small_model(width=width)
     lr = .002 if name == "vicreg" else .05
     return quiet(Learner(dls or make_dls(), model, lr=lr, opt_func=opt_func, cbs=[cb, *cbs]))
 
@@ -415,7 +416,8 @@ def test_settings_that_do_not_fit_are_refused(change, message):
 
 def test_arguments_beside_a_method_are_refused():
     recipe = get_recipe("digits", method="simclr")
-    with pytest.raises(ValueError, match="lmb=0.1 would have no effect"): bt_learner(digits_dls(), recipe=recipe, lmb=.1)
+    with pytest.raises(ValueError, match="lmb=0.1 would have no effect"):
+        bt_learner(digits_dls(), recipe=recipe, lmb=.1)
     with pytest.raises(ValueError, match="loss and method='simclr' exclude each other"):
         bt_learner(digits_dls(), recipe=recipe, loss=barlow_twins_loss)
 
