@@ -25,7 +25,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
-from .augmentations import check_pipelines, get_barlow_twins_aug_pipelines, get_batch_augs
+from .augmentations import check_pipelines, get_batch_augs, get_multi_aug_pipelines
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
 from .core import check_choice, check_number, check_positive_int, whole_file
 from .encoder_files import KEY, input_of, mlp_settings
@@ -42,7 +42,7 @@ from self_supervised_bt.layers import (
 from .mixed import MixedBarlowTwins
 from .multiview import MultiView, training_images
 from .siblings import SIBLINGS, check_method_args, create_byol_model, sibling_callback
-from .training import LARS, WarmupCosine, split_norm_bias
+from .training import LARS, WarmupCosine, muon, split_norm_bias
 from .zoo import load_weights
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9
@@ -53,6 +53,7 @@ OPTIMIZERS = {
     "sgd": partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)),
     "adam": partial(OptimWrapper, opt=torch.optim.Adam),
     "adamw": partial(OptimWrapper, opt=torch.optim.AdamW),
+    "muon": partial(OptimWrapper, opt=muon),
     OWN: None}
 SCHEDULES = ("cosine", "one cycle")
 DECAYS = {"fastai": .01, OWN: None}   # weight decay if the recipe gives none, of the other optimizers 0
@@ -71,6 +72,7 @@ class Recipe:
     small_stem:bool|str|None=None # as in `create_encoder`; None chooses by the size of the views
     size:int|tuple|None=None    # of the views, pixels; that of the images if None
     views:dict|str=field(default_factory=dict) # arguments of `get_barlow_twins_aug_pipelines`
+    nviews:int=2                # views of every image
     hidden_size:int=1024        # width of the projector's hidden layers
     projection_size:int=1024    # width of the embedding
     nlayers:int=3               # linear layers in the projector
@@ -83,7 +85,7 @@ class Recipe:
     lmb_reg:float|None=None     # λ_reg of Mixed Barlow Twins in units of λ; None for the plain method
     bs:int=256                  # images per batch, over all ranks
     epochs:int=100
-    opt:str="fastai"            # "fastai", "lars", "sgd", "adam" or "adamw"
+    opt:str="fastai"            # "fastai", "lars", "sgd", "adam", "adamw" or "muon"
     lr:float=1e-3               # largest learning rate of the weights, for 256 images per batch
     lr_bias:float|None=None     # of biases and norms; that of the weights if None
     scale_lr:bool=True          # learning rates in proportion to the batch?
@@ -147,7 +149,7 @@ def check_recipe(r:Recipe # any
     check_choice("schedule", r.schedule, SCHEDULES)
     check_choice("pool_type", r.pool_type, (None, *(p.value for p in PoolingType)))
     check_choice("small_stem", r.small_stem, STEMS)
-    for name in ("hidden_size", "projection_size", "nlayers", "bs", "epochs"):
+    for name in ("hidden_size", "projection_size", "nlayers", "bs", "epochs", "nviews"):
         check_positive_int(name, getattr(r, name))
     for name in ("lmb", "lmb_reg", "lr", "lr_bias", "wd", "wd_bias", "warmup"):
         value = getattr(r, name)
@@ -428,7 +430,7 @@ def with_given(recipe:Recipe,
         raise ValueError(f"lmb={given['lmb']} would have no effect, the given loss has its own weights: "
                          f"pass one of the two, e.g. loss=BarlowTwinsLoss(lmb={given['lmb']})")
     if loss is not None and recipe.method == BARLOW_TWINS: given["lmb"] = None
-    if aug_pipelines is not None: given["views"] = OWN
+    if aug_pipelines is not None: given |= dict(views=OWN, nviews=len(check_pipelines(aug_pipelines)))
     return recipe.changed(**given)
 
 # %% ../nbs/21_recipes.ipynb #9ea780d0
@@ -442,7 +444,8 @@ def recipe_views(recipe:Recipe,
     if aug_pipelines is None:
         if recipe.views == OWN: raise ask_for(recipe, "views", "aug_pipelines")
         size = recipe.size or tuple(x.shape[-2:])
-        augs,shape = get_barlow_twins_aug_pipelines(size, **recipe.views),(x.shape[1], *plain_pair(size))
+        augs = get_multi_aug_pipelines(recipe.nviews, size, **recipe.views)
+        shape = x.shape[1],*plain_pair(size)
     else:
         augs = check_pipelines(aug_pipelines)
         with random_states_kept(): shape = tuple(augs[0](torch.zeros_like(x[:2])).shape[1:])   # whatever x holds
