@@ -53,7 +53,7 @@ OPTIMIZERS = {
     "sgd": partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)),
     "adam": partial(OptimWrapper, opt=torch.optim.Adam),
     "adamw": partial(OptimWrapper, opt=torch.optim.AdamW),
-    "muon": partial(OptimWrapper, opt=muon),
+    "muon": muon,
     OWN: None}
 SCHEDULES = ("cosine", "one cycle")
 DECAYS = {"fastai": .01, OWN: None}   # weight decay if the recipe gives none, of the other optimizers 0
@@ -157,9 +157,17 @@ def check_recipe(r:Recipe # any
         if value is not None or not optional: check_number(name, value, zero=not name.startswith("lr"))
     if r.warmup >= r.epochs:
         raise ValueError(f"warmup={r.warmup} epochs do not fit into epochs={r.epochs}: use fewer")
+    check_nviews(r)
     check_optimizer(r)
     check_method(r)
     check_dicts(r)
+
+def check_nviews(r:Recipe # any
+                )->None:  # raises `ValueError`
+    "Refuse fewer than two views, and more where the method takes two"
+    if r.nviews < 2: raise ValueError(f"nviews={r.nviews} is no pair: use 2 or more views of every image")
+    if r.nviews > 2 and r.lmb_reg is not None:
+        raise ValueError(f"nviews={r.nviews}, but Mixed Barlow Twins mixes two views: leave nviews or lmb_reg out")
 
 def check_optimizer(r:Recipe # any
                    )->None:  # raises `ValueError`

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
-from fastai.optimizer import Optimizer
+from fastai.optimizer import Optimizer, OptimWrapper, pytorch_hp_map
 from fastcore.foundation import L
 from torch import nn
 
@@ -65,12 +65,15 @@ class LARS(Optimizer):
         torch._foreach_add_(ps, m, alpha=-lr)
 
 # %% ../nbs/20_training.ipynb #f66890c6
-def muon(params, # parameters, or groups of them
-         **kwargs # options of timm's `Muon`
-        )->torch.optim.Optimizer:
+def timm_muon(params, # parameters, or groups of them
+              **kwargs # options of timm's `Muon`
+             )->torch.optim.Optimizer:
     "timm's Muon (Jordan et al. 2024), with Nesterov's momentum; NAdamW for what is no matrix"
     from timm.optim.muon import Muon
-    return Muon(params, nesterov=True, betas=(.9,.99), **kwargs)
+    return Muon(params, nesterov=True, momentum=.85, betas=(.9,.99), **kwargs)
+
+MUON_HYPERS = {k: v for k,v in pytorch_hp_map.items() if k != "betas__0"}   # `mom` is the momentum of matrices
+muon = partial(OptimWrapper, opt=timm_muon, hp_map=MUON_HYPERS)
 
 # %% ../nbs/20_training.ipynb #2d6e5cab
 def warmup_cosine(pct:float,      # share of all steps that are done, in [0,1]

@@ -25,7 +25,7 @@ from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_mod
 from self_supervised_bt.core import undisturbed
 from self_supervised_bt.data import digits_dls, tensor_dls
 from self_supervised_bt.layers import PoolingType, create_encoder
-from self_supervised_bt.losses import BarlowTwinsLoss
+from self_supervised_bt.losses import AllPairs, BarlowTwinsLoss
 from self_supervised_bt.mixed import MixedBarlowTwins
 from self_supervised_bt.recipes import RECIPES, Recipe, bt_learner, get_recipe, load_recipe
 from self_supervised_bt.training import LARS, Autocast, WarmupCosine, muon, split_norm_bias, warmup_cosine
@@ -122,6 +122,15 @@ def test_muon_leaves_biases_and_norms_to_nadamw():
         ours.step()
         nadamw.step()
     torch.testing.assert_close(b, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_one_cycle_schedules_the_momentum_of_matrices():
+    learn = digits_learner(Recipe(opt="muon", lr=.01, wd=0., epochs=2, hidden_size=16, projection_size=16))
+    seen = []
+    learn.add_cb(DoAt("after_step", lambda learn: seen.append(learn.opt.opt.param_groups[0]["momentum"])))
+    learn.fit_recipe()
+    assert min(seen) == pytest.approx(.85, abs=.01) and max(seen) == pytest.approx(.95, abs=.01)
+    assert {group["betas"] for group in learn.opt.opt.param_groups} == {(.9, .99)}
 
 
 def test_schedule_values_are_the_formulas():
@@ -242,9 +251,21 @@ def test_the_default_recipe_is_the_plain_learner():
     (dict(size="16"), "size must be"), (dict(bias="no"), "bias must be"), (dict(small_stem="big"), "small_stem must"),
     (dict(arch=5), "arch must be text"), (dict(arch_args=[3]), "arch_args must be"), (dict(epochs="a"), "epochs must"),
     (dict(views=dict(jiter=1)), "no jiter"), (dict(views=dict(size=8)), "recipe's own size"),
+    (dict(nviews=1), "nviews=1 is no pair"), (dict(nviews=3, lmb_reg=4.), "mixes two views"), (dict(nviews=2.5), "nviews"),
     (dict(views=dict(xtra_tfms=[nn.ReLU()])), "views must be plain data")])
 def test_bad_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=message): get_recipe("default", **bad)
+
+
+def test_a_recipe_of_four_views_trains_on_all_pairs():
+    x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    recipe = Recipe(nviews=4, arch="timm/test_resnet", pool_type=None, size=16, hidden_size=16, projection_size=16)
+    learn = quiet(bt_learner(tensor_dls(x, bs=16, valid_pct=0, device="cpu"), recipe=recipe))
+    learn.fit(1)
+    bt = learn.barlow_twins
+    assert len(bt.augs) == 4 and isinstance(bt.objective, AllPairs) and learn.recipe.nviews == 4
+    two = bt_learner(tensor_dls(x, bs=16, device="cpu"), recipe=recipe, aug_pipelines=bt.augs[:2])
+    assert len(two.barlow_twins.augs) == two.recipe.nviews == 2   # what is given wins
 
 
 def test_bad_files_and_missing_recipes(tmp_path, make_learner):
