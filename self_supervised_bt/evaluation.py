@@ -368,7 +368,7 @@ def forward(self:BatchEncoder, x): # normalised images
         height,width = x.shape[2:]
         if self.trained_at in (None, (height, width)): raise
         raise ValueError(f"the encoder was trained at {self.trained_at[0]}x{self.trained_at[1]} pixels, and fails at "
-                         f"{height}x{width} ({' '.join(str(e).split()):.200}): leave out size=, and sizes in tta=") from e
+                         f"{height}x{width} ({' '.join(str(e).split()):.200}): leave out size=, or sizes in tta") from e
 
 # %% ../nbs/30_evaluation.ipynb #9f330c63
 def how_encoded(clean:Pipeline,          # size and normalisation of an encoder's images
@@ -389,7 +389,7 @@ def how_encoded(clean:Pipeline,          # size and normalisation of an encoder'
     given = {k for k,v in dict(size=size, tta=tta, levels=levels).items() if v is not None}
     for name in sorted(given):
         if asked[name] != fitted[name]:
-            raise ValueError(f"{name}={asked[name]!r} differs from that of the images on which the whitening was fitted, "
+            raise ValueError(f"{name}={asked[name]!r} is not what the whitening was fitted with, "
                              f"{name}={fitted[name]!r}: leave {name} out, or fit a whitening for it")
     return dict(fitted)
 
@@ -455,7 +455,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
            data,              # a loader of images, with or without labels; images (N,C,H,W); or (images, labels)
            size:int|tuple=None, # height and width of the images, pixels; that of the views if not given
            progress:bool=False, # show a progress bar?
-           tta:str|tuple=None, # what `h` is averaged over: "flip", "crops", "sizes", sizes in pixels, several in a tuple
+           tta:str|tuple=None, # what `h` is averaged over: "flip", "crops", "sizes", pixels, or several in a tuple
            levels:int=None,   # stages whose pooled maps are put beside each other; the last alone if not given
            whiten:bool|str=None # "fit": on these images, remembered by the encoder; `True`: as it remembers
           )->tuple:           # h (N,F) float32 and y (N,) or `None`, both on the CPU

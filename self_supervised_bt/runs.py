@@ -67,6 +67,7 @@ from .formats import LoadedWeights
 
 # %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
+    PROCESSED,
     effective_rank,
     encode,
     encode_views,
@@ -75,12 +76,11 @@ from self_supervised_bt.evaluation import (
     label_table,
     linear_probe,
     neighbours,
-    PROCESSED,
-    processed_rows,
-    whitened_pair,
     positive_pair_accuracy,
+    processed_rows,
     sample_labels,
     unlabelled_table,
+    whitened_pair,
 )
 from self_supervised_bt.folders import (
     ImageFiles,
@@ -914,7 +914,7 @@ def train_and_compare(run:ShortRun, # from `short_run`
     seconds = fit_run(learn)
     trained,c_after = encoder_rows(learn, run.labels)
     rows = {"raw pixels": pixel_rows(learn, run.labels), "untrained encoder": untrained, "trained encoder": trained}
-    if run.labels: rows["trained, whitened"] = whitened_pair(*trained)
+    if run.labels: rows["trained encoder, whitened"] = whitened_pair(*trained)
     if run.labels: table = label_table(rows, dls.train.dataset.y.cpu(), dls.valid.dataset.y.cpu())
     else: table = unlabelled_table(rows)
     return Comparison(learn, table, c_before, c_after, seconds)

@@ -28,7 +28,7 @@ from self_supervised_bt.data import PATIENCE
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.export import export_timm
 from self_supervised_bt.folders import labelled_dls
-from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.layers import create_encoder, fit_whitening
 from self_supervised_bt.runs import evaluate, pretrain, size_and_channels
 from self_supervised_bt.weights import load_encoder, save_encoder
 
@@ -397,6 +397,25 @@ def test_two_folders_of_one_name_give_two_rows(trained, run, tmp_path):
     runs.save_evaluation(run, table, ("knn",))
     assert list(json.loads((run/"evaluation.json").read_text())["rows"]) == list(table.index)
     assert runs.names_of(["x", "x"]) == ["x (1)", "x (2)"] or len(set(runs.names_of(["x", "x"]))) == 2
+
+
+def test_rows_after_post_processing_stand_below_those_of_a_single_view(run, trained):
+    folder = trained[0]/"images"
+    plain = evaluate(run, [folder, folder], ("knn", "linear"), num_workers=0)
+    table = evaluate(run, [folder, folder], ("knn", "linear"), num_workers=0, processed=True)
+    names = list(plain.index)
+    assert list(table.index) == names + [f"{name}, {way}" for way in runs.PROCESSED for name in names]
+    assert table.loc[names].equals(plain) and set(table["test images"]) == {8}
+    encoder, dls = load_encoder(run/"encoder.safetensors"), labelled_dls(folder, 24, num_workers=0)
+    (h, y), (h_test, y_test) = (encode(encoder, dl, tta="flip") for dl in (dls.train.new(shuffle=False), dls.valid))
+    for way, whitening in (("flips averaged", lambda h: h), ("both", fit_whitening(h))):
+        knn = knn_accuracy(whitening(h_test), y_test, whitening(h), y, k=20)
+        assert table.loc[f"{names[0]}, {way}", "kNN (k=20)"] == round(100*float(knn), 1)
+    table.loc[names[0], "transfer"] = 50.
+    runs.save_evaluation(run, table, ("knn", "linear", "transfer"))
+    results = runs.run_facts(run)["results"]
+    assert [row["data"] for row in results] == list(table.index) and ["transfer" in row for row in results[:3]] == \
+        [True, False, False]
 
 
 def test_few_labels_are_sampled_several_times(run, trained):
