@@ -17,7 +17,6 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import torch
 from _common import class_folders, machine
 
 from self_supervised_bt.evaluation import encode, k_shot_accuracy, knn_accuracy, linear_probe, size_of
@@ -47,7 +46,7 @@ def digits(seed):
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("path", help="folder with one folder of images per class, or digits")
+    p.add_argument("path", nargs="?", default="digits", help="folder with one folder of images per class, or digits")
     p.add_argument("--encoder", help="run, file, URL or name of weights; for a folder of images")
     p.add_argument("--size", type=int, help="of the images, pixels; the encoder's if not given")
     p.add_argument("--per-class", type=int, default=1000, help="images per class to train on")
@@ -70,8 +69,9 @@ def main():
         x, y, x_test, y_test = class_folders(Path(a.path), a.per_class, a.held_out)
     encoder = getattr(getattr(model, "model", model), "encoder", model)
     print(machine("timm", "scikit-learn"))
-    print(f"{len(x):,} images to learn from, {len(x_test):,} to test with, of {a.size or size_of(encoder.clean_pipeline)}"
-          f" pixels; %\n\n{'':24} {'floor':>7} {'width':>6} {'seconds':>8} {'kNN':>6} {'linear':>7} {'1-shot':>13}")
+    size = a.size or size_of(encoder.clean_pipeline)
+    print(f"{len(x):,} images to learn from, {len(x_test):,} to test with, of {size} pixels; %\n")
+    print(f"{'':24} {'floor':>7} {'width':>6} {'seconds':>8} {'kNN':>6} {'linear':>7} {'1-shot':>13}")
     for name in a.options:
         kwargs = OPTIONS[name]
         if kwargs.get("levels", 1) > max(1, len(stage_names(encoder))): continue
@@ -85,6 +85,4 @@ def main():
             print(f"{'  whitened':24} {floor:7g} {line} {scores(*rows, not a.no_linear)}", flush=True)
 
 
-if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+if __name__ == "__main__": main()
