@@ -9,11 +9,11 @@ __all__ = []
 from importlib import import_module
 
 # %% ../nbs/99_all.ipynb #5a1e0c02
-MODULES = ("core", "data", "folders", "fitting", "fused",
+MODULES = ("core", "data", "folders", "fitting", "datasets", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
            "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",
-           "evaluation", "classifiers", "diagnostics", "doctor", "reports",
+           "evaluation", "classifiers", "diagnostics", "doctor", "reports", "transfer",
            "weights", "export", "detection", "runs", "experiments")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04

@@ -30,7 +30,7 @@ from fastai.torch_core import set_seed
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-# %% ../nbs/51_experiments.ipynb #628c1d71
+# %% ../nbs/51_experiments.ipynb #4b4f07f3
 from .augmentations import VIEW_RECIPES
 from .checkpoints import package_versions
 from .core import check_choice, check_positive_int, whole_file, write_json
@@ -39,11 +39,10 @@ from self_supervised_bt.data import (
     digits_images,
     hold_out,
     image_files,
-    known_images,
     load_images,
-    named_data,
     tensor_dls,
 )
+from .datasets import data_card, known_images, named_data, read_part, train_test_dls
 from self_supervised_bt.evaluation import (
     effective_rank,
     encode,
@@ -56,7 +55,7 @@ from .folders import files_and_labels, kept_size, labelled_dls, size_and_channel
 from .layers import create_mlp_module
 from .losses import VARIANTS, variant_loss
 from .recipes import Recipe, bt_learner, get_recipe
-from .runs import hours_minutes_seconds, write_csv
+from .runs import check_no_root, hours_minutes_seconds, write_csv
 from .training import Autocast
 
 # %% ../nbs/51_experiments.ipynb #e6e18b76
@@ -242,7 +241,7 @@ def methods(r:Recipe)->Experiment: # recipe of the baseline
 EXPERIMENTS = {"table5": table5, "asymmetry": asymmetry, "augmentations": augmentations, "batch-size": batch_size,
                "projector": projector, "lambda": redundancy_weight, "mixed": mixed, "methods": methods}
 
-# %% ../nbs/51_experiments.ipynb #7e619375
+# %% ../nbs/51_experiments.ipynb #ce9068d1
 SCALES = ("small", "paper")
 SMALL_IMAGE = 64   # pixels, the largest side of images that the small recipes are for
 
@@ -256,8 +255,10 @@ def baseline_recipe(data:str|Path, # as for `run_experiment`
         if scale == "paper": raise ValueError("scale='paper' is for photographs: pass their folder as data")
         return get_recipe("digits")
     if scale == "small": return get_recipe("cifar")
-    if side <= SMALL_IMAGE: return get_recipe("mixed-cifar10", name="cifar10, plain", lmb_reg=None)
-    return get_recipe("paper", epochs=300)
+    if side > SMALL_IMAGE: return get_recipe("paper", epochs=300)
+    name = named_data(data)
+    mixed = (name and data_card(name).recipe) or "mixed-cifar10"
+    return get_recipe(mixed, name=f"{mixed}, without its regulariser", lmb_reg=None)
 
 def named_experiment(name:str,     # one of `EXPERIMENTS`
                      recipe:Recipe # of the baseline
@@ -305,26 +306,42 @@ class ImagesInMemory:
                  if t is not None]
         return dict(train=self.n, test=self.n_test, shape=list(self.x.shape[1:]), digest="-".join(parts))
 
-# %% ../nbs/51_experiments.ipynb #6d7f6866
+# %% ../nbs/51_experiments.ipynb #90bcb9bd
 class ImagesInFiles:
-    "More labelled images than fit into memory, in a folder with one folder per class; the same division for every seed"
-    def __init__(self, folder:Path, test:Path|None, size:int, n_in:int):
-        self.folder,self.size,self.n_in = folder,size,n_in
-        self.dls = labelled_dls(folder, size, n_in, test=test)
+    "More labelled images than fit into memory; the same division for every seed"
+    def __init__(self,
+                 dls:DataLoaders, # training and test images in files, with labels
+                 size:int,        # at which they are read, pixels
+                 n_in:int         # channels
+                ): self.dls,self.size,self.n_in = dls,size,n_in
     def divided(self, bs:int, seed:int)->tuple:
+        "As that of `ImagesInMemory`"
         train,test = self.dls.train,self.dls.valid
-        return DataLoaders(train.new(bs=bs), test, device=train.device),train,test
+        return DataLoaders(train.new(bs=bs, shuffle=True, drop_last=True), test, device=train.device),train,test
     def sample(self, n:int)->Tensor:
+        "As that of `ImagesInMemory`"
         files = self.dls.train.dataset.files
         return load_images([files[i % len(files)] for i in range(n)], self.size, self.n_in, progress=False)
     @property
     def about(self)->dict:
+        "What the images are, by the names of their files"
         sets = {name: dl.dataset for name,dl in (("train", self.dls.train), ("test", self.dls.valid))}
         names = digest(*("\n".join(Path(str(f)).name for f in ds.files).encode() for ds in sets.values()))
         return {**{name: len(ds) for name,ds in sets.items()}, "shape": [self.n_in, self.size, self.size],
                 "digest": names}
 
-# %% ../nbs/51_experiments.ipynb #4445fe39
+# %% ../nbs/51_experiments.ipynb #54464a61
+def fits(n:int,    # images
+         n_in:int, # channels
+         size:int, # pixels
+         given:int|None # images to train on, as asked for
+        )->bool:   # raises `ValueError`
+    "Do the images fit into memory?"
+    if n*n_in*size**2 <= IN_MEMORY: return True
+    if given: raise ValueError(f"images={given} is for images that fit into memory: leave it out")
+    return False
+
+# %% ../nbs/51_experiments.ipynb #2611cde3
 def train_and_test_folders(data:str|Path # folder
                           )->tuple:      # folder of training images, and of test images or `None`; raises `ValueError`
     "The folders `train` and `test` or `val` in a folder, if there are any"
@@ -339,44 +356,65 @@ def with_labels(folder:Path, size:int, n_in:int)->tuple: # images, class indices
     files,y,vocab = files_and_labels(folder, "outermost")
     return load_images(list(files), size, n_in, progress=False),torch.as_tensor(y),list(vocab)
 
+# %% ../nbs/51_experiments.ipynb #62dddbee
 @lru_cache(maxsize=1)
-def folder_images(data:str,      # folder
-                  size:int,      # of the views, pixels
-                  n:int|None     # images to train on
-                 ):              # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
+def folder_images(data:str,   # folder
+                  size:int,   # of the views, pixels
+                  n:int|None  # images to train on
+                 ):           # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
     "The labelled images of a folder"
     train,test = train_and_test_folders(data)
     files = image_files(train)
     side,n_in = size_and_channels(files)
     kept = kept_size(size, side)
-    if len(files)*n_in*kept**2 > IN_MEMORY:
-        if n: raise ValueError(f"images={n} is for images that fit into memory: leave it out")
-        return ImagesInFiles(train, test, kept, n_in)
+    if not fits(len(files), n_in, kept, n):
+        return ImagesInFiles(labelled_dls(train, kept, n_in, test=test), kept, n_in)
     x,y,vocab = with_labels(train, kept, n_in)
     if test is None: return ImagesInMemory(x, y, n=n)
     x_test,y_test,test_vocab = with_labels(test, kept, n_in)
     if test_vocab != vocab: raise ValueError(f"{train} and {test} must have the same classes")
     return ImagesInMemory(x, y, x_test, y_test, n)
 
-# %% ../nbs/51_experiments.ipynb #dfd54acb
+# %% ../nbs/51_experiments.ipynb #5cd7c0b1
+@lru_cache(maxsize=1)
+def named_images(name:str,    # of a data set
+                 size:int,    # of the views, pixels
+                 n:int|None,  # images to train on
+                 root:str|None, # folder that holds data sets
+                 download:bool  # fetch it if it is not there?
+                ):            # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
+    "The labelled images of a published data set, divided as published"
+    card = data_card(name)
+    if card.metric == "mAP": raise ValueError(f"data={name!r} has several labels per image: choose one with classes")
+    if card.size: kept,given = card.size,None
+    else: given = kept = kept_size(size, size_and_channels(read_part(name, "train", root, download).files)[0])
+    if not fits(card.train + card.test, card.n_in, kept, n):
+        dls = train_test_dls(name, kept, card.n_in, root, download)
+        return ImagesInFiles(dls, kept, card.n_in)
+    parts = [t for part in ("train", "test") for t in known_images(name, part, root, given, download=download)]
+    return ImagesInMemory(*parts, n)
+
+# %% ../nbs/51_experiments.ipynb #1aaf8ade
 def side_of(data:str|Path # as for `run_experiment`
            )->int:        # pixels; raises `OSError` or `ValueError`
     "The side of the images"
     name = named_data(data)
-    if name: return dict(digits=8, stl10=96, tinyimagenet=64).get(name, 32)
+    if name: return data_card(name).size or 256   # photographs of many sizes
     return size_and_channels(image_files(train_and_test_folders(data)[0]))[0]
 
-def experiment_images(data:str|Path, # as for `run_experiment`
-                      size:int|None, # of the views, pixels
-                      n:int=None     # images to train on; all if not given
-                     ):              # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
+def experiment_images(data:str|Path,       # as for `run_experiment`
+                      size:int|None,       # of the views, pixels
+                      n:int=None,          # images to train on; all if not given
+                      root:str|Path=None,  # folder that holds data sets
+                      download:bool=False  # fetch a data set that is not there?
+                     ):                    # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
     "The labelled images of an experiment"
     name = named_data(data)
-    if name == "digits": return ImagesInMemory(*digits_images(), n=n)
-    if name: return ImagesInMemory(*known_images(name, "train"), *known_images(name, "test"), n)
-    return folder_images(os.path.abspath(data), size, n)
+    if name and name != "digits": return named_images(name, size, n, root and str(root), download)
+    check_no_root(data, root, download)
+    return ImagesInMemory(*digits_images(), n=n) if name else folder_images(os.path.abspath(data), size, n)
 
-# %% ../nbs/51_experiments.ipynb #1466121d
+# %% ../nbs/51_experiments.ipynb #394242ec
 def cell_learner(dls:DataLoaders,
                  recipe:Recipe,      # of a row
                  options:dict,       # its `loss` and `predictor`
@@ -417,7 +455,7 @@ def run_cell(images, recipe:Recipe, options:dict, seed:int, half:bool=False)->di
     except FloatingPointError as e: return dict(epochs=recipe.epochs, error=" ".join(str(e).split()))
     return dict(epochs=recipe.epochs, **scores(learn, train, test), seconds=seconds)
 
-# %% ../nbs/51_experiments.ipynb #3ba3aa9b
+# %% ../nbs/51_experiments.ipynb #3008fd2e
 BATCHES = 8   # per turn of the timing
 
 def seconds_per_image(learners:dict, # row -> Learner
@@ -443,7 +481,7 @@ def epochs_of_equal_seconds(e:Experiment, images, half:bool)->dict: # row -> epo
     total = e.recipe.epochs*times[e.baseline]
     return {row: max(1, round(total/t)) for row,t in times.items()}
 
-# %% ../nbs/51_experiments.ipynb #17981c49
+# %% ../nbs/51_experiments.ipynb #d35f80cd
 def settings_of(e:Experiment, images, half:bool)->dict: # plain data
     "All that the numbers of an experiment depend on, except the seed of a cell"
     def row(name):
@@ -467,7 +505,7 @@ def differences(was:dict, # settings in a folder
         texts += [f"{k}={new[row].get(k)!r} (was {old[row].get(k)!r})" for k in keys]
     return list(dict.fromkeys(texts))
 
-# %% ../nbs/51_experiments.ipynb #56e6f956
+# %% ../nbs/51_experiments.ipynb #23bf94ea
 def read_json_dict(file:Path # to read
                   )->dict:   # raises `OSError` or `ValueError`
     "A JSON file of an experiment"
@@ -493,7 +531,7 @@ def begin_experiment(out:Path, settings:dict, find_epochs:Callable)->dict|None: 
         if not epochs.exists(): write_json(epochs, find_epochs())
         return read_json_dict(epochs)
 
-# %% ../nbs/51_experiments.ipynb #1947cd9f
+# %% ../nbs/51_experiments.ipynb #8be08b01
 class Cell(NamedTuple):
     "A row of an experiment with one seed"
     row:str
@@ -522,7 +560,7 @@ def read_cells(out:Path,     # folder of an experiment
     columns = ["row", "seed", "epochs", "knn", "linear", "one_label", "rank", "seconds", "error", "made_with"]
     return pd.DataFrame(lines).reindex(columns=columns)
 
-# %% ../nbs/51_experiments.ipynb #716f4244
+# %% ../nbs/51_experiments.ipynb #1316f638
 def paired_t(a:list, # numbers of a row, one per seed
              b:list  # of the other row, with the same seeds
             )->float: # between 0 and 1; NaN if it cannot be computed
@@ -545,7 +583,7 @@ def holm(ps:list # p-values; NaN for none
         adjusted[i] = largest
     return adjusted
 
-# %% ../nbs/51_experiments.ipynb #5b26aa38
+# %% ../nbs/51_experiments.ipynb #c3fbb1dc
 LEVEL = .05                                       # of the tests
 MEASURES = ("knn", "linear", "one_label", "rank") # columns of a cell with mean and spread
 
@@ -583,7 +621,7 @@ def summary(e:Experiment,
     table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("row")
     return table.assign(p=ps, p_holm=holm(ps))
 
-# %% ../nbs/51_experiments.ipynb #42b52937
+# %% ../nbs/51_experiments.ipynb #d5d14b7b
 def number(x, digits:int=1)->str: return "" if pd.isna(x) else f"{x:.{digits}f}"
 
 def with_spread(mean:float, sd:float)->str: # "84.2 ± 3.5"
@@ -614,7 +652,7 @@ def shown_table(table:pd.DataFrame # from `summary`
     if table["paper"].isna().all(): del columns["paper"]
     return pd.DataFrame(columns, index=[name(row, line) for row,line in table.iterrows()])
 
-# %% ../nbs/51_experiments.ipynb #b286a43d
+# %% ../nbs/51_experiments.ipynb #ea2ea0c5
 WIDTH = 80   # columns of text
 
 def in_columns(shown:pd.DataFrame # from `shown_table`
@@ -646,7 +684,7 @@ def notes(e:Experiment,
     if e.source: texts.append(f"Paper: {e.source}.")
     return texts + [f"Made with {m}." for m in made_with]
 
-# %% ../nbs/51_experiments.ipynb #593abc76
+# %% ../nbs/51_experiments.ipynb #80f41920
 def text_of(e, table, about, made_with)->str:
     "Table and notes as text of at most `WIDTH` columns"
     wrapped = [textwrap.fill(n, WIDTH) for n in notes(e, table, about, made_with)]
@@ -660,7 +698,7 @@ def markdown_of(e, table, about, made_with)->str:
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([*rows, "", *(f"{n}\n" for n in notes(e, table, about, made_with))])
 
-# %% ../nbs/51_experiments.ipynb #098b0a81
+# %% ../nbs/51_experiments.ipynb #5de62d22
 def machine()->str:
     "What made a cell"
     v = package_versions()
@@ -684,7 +722,7 @@ class Progress:
         print(f"{complete:3}/{len(self.epochs)} {cell.row}, seed {cell.seed}: {scores}, {seconds:.0f} s{ahead}",
               flush=True)
 
-# %% ../nbs/51_experiments.ipynb #d38c3b86
+# %% ../nbs/51_experiments.ipynb #7c2ff096
 def run_cells(e:Experiment, images, cells:list, out:Path, half:bool=False)->None:
     "Train all cells that are not complete and that no other process trains, then wait for those that others train"
     settings = {row: row_settings(e, row) for row in e.rows}
@@ -715,7 +753,7 @@ def with_epochs(e:Experiment, epochs:dict|None)->Experiment: # row -> epochs
     if epochs is None: return e
     return replace(e, rows={row: {**changes, "epochs": epochs[row]} for row,changes in e.rows.items()})
 
-# %% ../nbs/51_experiments.ipynb #529ac20d
+# %% ../nbs/51_experiments.ipynb #b248da19
 def with_settings(e:str|Experiment, data:str|Path, scale:str, changes:dict)->Experiment: # raises `ValueError`
     "The experiment that is meant, with settings of its baseline replaced"
     if not isinstance(e, Experiment):
@@ -725,13 +763,15 @@ def with_settings(e:str|Experiment, data:str|Path, scale:str, changes:dict)->Exp
                          "leave scale out")
     return replace(e, recipe=e.recipe.changed(**changes))
 
-# %% ../nbs/51_experiments.ipynb #83cf84d4
+# %% ../nbs/51_experiments.ipynb #3cfbbc9b
 def run_experiment(experiment:str|Experiment, # a name, one of `EXPERIMENTS`, or an experiment of your own
                    data:str|Path="digits",    # "digits", name of a data set, or folder with one folder per class
                    seeds:int=3,               # cells per row, with the seeds 0, 1, 2, ...
                    scale:str="small",         # "small", or "paper" for the settings of the papers
                    out:str|Path=None,         # folder of the experiment; experiments/NAME-DATA if not given
                    images:int=None,           # images to train on, for those that fit into memory; all if not given
+                   root:str|Path=None,        # folder that holds data sets; fastai's data folder if not given
+                   download:bool=False,       # fetch a data set that is not there?
                    half:bool=False,           # bfloat16 in the model?
                    verbose:bool=True,         # print a line per cell, and the table?
                    **kwargs                   # settings of the baseline's recipe to replace, e.g. `epochs=20`
@@ -740,7 +780,7 @@ def run_experiment(experiment:str|Experiment, # a name, one of `EXPERIMENTS`, or
     check_positive_int("seeds", seeds)
     if images is not None: check_positive_int("images", images)
     e = with_settings(experiment, data, scale, kwargs)
-    pictures = experiment_images(data, e.recipe.size, images)
+    pictures = experiment_images(data, e.recipe.size, images, root, download)
     out = Path(out or Path("experiments")/f"{e.name}-{Path(data).name}")
     settings = settings_of(e, pictures, half)
     with random_states_kept(), nullcontext() if verbose else redirect_stdout(io.StringIO()):

@@ -361,6 +361,30 @@ def identity(self:ImageFiles)->str:
     how = f"{self.n_in} {self.size} {self.value_range}\n"
     return digest(how.encode(), *(os.fsencode(line) for line in lines))
 
+# %% ../nbs/02_folders.ipynb #f11ed15a
+def file_dls(files:list,          # image files
+             y:Tensor,            # (N,) class indices, (N,classes) zeros and ones, or `None`
+             vocab:list,          # names of the classes, or `None`
+             size:int,            # from here on as for `unlabelled_dls`
+             bs:int=256, valid_pct:float=.1, seed:int=0, num_workers:int=None, n_in:int=3, bad:str="skip",
+             batch_tfms:list=None, device=None, value_range:tuple|int=None
+            )->DataLoaders:       # training (shuffled, full batches only) and validation
+    "`dls` over image files whose labels are known"
+    names = FileNames(files)
+    idxs = split_indices(len(names), valid_pct, seed)
+    if len(idxs[0]) < bs:
+        raise ValueError(f"bs={bs} is larger than the number of training files ({len(idxs[0])}): pass a smaller bs")
+    device = device_or_default(device)
+    if value_range is None: value_range = white_of(names)
+    warn_of_empty_images(some_images(names, size, n_in, value_range))
+    def make_dl(idx, split_idx, **kwargs):
+        part_y = None if y is None else y[idx]
+        ds = ImageFiles(names.take(idx), size, n_in, part_y, vocab, split_idx, bad, value_range)
+        workers = workers_for(len(idx), bs) if num_workers is None else num_workers
+        return BatchDL(ds, bs=bs, num_workers=workers, after_batch=[IntToFloatTensor(), *(batch_tfms or [])],
+                       device=device, pin_memory=device.type == "cuda", **kwargs)
+    return train_valid_dls(make_dl, idxs, device)
+
 # %% ../nbs/02_folders.ipynb #fb9d96a6
 def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, or image files
                    size:int,            # height and width at which images are kept, pixels; views are crops of these
@@ -380,20 +404,7 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
     check_choice("bad", bad, ("skip", "raise"))
     check_value_range(value_range)
     files,y,vocab = files_and_labels(items, labels)
-    names = FileNames(files)
-    idxs = split_indices(len(names), valid_pct, seed)
-    if len(idxs[0]) < bs:
-        raise ValueError(f"bs={bs} is larger than the number of training files ({len(idxs[0])}): pass a smaller bs")
-    device = device_or_default(device)
-    if value_range is None: value_range = white_of(names)
-    warn_of_empty_images(some_images(names, size, n_in, value_range))
-    def make_dl(idx, split_idx, **kwargs):
-        part_y = None if y is None else y[idx]
-        ds = ImageFiles(names.take(idx), size, n_in, part_y, vocab, split_idx, bad, value_range)
-        workers = workers_for(len(idx), bs) if num_workers is None else num_workers
-        return BatchDL(ds, bs=bs, num_workers=workers, after_batch=[IntToFloatTensor(), *(batch_tfms or [])],
-                       device=device, pin_memory=device.type == "cuda", **kwargs)
-    return train_valid_dls(make_dl, idxs, device)
+    return file_dls(files, y, vocab, size, bs, valid_pct, seed, num_workers, n_in, bad, batch_tfms, device, value_range)
 
 # %% ../nbs/02_folders.ipynb #c8bfe547
 def files_and_labels(items:str|Path|list, # folder, or image files

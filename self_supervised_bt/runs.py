@@ -45,12 +45,11 @@ from self_supervised_bt.data import (
     digits_images,
     image_files,
     in_chunks,
-    known_dls,
     load_images,
-    named_data,
     split_indices,
     tensor_dls,
 )
+from .datasets import data_card, known_dls, named_data, read_part, train_test_dls
 from self_supervised_bt.diagnostics import (
     Diagnostics,
     expected_losses,
@@ -109,24 +108,30 @@ from self_supervised_bt.recipes import (
 )
 from .reports import report, table_verdict
 from .training import Autocast
+from .transfer import found_sets, protocol_sizes, transfer_table
 from .weights import load_encoder, save_encoder, save_model
 from .zoo import ZooCard, is_path, model_info
 
 # %% ../nbs/50_runs.ipynb #0a080854
-def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or one of `KNOWN`
+def run_dls(data:str|Path|list,   # folder of images, image files, or name of a data set
             recipe:Recipe,        # for the size of views and batches
             valid_pct:float=.05,  # share of the images kept for validation
             seed:int=0,           # of that split
             num_workers:int=None, # worker processes that read files; chosen by the number of cores if not given
             bad:str="skip",       # broken files: "skip" or "raise"
             labels:bool=False,    # with labels? Training ignores them, an evaluation may use them
-            in_memory:bool=False  # read all files now, once, and keep the images on the device?
+            in_memory:bool=False, # read all files now, once, and keep the images on the device?
+            root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
+            download:bool=False   # fetch a data set that is not there?
            )->DataLoaders:
     "The images of a run"
     args = dict(bs=recipe.bs//max(1, num_distrib()), valid_pct=valid_pct, seed=seed)
     name = named_data(data)
     if name == "digits": return digits_dls(labels=labels, **args)
-    if name: return known_dls(name, labels=labels, **args)
+    if name:
+        args |= dict(root=root, labels=labels, download=download)
+        return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
+    check_no_root(data, root, download)
     files = image_files(data) if isinstance(data, (str, Path)) else data
     side,n_in = size_and_channels(files)
     size = kept_size(recipe.size, side)
@@ -135,6 +140,30 @@ def run_dls(data:str|Path|list,   # folder of images, image files, "digits", or 
     files,y,vocab = files_and_labels(files, labels)
     x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
     return tensor_dls(x, y, vocab=vocab, **args)
+
+# %% ../nbs/50_runs.ipynb #a3f1c0d2
+def named_dls(name:str,       # of a data set
+              recipe:Recipe,  # for the size of views
+              in_memory:bool, # as for `run_dls`
+              args:dict,      # for `known_dls`
+              **reading       # options of reading files
+             )->DataLoaders:
+    "The images of a published data set, files a third larger than the views as those of a folder"
+    if data_card(name).size: return known_dls(name, **args)
+    part = "train" if args["labels"] else "unlabelled"
+    images = read_part(name, part, args["root"], args["download"])
+    side,n_in = size_and_channels(images.files)
+    size = kept_size(recipe.size, side)
+    if not in_memory: return known_dls(name, size=size, n_in=n_in, **args, **reading)
+    x = load_images(images.files, size, n_in, progress=sys.stdout.isatty(), num_workers=reading["num_workers"])
+    split = {k: args[k] for k in ("bs", "valid_pct", "seed")}
+    return tensor_dls(x, images.y, vocab=images.vocab if args["labels"] else None, **split)
+
+def check_no_root(data, root, download)->None: # raises `ValueError`
+    "Refuse options that have no meaning for a folder"
+    for option,value in (("root", root and str(root)), ("download", download)):
+        if value: raise ValueError(f"{option}={value!r} is for data sets by name, and data={str(data)[:80]!r} is none: "
+                                   "leave it out")
 
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run
@@ -159,13 +188,14 @@ def saved_settings(file:Path, # of a run's settings
     was = {**vars(saved["recipe"]), **saved, "recipe": saved["base_recipe"]}
     given = {**given, **given.get("changes", {})}
     given.pop("changes", None)
+    place = {"root": given.pop("root")} if "root" in given else {}   # data sets may have been moved
     data = given.pop("data", None) or moved_data(file, saved["data"])
     differ = [f"{k}={v!r} (was {was.get(k)!r})" for k,v in given.items() if was.get(k) != v]
     if differ:
         raise ValueError(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
                          "Leave them out to resume it, or choose another folder")
     if "arch" not in given: check_described_here(file, saved["recipe"])
-    return {**saved, "data": data}
+    return {**saved, "data": data, **place}
 
 # %% ../nbs/50_runs.ipynb #3c71b0a4
 def check_described_here(file:Path,    # of a run's settings
@@ -209,6 +239,7 @@ def read_settings(file:Path # a run.json
         for name,kind in SETTINGS.items():
             if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
         check_choice("bad", saved["bad"], ("skip", "raise"))
+        if not isinstance(saved.get("root"), (str, type(None))): raise ValueError(f"root is {saved['root']!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
@@ -500,7 +531,7 @@ def write_csv(table,     # with a method `to_csv`
     with whole_file(file) as part: table.to_csv(part, **kwargs)
 
 # %% ../nbs/50_runs.ipynb #f9276b68
-def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOWN`; not needed to resume
+def pretrain(data:str|Path=None,   # folder of images, or name of a data set; not needed to resume
              recipe:str=None,      # name, one of `RECIPES`; "cifar" if not given
              out:str|Path="runs/pretrain", # folder of the run
              resume:bool=False,    # resume the run in `out`, if there is one?
@@ -511,6 +542,8 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
              keep:int=3,           # number of checkpoints to keep
              seed:int=None,        # of the split, the weights and the views; 0 if not given
              half:bool=None,       # bfloat16 in the model?
+             root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
+             download:bool=False,  # fetch a data set that is not there?
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # the content of results.json
@@ -520,11 +553,12 @@ def pretrain(data:str|Path=None,   # folder of images, "digits", or one of `KNOW
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
     s = run_settings(out, resume, data=data and as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
-                     half=half, changes=kwargs)
+                     half=half, root=root and os.path.abspath(root), changes=kwargs)
     if resume and not data and has_ended(out): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     set_seed(s["seed"])
-    dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"])
+    dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
+                  s.get("root"), download)
     with run_lock(out):
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out): return ended_results(out)
@@ -684,13 +718,39 @@ def names_of(folders:list # paths
         names = [name if names.count(name) == 1 else "/".join(p[-n:]) for name,p in zip(names, parts)]
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i,name in enumerate(names)]
 
+# %% ../nbs/50_runs.ipynb #b7d2e114
+def folder_evaluation(folder, run, size, n_in, test, num_workers)->tuple: # `dls`, number of test images that were seen
+    "The images of a folder for `evaluate`"
+    kept = kept_size(size, size_and_channels(image_files(folder))[0])
+    if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers)
+    else: dls = evaluation_dls(folder, run, kept, n_in, num_workers)
+    return dls,number_seen(run, dls, num_workers)
+
+def number_seen(run, dls, num_workers): # "not known" if the run does not say it
+    seen = seen_in_training(run, dls.valid.dataset.files, num_workers)
+    return "not known" if seen is None else int(seen.sum())
+
+def named_evaluation(name, run, size, n_in, test, num_workers, root, download)->tuple: # as `folder_evaluation`
+    "The published training and test images of a data set for `evaluate`"
+    if test: raise ValueError(f"test={str(test)!r} is for folders, {name!r} has published test images: leave it out")
+    read,crop = protocol_sizes(size) if size else (data_card(name).size, None)
+    if read is None: raise ValueError(f"the encoder does not say for which size of images it was trained: save it "
+                                      f"with its size, or evaluate {name!r} with transfer_table(..., size=224)")
+    dls = train_test_dls(name, read, n_in, root, download, crop=crop, num_workers=num_workers)
+    if hasattr(dls.valid.dataset, "files"): return dls,number_seen(run, dls, num_workers)
+    file = Path(run)/"run.json"
+    same = file.is_file() and read_json(file).get("data") == name and name != "digits"
+    return dls,0 if same else "not known"   # a run on a data set by its name never sees its test images
+
 # %% ../nbs/50_runs.ipynb #449a25e8
 def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` reads
-             data:str|Path|list,  # folder with one folder of images per class; several folders for one row each
+             data:str|Path|list,  # folder with one folder of images per class, or name of a data set; several in a list
              protocols:tuple=("knn", "linear"), # of "knn", "linear", "semi-supervised", "transfer"
              test:str|Path=None,  # folder of test images; a fifth of `data` is held out if not given
              k:int=20,            # neighbours that vote
-             num_workers:int=None # worker processes that read files
+             num_workers:int=None, # worker processes that read files
+             root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
+             download:bool=False  # fetch a data set that is not there?
             )->pd.DataFrame:      # one row per data set, percent
     "Accuracy of an encoder on labelled images, and how many of the test images it was trained on without labels"
     for p in protocols: check_choice("protocol", p, EVALUATIONS)
@@ -704,11 +764,10 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
     size = max(trained_on[0].size) if trained_on else None
     n_in,names,rows = encoder.created_by["n_in"],names_of(folders),[]
     for folder,name in zip(folders, names):
-        kept = kept_size(size, size_and_channels(image_files(folder))[0])
-        if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers)
-        else: dls = evaluation_dls(folder, run, kept, n_in, num_workers)
-        seen = seen_in_training(run, dls.valid.dataset.files, num_workers)
-        n_seen = "not known" if seen is None else int(seen.sum())
+        if named_data(folder): dls,n_seen = named_evaluation(folder, run, size, n_in, test, num_workers, root, download)
+        else:
+            check_no_root(folder, root, download)
+            dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers)
         rows.append(evaluate_on(encoder, dls, protocols, k, name, n_seen))
     return pd.DataFrame(rows, index=names)
 
@@ -723,6 +782,18 @@ def save_evaluation(run:str|Path,       # as for `evaluate`
     rows = json.loads(table.to_json(orient="index"))
     results = dict(kind="evaluate", protocol=list(protocols), test=test and str(test), seeds=list(SEEDS), rows=rows)
     write_json(Path(run)/"evaluation.json", results)
+
+# %% ../nbs/50_runs.ipynb #d5f9bac1
+def transfer(run:str|Path,        # folder of a run, or what `load_encoder` reads
+             sets:list|str=None,  # names of data sets; all that are below `root` if not given
+             root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
+             out:str|Path=None,   # folder for the results; "transfer" in the folder of the encoder if not given
+             **kwargs             # for `transfer_table`
+            )->tuple:             # the folder, and a table with a row per data set
+    "Scores of an encoder on many data sets; the same call continues after an interruption"
+    encoder = load_encoder(encoder_file(run))
+    out = Path(out or place_beside(run, "transfer"))
+    return out,transfer_table(encoder, sets or found_sets(root), root, out, progress=True, **kwargs)
 
 # %% ../nbs/50_runs.ipynb #f5365dec
 def export_run(run:str|Path,       # folder of a run, or what `load_encoder` reads
@@ -787,23 +858,29 @@ def run_facts(run:Path # folder of a run
 # %% ../nbs/50_runs.ipynb #dd6be2bb
 class ShortRun(NamedTuple):
     "Images and settings of a short run"
-    data:str       # "digits" or a folder, as it was given
-    images:str|list # "digits" or the folder's image files
+    data:str       # name of a data set or a folder, as it was given
+    images:str|list # the name, or the folder's image files
     n:int          # number of images
     n_test:int     # how many are held out
     labels:bool    # are there labels to test with?
     recipe:Recipe  # every other setting
     about:str      # the images in one line
+    root:str=None  # folder that holds data sets
     @property
     def name(self): return Path(self.data).resolve().name
 
-def short_run(data:str|Path="digits", # folder of images, or "digits"
+def short_run(data:str|Path="digits", # folder of images, or name of a data set
               labels:bool=True,       # use class folders as labels for testing?
+              root:str|Path=None,     # folder that holds data sets; fastai's data folder if not given
               **kwargs                # settings of the recipe to replace, e.g. `epochs=20`; `None` for not given
              )->ShortRun:             # raises `OSError` or `ValueError`
     "Images, and settings for their size and number"
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
-    run = digits_run(labels) if named_data(data) == "digits" else folder_run(str(data), labels, kwargs.get("size"))
+    name = named_data(data)
+    if not name: check_no_root(data, root, False)
+    if name == "digits": run = digits_run(labels)
+    elif name: run = named_run(name, labels, kwargs.get("size"), root)
+    else: run = folder_run(str(data), labels, kwargs.get("size"))
     return run._replace(recipe=run.recipe.changed(**kwargs))
 
 # %% ../nbs/50_runs.ipynb #527e9ebd
@@ -827,12 +904,35 @@ def folder_run(folder:str,    # folder of images
     if n < 20:
         raise ValueError(f"{folder} holds {n} image(s), at least 20 are needed to train on some and test on others")
     n_test = min(2000, n//5)
-    recipe = get_recipe("cifar", name="folder", arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
-                        scale_lr=False, size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
-                        epochs=max(5, min(60, 150_000//n)))
+    recipe = short_recipe("folder", n, n_test, side, size)
     about = f"{n:,} images of {folder}" + (f" in {len(classes)} class folders" if classes else ", without labels")
     if len(checked): about += f"; {len(checked)} broken file(s) left out"
     return ShortRun(folder, files, n, n_test, bool(classes), recipe, about)
+
+# %% ../nbs/50_runs.ipynb #e60acbd2
+def short_recipe(name:str,   # of the recipe
+                 n:int,      # images
+                 n_test:int, # how many are held out
+                 side:int,   # of the images, pixels
+                 size:int=None # of the views, if given
+                )->Recipe:
+    "Settings that depend on size and number of the images"
+    return get_recipe("cifar", name=name, arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
+                      scale_lr=False, size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
+                      epochs=max(5, min(60, 150_000//n)))
+
+def named_run(name:str,      # of a data set
+              labels:bool,   # use its labels to test with?
+              size:int=None, # of the views, pixels; chosen by the size of the images if not given
+              root:str|Path=None # folder that holds data sets
+             )->ShortRun:    # raises `OSError` or `ValueError`
+    "The images of a published data set to train on, and settings for them; its test images stay unseen"
+    images = read_part(name, "train" if labels else "unlabelled", root)
+    side = data_card(name).size or size_and_channels(images.files)[0]
+    labels = labels and images.y.ndim == 1   # kNN and few labels need one class per image
+    n_test = min(2000, images.n//5)
+    about = f"{images.n:,} training images of {name}" + (f" in {len(images.vocab)} classes" if labels else "")
+    return ShortRun(name, name, images.n, n_test, labels, short_recipe(name, images.n, n_test, side, size), about, root)
 
 # %% ../nbs/50_runs.ipynb #1ccaa6e3
 def encoder_rows(learn:Learner, # of a short run
@@ -881,7 +981,7 @@ def train_and_compare(run:ShortRun, # from `short_run`
                      )->Comparison:
     "Train without labels; compare raw pixels, the untrained and the trained encoder on held-out images"
     set_seed(seed)
-    dls = run_dls(run.images, run.recipe, run.n_test/run.n, seed, labels=run.labels, in_memory=True)
+    dls = run_dls(run.images, run.recipe, run.n_test/run.n, seed, labels=run.labels, in_memory=True, root=run.root)
     learn = run_learner(dls, run.recipe)
     untrained,c_before = encoder_rows(learn, run.labels)
     seconds = fit_run(learn)
@@ -973,5 +1073,6 @@ def diagnose_short_run(run:ShortRun,  # from `short_run`
                       )->Diagnosis:
     "Run a few batches with the settings of a short run, and list the problems found"
     set_seed(seed)
-    dls = run_dls(run.images, run.recipe, valid_pct=0, in_memory=True)
+    all_now = isinstance(run.images, list)   # of a data set only the batches that are needed
+    dls = run_dls(run.images, run.recipe, valid_pct=0, in_memory=all_now, root=run.root)
     return diagnose(bt_learner(dls, recipe=run.recipe), batches, run.recipe.lr)

@@ -1,16 +1,7 @@
-"Images as tensors, image files, data sets by name, and saved encoders"
-import functools
-import hashlib
-import http.server
-import io
+"Images as tensors, image files, and saved encoders"
 import os
-import pickle
-import socketserver
 import struct
-import tarfile
-import threading
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -26,17 +17,12 @@ from torch import nn
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.data import (
-    TINY_IMAGENET,
     BadImage,
-    data_as_text,
     digits_dls,
     digits_images,
     hold_out,
     image_files,
-    known_dls,
-    known_images,
     load_images,
-    named_data,
     open_image,
     read_image,
     tensor_dls,
@@ -104,16 +90,6 @@ def test_labels_that_are_no_class_indices_raise(y, words):
 def test_digits_dls_have_images_only():
     assert len(digits_dls(device="cpu").one_batch()) == 1
     assert len(digits_dls(labels=True, device="cpu").one_batch()) == 2
-
-
-def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert [named_data(d) for d in ("digits", "cifar10", "./digits", Path("digits"), "photos", ["a.png"])] == [
-        "digits", "cifar10", None, None, None, None]
-    (tmp_path/"cifar10").mkdir()
-    with pytest.raises(ValueError, match="of a folder here: pass './cifar10'"): named_data("cifar10")
-    as_text = [data_as_text(d) for d in (Path("cifar10"), "./cifar10", "digits", tmp_path/"cifar10")]
-    assert [named_data(t) for t in as_text] == [None, None, "digits", None] and Path(as_text[0]).is_dir()
 
 
 def test_split_is_complete_and_reproducible():
@@ -489,110 +465,6 @@ def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick
     (folder/"dark/zz.jpg").write_bytes(b"no picture")
     with pytest.raises(BadImage, match="zz.jpg cannot be read"):
         load_images([*files, folder/"dark/zz.jpg"], 8, progress=False, num_workers=2)
-
-
-# Data sets by name: small files in their formats, downloaded over loopback
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    "A web server for the files in a folder"
-    (tmp_path/"www").mkdir()
-    monkeypatch.setenv("no_proxy", "*")
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_): pass
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path/"www"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield tmp_path/"www", f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    server.server_close()
-
-
-def md5(data): return hashlib.md5(data).hexdigest()
-
-
-def archive(folder, files):
-    with tarfile.open(folder, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(tmp_path, served, monkeypatch, name):
-    import torchvision.datasets as sets
-    www, address = served
-    kind, label = (sets.CIFAR10, "labels") if name == "cifar10" else (sets.CIFAR100, "fine_labels")
-    batches, rng = [b[0] for b in kind.train_list], np.random.default_rng(0)
-    rows = {b: rng.integers(0, 256, (12, 3072), dtype=np.uint8) for b in [*batches, kind.test_list[0][0]]}
-    files = {b: pickle.dumps({"data": r, label: [int(v) % 10 for v in r[:, 0]]}) for b, r in rows.items()}
-    meta = pickle.dumps({kind.meta["key"]: [str(i) for i in range(10)]})
-    packed = {**files, kind.meta["filename"]: meta}
-    archive(www/kind.filename, {f"{kind.base_folder}/{b}": data for b, data in packed.items()})
-    served_here = dict(url=address + kind.filename, tgz_md5=md5((www/kind.filename).read_bytes()),
-                       train_list=[[b, md5(files[b])] for b in batches],
-                       test_list=[[b, md5(files[b])] for b in files if b not in batches],
-                       meta={**kind.meta, "md5": md5(meta)})
-    for name_of_attribute, value in served_here.items(): monkeypatch.setattr(kind, name_of_attribute, value)
-    for part, names in (("train", batches), ("unlabelled", batches), ("test", [kind.test_list[0][0]])):
-        x, y = known_images(name, part, tmp_path/"data")
-        expected = np.concatenate([rows[b] for b in names])
-        assert x.dtype == torch.uint8 and x.is_contiguous()
-        assert (x.flatten(1).numpy() == expected).all()      # a row is red, green, blue
-        assert y is None if part == "unlabelled" else (y.numpy() == expected[:, 0] % 10).all()
-    dls = known_dls(name, 8, tmp_path/"data", labels=True, device="cpu")
-    assert dls.c == 10 and len(known_dls(name, 8, tmp_path/"data", device="cpu").one_batch()) == 1
-
-
-def test_stl10(tmp_path, monkeypatch):
-    from torchvision.datasets import STL10
-    home, rng = tmp_path/STL10.base_folder, np.random.default_rng(0)
-    home.mkdir()
-    sizes = dict(train=4, test=3, unlabeled=6)
-    x = {k: rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8) for k, n in sizes.items()}
-    for k, a in x.items(): (home/f"{k}_X.bin").write_bytes(a.transpose(0, 1, 3, 2).tobytes())   # column by column
-    for k in ("train", "test"): (home/f"{k}_y.bin").write_bytes(bytes(range(1, len(x[k]) + 1)))   # classes count from 1
-    for part in ("train_list", "test_list"):
-        sums = [[f, md5((home/f).read_bytes())] for f, _ in getattr(STL10, part)]
-        monkeypatch.setattr(STL10, part, sums)
-    train, y = known_images("stl10", "train", tmp_path)
-    assert (train.numpy() == x["train"]).all() and y.tolist() == [0, 1, 2, 3] and train.is_contiguous()
-    every, none = known_images("stl10", "unlabelled", tmp_path)
-    assert (every.numpy() == np.concatenate([x["train"], x["unlabeled"]])).all() and none is None
-    assert (known_images("stl10", "test", tmp_path)[0].numpy() == x["test"]).all()
-    assert len(known_dls("stl10", 4, tmp_path, device="cpu", valid_pct=.2).train_ds) == 8
-
-
-def test_tiny_imagenet(tmp_path, served, monkeypatch):
-    www, address = served
-    classes = ["n03", "n01", "n02"]
-    with zipfile.ZipFile(www/"tiny-imagenet-200.zip", "w") as z:
-        def add(name, data): z.writestr(f"tiny-imagenet-200/{name}", data)
-        def picture(level, mode="RGB"):
-            b = io.BytesIO()
-            Image.new(mode, (64, 64), level if mode == "L" else (level,)*3).save(b, "jpeg")
-            return b.getvalue()
-        add("wnids.txt", "\n".join(classes))
-        for k, c in enumerate(classes):
-            for i, mode in enumerate(("RGB", "L")):   # some of its files are grey
-                add(f"train/{c}/images/{c}_{i}.JPEG", picture(80*k + 10*i, mode))
-            add(f"train/{c}/{c}_boxes.txt", "")
-            add(f"val/images/val_{k}.JPEG", picture(80*k + 5))
-        add("val/val_annotations.txt", "".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t62\n" for k, c in enumerate(classes)))
-        add("test/images/test_0.JPEG", picture(0))
-    monkeypatch.setitem(TINY_IMAGENET, "url", address + "tiny-imagenet-200.zip")
-    with pytest.raises(RuntimeError): known_images("tinyimagenet", "train", tmp_path/"wrong")   # the MD5 sum is checked
-    monkeypatch.setitem(TINY_IMAGENET, "md5", md5((www/"tiny-imagenet-200.zip").read_bytes()))
-    x, y = known_images("tinyimagenet", "train", tmp_path/"data")
-    assert x.shape == (6, 3, 64, 64) and y.tolist() == [0, 0, 1, 1, 2, 2]
-    assert x[:, 0, 0, 0].tolist() == [80, 90, 160, 170, 0, 10]
-    x, y = known_images("tinyimagenet", "test", tmp_path/"data")
-    assert y.tolist() == [2, 0, 1] and x[:, 0, 0, 0].tolist() == [5, 85, 165]
-
-
-def test_unknown_names_raise(tmp_path):
-    with pytest.raises(ValueError, match="name must be one of 'cifar10'"): known_images("imagenet", root=tmp_path)
-    with pytest.raises(ValueError, match="part must be"): known_images("cifar10", "valid", tmp_path)
 
 
 def test_invalid_folders_and_tensors_raise(tmp_path, folder):

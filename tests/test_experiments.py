@@ -302,6 +302,22 @@ def test_folders_with_and_without_test_images(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no test or val"): ex.train_and_test_folders(tmp_path)
 
 
+def test_data_sets_by_name_are_divided_as_published(monkeypatch):
+    def part(name, part, root, size, download):
+        n = dict(train=20, test=8)[part]
+        return torch.randint(0, n, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 4
+    monkeypatch.setattr(ex, "known_images", part)
+    ex.named_images.cache_clear()
+    images = ex.experiment_images("cifar10", 24, 12)
+    _, (x, y), (x_test, y_test) = images.divided(4, 0)
+    assert (len(x), len(x_test), int(x.max()), int(x_test.max())) == (12, 8, 19, 7)
+    ex.named_images.cache_clear()
+    with pytest.raises(ValueError, match="several labels per image"): ex.experiment_images("voc2007", 24)
+    with pytest.raises(ValueError, match="root=.* is for data sets by name"):
+        ex.experiment_images("digits", 16, root="/data")
+    assert ex.baseline_recipe("stl10", "paper", 64).size == 64 and ex.baseline_recipe("stl10", "small", 96).size == 24
+
+
 # The command
 
 def test_the_command_lists_refuses_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
