@@ -10,7 +10,7 @@ from importlib import import_module
 
 # %% ../nbs/99_all.ipynb #5a1e0c02
 MODULES = ("core", "data", "folders", "fitting", "datasets", "fused",
-           "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed",
+           "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed", "siblings",
            "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports", "transfer",

@@ -191,6 +191,7 @@ def bt_pretrain(data:str=None,    # folder of images, or name that bt_transfer l
                 weights:str=None, # run, file, URL or name of weights to continue from; they say which architecture
                 pretrained:bool=False, # ImageNet weights of the architecture to start from?
                 lr:float=None,    # largest learning rate, for 256 images per batch
+                method:str=None,  # barlow twins, simclr, byol, wmse or vicreg
                 lmb:float=None,   # λ, weight of the redundancy term
                 width:int=None,   # of projector and embedding
                 valid_pct:float=None, # share of the images held out, never trained on; .05 if not given
@@ -206,8 +207,8 @@ def bt_pretrain(data:str=None,    # folder of images, or name that bt_transfer l
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, lmb=lmb, hidden_size=width, projection_size=width,
-                   weights=weights, pretrained=pretrained or None)
+    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, method=method, lmb=lmb, hidden_size=width,
+                   projection_size=width, weights=weights, pretrained=pretrained or None)
     changes = {k: v for k,v in changes.items() if v is not None}
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):

@@ -22,7 +22,7 @@ from .core import check_choice, check_positive_int, undisturbed
 from .evaluation import effective_rank, spectrum_rank
 from .fitting import Column, add_columns
 from .losses import cross_correlation
-from .multiview import multiview_of
+from .multiview import MultiView, multiview_of
 
 # %% ../nbs/32_diagnostics.ipynb #18850ced
 def expected_losses(n:int,     # rows in a batch
@@ -32,6 +32,24 @@ def expected_losses(n:int,     # rows in a batch
     "The loss to expect of a random batch, for independent views and for identical views"
     noise = lmb*d*(d-1)/(n-1)
     return d*n/(n-1) + noise,noise
+
+# %% ../nbs/32_diagnostics.ipynb #5b1c0d01
+def loss_of_pairs(views:MultiView # callback
+                 )->callable:     # embeddings of two views to a scalar
+    "The loss that a callback computes of two views, out of `AllPairs` and of the loss over ranks"
+    loss = views.pair_objective
+    while hasattr(loss, "objective"): loss = loss.objective
+    return loss
+
+def losses_to_expect(views:MultiView, # callback
+                     n:int,           # rows in a batch
+                     d:int            # width of the embedding
+                    )->tuple:         # as `expected_losses`; `None` for losses whose scale is not known
+    "The loss to expect of a callback's loss of two views, for independent and for identical views"
+    loss = loss_of_pairs(views)
+    if hasattr(loss, "expected"): return loss.expected(n, d)
+    if not getattr(loss, "divisible", False) or not getattr(loss, "invariance", True): return None
+    return tuple(loss.scale*value for value in expected_losses(n, d, loss.lmb))
 
 # %% ../nbs/32_diagnostics.ipynb #a56b0b6a
 def _axis(ax, width, height):
@@ -46,7 +64,8 @@ def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.l
     ax = _axis(ax, 5, 3)
     ax.plot([float(loss) for loss in losses], label="training loss (smoothed)")
     lines = ("independent views", "--"), ("identical views, random batch", ":")
-    for value,(label,style) in zip(expected or (), lines): ax.axhline(value, color="0.4", linestyle=style, label=label)
+    for value,(label,style) in zip(expected or (), lines):
+        if value > 0: ax.axhline(value, color="0.4", linestyle=style, label=label)   # the scale is logarithmic
     ax.set(xlabel="step", ylabel="loss", yscale="log")
     ax.legend(fontsize=8)
     return ax
@@ -279,6 +298,18 @@ def plot_terms(table:pd.DataFrame, # the terms of `BarlowTwinsLoss`, indexed by 
     axes[1].plot(table.index, table.off_diagonal_rms, label="RMS of the rest (aim: 0)")
     axes[1].set(xlabel="step", ylabel="entries of c", ylim=(min(0, table.diagonal_mean.min()), 1))
     for ax in axes: ax.legend(fontsize=8)
+    return list(axes)
+
+# %% ../nbs/32_diagnostics.ipynb #5b1c0d02
+def plot_columns(table:pd.DataFrame, # indexed by step; `learn.diagnostics.table()`
+                 names:list          # its columns, one per panel
+                )->list:             # axes
+    "Columns over the steps, side by side"
+    figsize = 3*len(names),2.6
+    axes = plt.subplots(1, len(names), figsize=figsize, layout="constrained", squeeze=False)[1][0]
+    for ax,name in zip(axes, names):
+        ax.plot(table.index, table[name])
+        ax.set(xlabel="step", title=name)
     return list(axes)
 
 # %% ../nbs/32_diagnostics.ipynb #ede85048

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import check_positive_int, undisturbed
-from .diagnostics import expected_losses
+from .diagnostics import expected_losses, loss_of_pairs, losses_to_expect
 from .evaluation import standardised_rank
 from .fitting import batch_size_of, epoch_values, images_per_epoch, loader_kept
 from .fused import batch_images
@@ -105,8 +105,20 @@ def weight_change(self:Observations)->float:
 def pair_loss(bt:MultiView # callback
              ):            # its loss of two views; `None` if that is not the sum of the two terms of Barlow Twins
     "The loss that can be compared with that of independent and of identical views"
-    loss = getattr(bt.pair_objective, "objective", bt.pair_objective)   # out of `AllPairs`
+    loss = loss_of_pairs(bt)
     return loss if getattr(loss, "divisible", False) and getattr(loss, "invariance", True) else None
+
+def _similarity_of_others(s):
+    "Mean cosine between different images, for losses that compare directions; else 0"
+    if not getattr(loss_of_pairs(s.bt), "cosine", False): return 0.
+    z = F.normalize(s.zs[0].double(), dim=1)
+    n = len(z)
+    return float((z.sum(0).square().sum() - z.square().sum())/(n*(n - 1)))
+
+def _against_collapse(s):
+    "What helps, by the method"
+    redundancy = "use a larger weight of the redundancy term (lmb) and a lower learning rate"
+    return getattr(loss_of_pairs(s.bt), "collapse_advice", redundancy)
 
 def seconds(device:torch.device # of the model
            )->float:
@@ -263,9 +275,11 @@ class Part(NamedTuple):
     def unreached(self): return [n for n in self.trained if n not in self.reached] if self.moved else self.trained
 
 def _by_part(model):
-    "Names and weights by the model's children: encoder, projector, perhaps a predictor"
-    parts = {}
-    for name,p in model.named_parameters(): parts.setdefault(name.partition(".")[0], {})[name] = p
+    "Names and weights by the model's children that are to be trained: encoder, projector, perhaps a predictor"
+    parts,left_out = {},getattr(model, "without_gradient", ())
+    for name,p in model.named_parameters():
+        part = name.partition(".")[0]
+        if part not in left_out: parts.setdefault(part, {})[name] = p
     return parts
 
 def _norm(tensors): return sum(float(t.detach().float().square().sum()) for t in tensors)**.5
@@ -282,7 +296,7 @@ def _update(seen, twin):
 def _first_step(seen, twin, bt, z):
     "The first step: images, views and embeddings are kept, and the change of the weights is measured"
     seen.x,seen.views = bt.images,tuple(v.as_subclass(Tensor) for v in bt.views)
-    seen.zs = tuple(part.detach().float() for part in z.chunk(len(bt.views)))
+    seen.zs = tuple(part.float() for part in bt.named_views(z).values())
     loss = deepcopy(pair_loss(bt))
     with torch.no_grad():
         seen.clean = bt.clean(seen.x).as_subclass(Tensor)
@@ -427,7 +441,7 @@ def check_pixels(s):
     if blank > max(1, .1*len(x)):
         yield Finding("blank images", f"{blank} of {len(x)} images have one colour throughout, all pixels are near "
                       f"{float(x.mean()):.2f}",
-                      "look at the images, learn.barlow_twins.show(original=True), and leave such images out")
+                      f"look at the images, learn.{s.bt.name}.show(original=True), and leave such images out")
     elif widths[0] > 2 or s.warned:
         yield Finding("normalised twice", "; ".join([seen, *s.warned]), "normalise once: take Normalize out of the "
                       "dls, and give the statistics of the data set to the pipelines alone")
@@ -458,7 +472,7 @@ def check_augmentation(s):
                       "use a wider range of crops (resize_scale=(.2,1.)), colour jitter, blur")
     elif max(s.share_closer, float(np.mean(s.shapes_closer))) < .53:
         yield Finding("augmentation too strong", f"{share} pairs (50 % is chance, 65 to 90 % is usual)",
-                      "use larger crops (resize_scale) and less jitter. See learn.barlow_twins.show(original=True)")
+                      f"use larger crops (resize_scale) and less jitter. See learn.{s.bt.name}.show(original=True)")
 
 def _blank_or_repeated(s): return any(len(set(images)) < .5*len(images) for images in s.images)
 
@@ -508,19 +522,22 @@ def check_embedding(s):
                       f"all images have the same embedding: standard deviation {std:.1e}, root mean square {rms:.1e}",
                       "reinitialise the model, with BatchNorm in the projector (bn=True) and a lower learning rate")
         return
+    similarity = _similarity_of_others(s)
+    if similarity > .99:
+        yield Finding("collapse", f"embeddings of different images have one direction: their mean cosine is "
+                      f"{similarity:.3f}", _against_collapse(s))
     if s.dead > .1*d:
         yield Finding("dead dimensions", f"{s.dead} of {d} dimensions of the embedding hardly vary",
                       "reinitialise the model and use a lower learning rate; check the projector's last layer")
     if s.rank < 4 and min(n, d) >= 16 and s.dead < .9*d:
         yield Finding("dimensional collapse", f"the standardised rank of the embedding is {s.rank:.1f} of {min(n, d)}",
-                      "use a larger weight of the redundancy term (lmb) and a lower learning rate, and check that the "
-                      "images differ")
+                      f"{_against_collapse(s)}, and check that the images differ")
 
 @register_check
 def check_progress(s):
     "Do the views agree after a while?"
     steps = len(recorded(s.learn, "losses"))
-    if steps < 100 or s.diagonal >= .1 or s.pair_loss is None: return
+    if steps < 100 or s.diagonal >= .1 or losses_to_expect(s.bt, *s.zs[0].shape) is None: return
     yield Finding("nothing learned",
                   f"after {steps} steps the views do not agree: the mean of the diagonal of c is {s.diagonal:.2f}",
                   "find a learning rate with learn.lr_find(), and look at the views: they may share too little")
@@ -559,7 +576,7 @@ def check_history(s):
     ranks = column(s.learn, "effective_rank_z")
     if len(ranks) < 2 or ranks[-1] >= min(4, max(ranks)/4): return
     yield Finding("rank falls", f"the effective rank of the embedding fell from {max(ranks):.3g} to {ranks[-1]:.3g}",
-                  "use a larger lmb and a lower learning rate: a loss that falls by collapse teaches nothing")
+                  f"{_against_collapse(s)}: a loss that falls by collapse teaches nothing")
 
 # %% ../nbs/33_doctor.ipynb #550d81ad
 @register_check
@@ -685,12 +702,20 @@ def _facts(s):
 
 def _loss_in_words(s):
     "The loss, and where it lies between the losses to expect"
-    if s.pair_loss is None:
+    expected = losses_to_expect(s.bt, *s.zs[0].shape)
+    if expected is None:
         return f"{s.losses[0]:.4g} (not the loss of Barlow Twins: there is no value to compare it with)"
-    independent,identical = (pair_loss(s.bt).scale*v for v in expected_losses(*s.zs[0].shape, s.bt.lmb))
+    if s.pair_loss is None: return _on_its_scale(s, *expected)
+    independent,identical = expected
     if s.pair_loss <= identical: meaning = "as low as for identical views"
     elif s.pair_loss < independent: meaning = "the views agree in part"
     else: meaning = "dimensions are correlated, as in an untrained network"
     more = f" (with the regulariser {s.losses[0]:.4g})" if type(s.bt.objective) is not type(pair_loss(s.bt)) else ""
     return (f"{s.pair_loss:.4g}{more}: {meaning} (independent views give {independent:.4g}, identical views "
             f"{identical:.4g})")
+
+def _on_its_scale(s, independent, identical):
+    "The loss of another method, between the losses that random embeddings have"
+    share = (independent - s.losses[0])/(independent - identical)
+    meaning = "higher than for independent views" if share < 0 else f"{min(share, 1):.0%} of the way to identical views"
+    return f"{s.losses[0]:.4g}: {meaning} (independent views give {independent:.4g}, identical views {identical:.4g})"

@@ -165,10 +165,12 @@ def recipe_facts(recipe:dict # settings of a `Recipe`
                 )->dict:     # words to values
     "What a model card says of a recipe"
     method = METHODS[recipe.get("lmb_reg") is not None] if recipe.get("lmb") is not None else None
+    method = SIBLING_METHODS.get(recipe.get("method"), method)
     facts = {word: recipe[k] for k,word in RECIPE_FACTS.items() if recipe.get(k) not in (None, "", {})}
     return {**({"method": method} if method else {}), **facts}
 
 METHODS = ("Barlow Twins", "Mixed Barlow Twins")
+SIBLING_METHODS = {"simclr": "SimCLR", "byol": "BYOL", "wmse": "W-MSE", "vicreg": "VICReg"}   # by a recipe's `method`
 
 # %% ../nbs/41_export.ipynb #242b9f4c
 LICENSE = r"[a-z0-9][a-z0-9.+-]{0,39}"

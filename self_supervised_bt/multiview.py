@@ -141,7 +141,7 @@ class MultiView(Callback):
     def after_loss(self):
         if self.predicting: return
         for c in self.columns: c.after_loss(self.learn)
-        self.learn.pred = self.pred[:len(self.pred)//len(self.augs)]
+        self.learn.pred = self.pred[:len(self.images)]   # one row per image
         if self.has_metrics and not self.training: self.learn.pred = self.clean_pred()
     def after_batch(self): self.views = self.images = self.sampled = None
     def after_fit(self): self.release()

@@ -28,8 +28,9 @@ from torch.utils.data import Subset
 from .core import check_positive_int, undisturbed, whole_file
 from self_supervised_bt.diagnostics import (
     dead_dimensions,
-    expected_losses,
+    losses_to_expect,
     map_2d,
+    plot_columns,
     plot_cross_correlation,
     plot_losses,
     plot_map,
@@ -187,21 +188,24 @@ def measure(learn:Learner,  # with a `BarlowTwins` callback
     return SimpleNamespace(learn=learn, bt=bt, x=x, y=y, names=names, h=h, h1=h1, h2=h2, z1=z1, z2=z2)
 
 def _losses(run):
-    losses,lmb = [float(loss) for loss in recorded(run.learn, "losses")],run.bt.lmb
+    losses = [float(loss) for loss in recorded(run.learn, "losses")]
     if not losses: raise ValueError("the model has not been trained")
     width = projector_widths(check_model(run.learn.model).projector)[-1]
-    known = lmb is not None and type(run.bt.objective).__name__ == "BarlowTwinsLoss"
-    expected = expected_losses(batch_size_of(run.learn.dls.train), width, lmb) if known else None
+    alone = run.bt.pair_objective is run.bt.objective   # a regulariser besides has no value to compare with
+    expected = losses_to_expect(run.bt, batch_size_of(run.learn.dls.train), width) if alone else None
     facts = f"from {losses[0]:.4g} to {losses[-1]:.4g} in {len(losses)} steps"
-    return plot_losses(losses, expected),facts + (f"; independent views give {expected[0]:.4g}" if known else "")
+    return plot_losses(losses, expected),facts + (f"; independent views give {expected[0]:.4g}" if expected else "")
 
 def _terms(run):
     diagnostics = getattr(run.learn, "diagnostics", None)
     if not getattr(diagnostics, "rows", None):
         raise ValueError("train with the callback Diagnostics() to see the terms")
     table = diagnostics.table()
-    last = {k: v for k,v in table.iloc[-1].items() if k in TERMS}
-    return plot_terms(table, run.bt.lmb or 1.)[0],"at the end " + ", ".join(f"{k} {v:.3g}" for k,v in last.items())
+    of_barlow_twins = {*TERMS} <= {*table}
+    names = TERMS if of_barlow_twins else diagnostics.terms
+    if not names: raise ValueError("the loss has no terms")
+    axes = plot_terms(table, run.bt.lmb or 1.) if of_barlow_twins else plot_columns(table, names)
+    return axes[0],"at the end " + ", ".join(f"{name} {table[name].iloc[-1]:.3g}" for name in names)
 
 TERMS = ("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
 
@@ -246,9 +250,9 @@ def is_one_class(y:Tensor|None # labels
 
 FIGURES = {  # file: caption, and the function that returns an axis and what it shows in numbers
     "loss": ("Training loss, and the loss to expect of independent and of identical views", _losses),
-    "terms": ("Terms of the loss, and entries of the cross-correlation matrix", _terms),
-    "cross_correlation": ("Cross-correlation of the embeddings of two views. Aim: 1 (red) on the diagonal, 0 (white) "
-                          "elsewhere", _matrix),
+    "terms": ("Terms of the loss, and what it measures of the embeddings", _terms),
+    "cross_correlation": ("Cross-correlation of the embeddings of two views. Barlow Twins aims at 1 (red) on "
+                          "the diagonal, and 0 (white) elsewhere", _matrix),
     "spectrum": ("Singular values of h and z, each with its effective rank", _spectra),
     "std": ("Standard deviation of each dimension of the embedding", _std),
     "views": ("Views, one row per image", _views),

@@ -52,7 +52,7 @@ from self_supervised_bt.data import (
 from .datasets import data_card, known_dls, named_data, read_part, train_test_dls
 from self_supervised_bt.diagnostics import (
     Diagnostics,
-    expected_losses,
+    losses_to_expect,
     plot_cross_correlation,
     plot_losses,
     plot_neighbours,
@@ -95,6 +95,7 @@ from .layers import check_plain_architecture
 from .losses import cross_correlation
 
 # %% ../nbs/50_runs.ipynb #591cd1fd
+from .multiview import multiview_of
 from self_supervised_bt.recipes import (
     MLP_SETTINGS,
     Recipe,
@@ -105,6 +106,7 @@ from self_supervised_bt.recipes import (
     weights_name,
     weights_to_start,
     with_weights,
+    without_other_predictor,
 )
 from .reports import report, table_verdict
 from .training import Autocast
@@ -432,11 +434,12 @@ def run_start(s:dict,       # from `run_settings`
                          "is fetched because a file says so: give the same weights again")
     check_not_set_by_weights(changes)
     loaded = weights_to_start(recipe.weights)
-    if loaded.predictor is not None:
-        raise ValueError(f"weights={recipe.weights!r} hold a predictor, which a run cannot have: use load_encoder and "
-                         "save_encoder, and continue from the encoder alone")
     decided = named or saved
     if not decided: recipe = recipe_for_weights(loaded, changes)
+    loaded = without_other_predictor(loaded, recipe)
+    if loaded.predictor is not None and recipe.method != "byol":
+        raise ValueError(f"weights={recipe.weights!r} hold a predictor, which such a run cannot have: use load_encoder "
+                         "and save_encoder, and continue from the encoder alone, or use method='byol'")
     widths = set(MLP_SETTINGS) - {"bias"} if decided else set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # `bt_learner` says it
@@ -962,7 +965,7 @@ def view_pixels(learn:Learner, # with a `BarlowTwins` callback
     with undisturbed(learn.model):
         torch.manual_seed(0)
         for batch in image_batch(x).split(512):
-            views.append([flat_pixels(aug(batch)) for aug in learn.barlow_twins.augs[:2]])
+            views.append([flat_pixels(aug(batch)) for aug in multiview_of(learn).augs[:2]])
     return tuple(torch.cat(v) for v in zip(*views))
 
 def flat_pixels(x): return x.flatten(1).as_subclass(Tensor).cpu()
@@ -1025,9 +1028,10 @@ def save_pictures(compared:Comparison, # from `train_and_compare`
                  )->list:              # files
     "Views, loss, cross-correlation before and after, and nearest neighbours"
     learn = compared.learn
-    expected = expected_losses(learn.dls.train.bs, len(compared.c_after), learn.barlow_twins.lmb)
+    views = multiview_of(learn)
+    expected = losses_to_expect(views, learn.dls.train.bs, len(compared.c_after))
     return [
-        save_figure(learn.barlow_twins.show(6)[0], out/"views.png"),
+        save_figure(views.show(6)[0], out/"views.png"),
         save_figure(plot_losses(learn.recorder.losses, expected), out/"loss.png"),
         save_figure(plot_before_after(compared.c_before, compared.c_after)[0], out/"cross_correlation.png"),
         save_figure(plot_nearest(learn)[0], out/"neighbours.png")]
