@@ -229,13 +229,16 @@ def bt_evaluate(run:str,          # folder of a run; or file, URL or name of pub
                 k:int=20,         # neighbours that vote
                 workers:int=None, # worker processes that read files
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
-                download:bool=False # fetch a data set that is not there
+                download:bool=False, # fetch a data set that is not there
+                plain:bool=False  # leave out the rows that are whitened, averaged over flips, and both?
                ):
     "Accuracy of the encoder of a run. Example: bt_evaluate runs/photos labelled --protocol knn,linear,semi-supervised"
     from self_supervised_bt.runs import evaluate, save_evaluation
     protocols = tuple(protocol.split(","))
-    table = evaluate(run, data.split(","), protocols, test, k, workers, root, download)
-    print(f"Accuracy on the test images, %:\n\n{table.to_string()}")
+    table = evaluate(run, data.split(","), protocols, test, k, workers, root, download, processed=not plain)
+    print(f"Accuracy on the test images, %:\n\n{table.to_string(na_rep='')}")
+    if not plain: print("\nWhitened: by mean and covariance of the images to learn from, without their labels. "
+                        "Compare rows\nof one kind only: other encoders can be whitened and averaged, too")
     if "semi-supervised" in protocols:
         print("\nWith 1 and 10 % of the labels: mean ± standard deviation over five samples of them")
     if any(n not in (0, "not known") for n in table["seen in training"]):

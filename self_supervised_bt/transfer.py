@@ -8,7 +8,6 @@ __all__ = []
 # %% ../nbs/35_transfer.ipynb #574c2aa1
 import json
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
