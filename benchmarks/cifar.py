@@ -27,7 +27,8 @@ from self_supervised_bt.recipes import bt_learner, get_recipe
 from self_supervised_bt.training import Autocast
 
 LARGER = 40   # pixels of the second evaluation
-EXTRAS = dict(bf16=True, channels_last=True, nviews=2, sizes=None, ema=None)
+AVERAGED = ("flip", 32, LARGER)
+EXTRAS = dict(bf16=True, channels_last=True, sizes=None, ema=None)   # that no recipe has
 
 
 class ByTheClock(Callback):
@@ -63,16 +64,16 @@ class WeightAverage(Callback):
             for w, average in zip(self.model.encoder.parameters(), self.average): w.copy_(average)
 
 
-def learner(x, seed, bf16, channels_last, nviews, sizes, ema, **changes):
+def learner(x, seed, bf16, channels_last, sizes, ema, **changes):
     "The recipe with `changes`, on images `x`"
     set_seed(seed)
     recipe = get_recipe("cifar", **changes)
-    def views(size): return get_multi_aug_pipelines(nviews, size, **recipe.views)
     cbs = [Autocast()]*bf16 + [ChannelsLast()]*channels_last
+    def views(size): return get_multi_aug_pipelines(recipe.nviews, size, **recipe.views)
     if sizes: cbs.append(SizesInTurn([(end, views(size)) for end, size in sizes]))
     if ema: cbs.append(WeightAverage(ema))
     dls = tensor_dls(x, bs=recipe.bs, valid_pct=0, device="cpu")
-    return bt_learner(dls, recipe=recipe, aug_pipelines=views(recipe.size), cbs=cbs)
+    return bt_learner(dls, recipe=recipe, cbs=cbs)
 
 
 def fit(learn, seconds, clock):
@@ -82,34 +83,22 @@ def fit(learn, seconds, clock):
     return learn.train_iter/len(learn.dls.train), time.perf_counter() - start
 
 
-def whitened(h, floor=.01):
-    "ZCA whitening fitted on `h`: a function of representations"
-    mean = h.mean(0)
-    centred = (h - mean).double()
-    variance, directions = torch.linalg.eigh(centred.T@centred/len(h))
-    matrix = (directions*(variance + floor*variance.mean()).rsqrt())@directions.T
-    return lambda rows: ((rows - mean).double()@matrix).float()
-
-
-def averaged(learn, x, sizes=(32, LARGER)):
-    "Representations averaged over the sizes, and over each image and its mirror image"
-    return sum(encode(learn, part, size)[0] for size in sizes for part in (x, x.flip(3)))/(2*len(sizes))
-
-
 def scores(learn, data, chosen):
     "Name to percent; fewer of them while settings are chosen"
     x, y, x_test, y_test = data
     def knn(h, h_test): return 100*knn_accuracy(h_test, y_test, h, y, k=20)
     def linear(h, h_test): return 100*linear_probe(h, y, h_test, y_test).top1
-    found = {"kNN": knn(encode(learn, x)[0], encode(learn, x_test)[0])}
-    one = encode(learn, x, LARGER)[0], encode(learn, x_test, LARGER)[0]
-    found[f"at {LARGER} px"] = knn(*one)
-    found["whitened"] = knn(*map(whitened(one[0]), one))
-    found["linear"] = linear(*one)
+    def encoded(size=None, tta=None): return [encode(learn, part, size, tta=tta)[0] for part in (x, x_test)]
+    def whitened(size=None, tta=None):
+        h = encode(learn, x, size, tta=tta, whiten="fit")[0]
+        return h, encode(learn, x_test, whiten=True)[0]
+    larger = encoded(LARGER)
+    found = {"kNN": knn(*encoded()), f"at {LARGER} px": knn(*larger), "whitened": knn(*whitened(LARGER)),
+             "linear": linear(*larger)}
     if not chosen: return found
-    all_views = averaged(learn, x), averaged(learn, x_test)
-    found["averaged"] = knn(*map(whitened(all_views[0]), all_views))
-    found["linear, averaged"] = linear(*all_views)
+    found["averaged"] = knn(*encoded(tta=AVERAGED))
+    found["averaged, whitened"] = knn(*whitened(tta=AVERAGED))
+    found["averaged, linear"] = linear(*encoded(tta=AVERAGED))
     return found
 
 
@@ -125,22 +114,25 @@ def run(data, seed, seconds, clock, chosen, settings):
 TRIED = {   # name to what differs from the recipe
     "float32": dict(bf16=False),
     "not channels last": dict(channels_last=False),
-    "Muon": dict(opt="muon", lr=.04, lr_bias=.005),
+    "Adam": dict(opt="fastai", lr=.005, lr_bias=None),
+    "AdamW": dict(opt="adamw", lr=.005, lr_bias=None, wd=.01),
+    "LARS": dict(opt="lars", lr=1., lr_bias=.05, wd=1e-6, schedule="cosine", warmup=5),
+    "Muon, learning rate 0.02": dict(lr=.02),
+    "Muon, learning rate 0.08": dict(lr=.08),
     "λ 0.005": dict(lmb=.005),
     "λ 0.05": dict(lmb=.05),
     "projector 1024, λ 0.01": dict(hidden_size=1024, projection_size=1024, lmb=.01),
     "projector 256, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04),
     "projector of 2 layers": dict(nlayers=2),
-    "batch 128": dict(bs=128, lr=.007),
-    "batch 512": dict(bs=512, lr=.0035),
-    "learning rate 0.01": dict(lr=.01),
-    "learning rate 0.0025": dict(lr=.0025),
+    "batch 128": dict(bs=128),
+    "batch 512": dict(bs=512),
     "views of 32 px": dict(size=32),
     "views of 16, then 24 px": dict(sizes=[(.5, 16), (1, 24)]),
     "views of 16, 20, 24 px": dict(sizes=[(.33, 16), (.67, 20), (1, 24)]),
     "crops above 35 %": dict(views=dict(recipe="cifar", resize_scale=[.35, 1.])),
     "weaker jitter": dict(views=dict(recipe="cifar", jitter_s=[.3, .3, .2, .08])),
     "four views": dict(nviews=4),
+    "four views, batch 128": dict(nviews=4, bs=128, scale_lr=False),
     "weights averaged": dict(ema=.998),
     "plain stem": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_type="", stem_width=32)),
     "average pool": dict(pool_type="avg"),

@@ -97,9 +97,11 @@ def main():
     for seed in a.seeds:
         epochs, took, knn, linear = run(data, seed, a)
         rows.append((knn, linear))
-        print(f"seed {seed}: {epochs:.1f} epochs in {took/60:.1f} minutes, kNN {knn:.1f}, linear {linear:.1f}", flush=True)
+        when = f"{epochs:.1f} epochs, {took/60:.1f} minutes"
+        print(f"seed {seed}: {when}, kNN {knn:.1f}, linear {linear:.1f}", flush=True)
     if len(rows) < 2: return
-    spread = [f"{name} {statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for name, c in zip(("kNN", "linear"), zip(*rows))]
+    columns = zip(("kNN", "linear"), zip(*rows))
+    spread = [f"{name} {statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for name, c in columns]
     print("mean ± sd over seeds: " + ", ".join(spread))
 
 

@@ -287,8 +287,8 @@ _small_gpu = _paper.changed(
     opt="adamw", lr=1e-3, lr_bias=None, wd=1e-4, source="this library, not measured")
 _cifar = Recipe(
     "cifar", arch="timm/resnet10t", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem="no pool",
-    size=24, views=dict(recipe="cifar"), hidden_size=512, projection_size=512, lmb=.02, epochs=90, lr=5e-3,
-    source="this library, measured on two cores")
+    size=24, views=dict(recipe="cifar"), hidden_size=512, projection_size=512, lmb=.02, epochs=90,
+    opt="muon", lr=.04, lr_bias=5e-3, wd=.01, source="this library, measured on two cores")
 _digits = Recipe(
     "digits", arch="timm/test_resnet", pool_type=None, small_stem=False, size=16, views=dict(recipe="digits"),
     hidden_size=256, projection_size=256, bs=128, epochs=60, lr=2e-2, scale_lr=False,

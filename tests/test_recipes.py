@@ -251,7 +251,8 @@ def test_the_default_recipe_is_the_plain_learner():
     (dict(size="16"), "size must be"), (dict(bias="no"), "bias must be"), (dict(small_stem="big"), "small_stem must"),
     (dict(arch=5), "arch must be text"), (dict(arch_args=[3]), "arch_args must be"), (dict(epochs="a"), "epochs must"),
     (dict(views=dict(jiter=1)), "no jiter"), (dict(views=dict(size=8)), "recipe's own size"),
-    (dict(nviews=1), "nviews=1 is no pair"), (dict(nviews=3, lmb_reg=4.), "mixes two views"), (dict(nviews=2.5), "nviews"),
+    (dict(nviews=1), "nviews=1 is no pair"), (dict(nviews=3, lmb_reg=4.), "mixes two views"),
+    (dict(nviews=2.5), "nviews must be"),
     (dict(views=dict(xtra_tfms=[nn.ReLU()])), "views must be plain data")])
 def test_bad_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=message): get_recipe("default", **bad)
