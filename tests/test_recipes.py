@@ -393,7 +393,8 @@ def test_another_architecture_leaves_the_recipes_arguments_and_the_record_builds
 
 def test_what_is_no_plain_data_is_recorded_as_own_and_asked_for():
     augs = get_barlow_twins_aug_pipelines(8)
-    recipe = bt_learner(small_dls(), tiny(), aug_pipelines=augs, opt_func=LARS, recipe="cifar", **SMALL).recipe
+    adam = get_recipe("cifar", opt="fastai", lr_bias=None)
+    recipe = bt_learner(small_dls(), tiny(), aug_pipelines=augs, opt_func=LARS, recipe=adam, **SMALL).recipe
     assert (recipe.arch, recipe.views, recipe.opt, recipe.size) == ("own", "own", "own", 8)
     assert recipe.arch_args == {} and recipe.wd is None
     given = dict(opt_func=LARS, aug_pipelines=augs, arch=tiny())
