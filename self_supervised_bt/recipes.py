@@ -162,6 +162,7 @@ def check_recipe(r:Recipe # any
     check_method(r)
     check_dicts(r)
 
+# %% ../nbs/21_recipes.ipynb #00a92c53
 def check_nviews(r:Recipe # any
                 )->None:  # raises `ValueError`
     "Refuse fewer than two views, and more where the method takes two"
