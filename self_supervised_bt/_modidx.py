@@ -2914,6 +2914,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_bt/transfer.py'),
                                              'self_supervised_bt.transfer.found_sets': ( 'transfer.html#found_sets',
                                                                                          'self_supervised_bt/transfer.py'),
+                                             'self_supervised_bt.transfer.how_encoded': ( 'transfer.html#how_encoded',
+                                                                                          'self_supervised_bt/transfer.py'),
                                              'self_supervised_bt.transfer.identity_of': ( 'transfer.html#identity_of',
                                                                                           'self_supervised_bt/transfer.py'),
                                              'self_supervised_bt.transfer.mean_ap': ( 'transfer.html#mean_ap',

@@ -1,5 +1,7 @@
 "One encoder on many data sets: scores by hand, resumed tables, files of others, and names wherever data are asked for"
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -169,6 +171,27 @@ def test_published_figures_stand_only_beside_the_same_images(monkeypatch):
     assert got.published.tolist() == [86.2, ""] and "Zbontar" in got.by["voc2007"]
 
 
+def test_averaged_and_whitened_rows_are_rows_of_their_own(sets, tmp_path, one_C):
+    model, out = small_encoder(3), tmp_path/"out"
+    plain = table(model, sets, ["dtd"], out=out)
+    with pytest.raises(ValueError, match="for tta None, and now it is 'flip'"):
+        table(model, sets, ["dtd"], out=out, tta="flip")
+    table(model, sets, ["dtd"], out=tmp_path/"flipped", tta="flip")
+    with pytest.raises(ValueError, match="dtd: whiten=True, and the encoder remembers no whitening"):
+        table(model, sets, ["dtd"], whiten=True)
+    for seed in (0, 1):                                # two whitenings are not taken for one another
+        torch.manual_seed(seed)
+        model.whitening = None
+        encode(model, torch.rand(30, 3, 16, 16), 16, whiten="fit")
+        if seed:
+            with pytest.raises(ValueError, match="for whiten '"):
+                table(model, sets, ["dtd"], out=tmp_path/"white", whiten=True)
+        else: table(model, sets, ["dtd"], out=tmp_path/"white", whiten=True)
+    assert table(model, sets, ["dtd"], out=out).equals(plain)
+    row = {"train images": 5011, "test images": 4952, "metric": "mAP", "linear": 80.}
+    assert "published" not in transfer.as_table({"voc2007": row}, published=False)
+
+
 def test_all_sets_are_looked_for_before_any_work(sets, monkeypatch):
     monkeypatch.setattr(transfer, "transfer_scores", lambda *args: pytest.fail("worked"))
     for names, words in ((["dtd", "food101"], "'food101' is not below"), (["dtd", "foods"], "did you mean 'food101'"),
@@ -241,6 +264,12 @@ def test_commands_that_evaluate_by_name(sets, tmp_path, capsys, one_C, monkeypat
         bt_transfer(str(run), sets="pets", root=str(sets))
     bt_transfer()
     assert "places365" in capsys.readouterr().out
+
+
+def test_the_command_as_it_is_typed(tmp_path):
+    (tmp_path/"bt_transfer").write_text("from self_supervised_bt.cli import bt_transfer\nbt_transfer()\n")
+    done = subprocess.run([sys.executable, tmp_path/"bt_transfer", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "positional arguments:\n  run " in done.stdout and "--run" not in done.stdout
 
 
 def test_a_named_set_in_memory_and_its_diagnosis(sets, tmp_path, capsys):
