@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .augmentations import CropTfm, clean_pipeline
 from self_supervised_bt.core import (
     check_choice,
+    check_number,
     check_positive_int,
     unwrapped,
 )
@@ -32,10 +33,12 @@ from .fused import CentreResize, NormalizeViews
 from self_supervised_bt.layers import (
     STEMS,
     PoolingType,
+    Whitening,
     check_plain_architecture,
     create_encoder,
     create_mlp_module,
     is_plain,
+    usable_whitening,
 )
 
 # %% ../nbs/17_encoder_files.ipynb #9eba5fd9
@@ -79,6 +82,25 @@ def mlp_settings(mlp:nn.Module # a projector or predictor
                     nlayers=len(linears), bias=bias)
     with torch.device("meta"): same = create_mlp_module(linears[0].in_features, **settings)
     return settings if repr(same) == repr(mlp) else None
+
+# %% ../nbs/17_encoder_files.ipynb #87cbe5f9
+WHITENING = ("mean", "matrix", "weights")   # its tensors
+PLACE = "whitening/"                        # before their names in a file; the name of a module may hold no such mark
+
+def whitening_of(encoder:nn.Module # perhaps with a whitening
+                )->tuple:          # what is said about it and its tensors, both empty if there is none
+    "The whitening that an encoder remembers, for a file"
+    whitening = usable_whitening(encoder)
+    if whitening is None:
+        if getattr(unwrapped(encoder), "whitening", None) is not None:
+            warnings.warn("the encoder was trained after its whitening was fitted, which is not saved: fit it again, "
+                          "encode(model, training_images, whiten='fit')", stacklevel=3)
+        return {},{}
+    if whitening.weights is None or whitening.how is None:
+        raise ValueError("encoder.whitening must come from encode(model, training_images, whiten='fit'), which records "
+                         "how images were encoded: fit it so, or set encoder.whitening = None")
+    about = dict(whitening=dict(rows=whitening.rows, floor=whitening.floor, **whitening.how))
+    return about,{f"{PLACE}{name}": getattr(whitening, name) for name in WHITENING}
 
 # %% ../nbs/17_encoder_files.ipynb #c2e6945b
 def plain_name(name): return name.replace("_orig_mod.", "")   # which torch.compile adds
@@ -225,6 +247,51 @@ def _check_mlp(name, settings):
     if type(settings["bias"]) is not bool and settings["bias"] != "last":
         raise ValueError(f"bias of the {name} must be true, false or 'last', got {settings['bias']!r:.80}")
 
+# %% ../nbs/17_encoder_files.ipynb #38024c91
+AVERAGED = ("flip", "crops", "sizes")   # words of `encode(..., tta=)`
+
+def check_whitening(about # from a file
+                   )->None: # raises `ValueError`
+    "Raise `ValueError` unless `whitening_of` could have written it"
+    keys = {"rows", "floor", "size", "tta", "levels"}
+    if not isinstance(about, dict) or about.keys() != keys:
+        raise ValueError(f"whitening must have {', '.join(sorted(keys))}, got {about!r:.80}")
+    check_positive_int("rows", about["rows"])
+    check_positive_int("levels", about["levels"])
+    check_number("floor", about["floor"], zero=False, most=1)
+    if about["size"] is not None: check_input(dict(size=about["size"]))
+    tta = about["tta"]
+    if not isinstance(tta, list) or len(tta) > 20: raise ValueError(f"tta must be a list of words, got {tta!r:.80}")
+    for o in tta:
+        if isinstance(o, str): check_choice("tta", o, AVERAGED)
+        else: check_input(dict(size=[o, o]))
+
+def whitening_names(about:dict, # from `read_about`
+                    shapes:dict # name to shape of the tensors in a file
+                   )->dict:     # names of the whitening's tensors, to those in the file; raises `ValueError`
+    "Where the whitening is in a file, once it is known that its tensors fit each other"
+    if "whitening" not in about: return {}
+    names = {name.removeprefix(PLACE): name for name in shapes if name.startswith(PLACE)}
+    shape = {name: shapes[in_file] for name,in_file in names.items()}
+    mean = shape.get("mean", ())
+    fits = shape.keys() == set(WHITENING) and len(mean) == len(shape["weights"]) == 1 and shape["matrix"] == 2*mean
+    if fits: return names
+    raise ValueError(f"its whitening must have mean (F,), matrix (F,F) and weights (T,), not {shape!r:.120}")
+
+# %% ../nbs/17_encoder_files.ipynb #fb167916
+def restore_whitening(about:dict,    # what a file says of it, `None` if there is none
+                      tensors:dict,  # of it
+                      path:str|Path  # the file
+                     )->Whitening:   # `None` if there is none; raises `ValueError`
+    "The whitening in a file"
+    if about is None: return None
+    odd = [name for name,t in tensors.items() if not t.is_floating_point() or not t.isfinite().all()]
+    if odd: raise ValueError(f"{path}: {odd[0]} of the whitening holds no finite numbers, get the file again")
+    how = dict(size=about["size"], tta=about["tta"], levels=about["levels"])
+    dtypes = dict(weights=torch.float64)
+    tensors = {name: t.to(dtypes.get(name, torch.float32)) for name,t in tensors.items()}
+    return Whitening(rows=about["rows"], floor=about["floor"], how=how, **tensors)
+
 # %% ../nbs/17_encoder_files.ipynb #f8857f6c
 def read_about(path:str|Path # a file
               )->tuple:      # the text, and names and shapes of the tensors; raises `ValueError`
@@ -249,11 +316,13 @@ def _check_about(about):
     "Raise `ValueError` unless this library could have written it"
     if isinstance(about, dict): about.pop("sha256", None)   # `check_undamaged` compares it
     of_encoder = {"created_by", "input"}
-    if not isinstance(about, dict) or about.keys() not in (of_encoder, of_encoder|{"parts", "recipe"}):
+    known = of_encoder,of_encoder|{"parts", "recipe"}
+    if not isinstance(about, dict) or about.keys() - {"whitening"} not in known:
         raise ValueError(f"it must have created_by and input, got {about!r:.80}")
     if about["created_by"] is not None: check_created_by(about["created_by"])
     check_input(about["input"], (about["created_by"] or {}).get("n_in"))
     check_parts(about.get("parts", {}))
+    if "whitening" in about: check_whitening(about["whitening"])
     if not isinstance(about.get("recipe") or {}, dict):
         raise ValueError(f"recipe must be a dict of settings, got {about['recipe']!r:.80}")
 
@@ -401,7 +470,9 @@ def read_own_file(path:str|Path, # that this library wrote
     "Encoder, and what else there is, from a file of this library"
     about,shapes = read_about(path)
     parts = about.get("parts")
-    try: names = _by_part(shapes, parts)
+    try:
+        beside = whitening_names(about, shapes)
+        names = _by_part([name for name in shapes if name not in beside.values()], parts)
     except ValueError as e: raise ValueError(f"{path} was changed ({e}): get the file again") from e
     unused = sorted(given.keys() - names.keys())
     if unused: raise ValueError(f"{unused[0]} was given, but {path} holds {' and '.join(names)} only: leave it out")
@@ -412,8 +483,10 @@ def read_own_file(path:str|Path, # that this library wrote
             networks[part] = unwrapped(_network(part, about, part_shapes, path, given.get(part)))
             tensors[part] = {name: f.get_tensor(in_file) for name,in_file in own.items()}
             check_fits(networks[part], tensors[part], path)
+        whitening = {name: f.get_tensor(in_file) for name,in_file in beside.items()}
     check_undamaged(path)
     for part,network in networks.items(): fill(network, tensors[part])
     networks["encoder"].clean_pipeline = restore_input(about["input"])
+    networks["encoder"].whitening = restore_whitening(about.get("whitening"), whitening, path)
     classes = (parts or {}).get("head")
     return OwnFile(**{part: net.eval() for part,net in networks.items()}, classes=classes, recipe=about.get("recipe"))

@@ -34,9 +34,19 @@ from torch import Tensor, nn
 
 from .augmentations import CropTfm
 from .core import check_positive_int, undisturbed, unwrapped
+from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
-from .layers import encoder_channels
+from self_supervised_bt.layers import (
+    Whitening,
+    check_levels,
+    encoder_channels,
+    fit_whitening,
+    is_fitted_with,
+    usable_whitening,
+    weight_sums,
+    with_levels,
+)
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
@@ -243,13 +253,78 @@ def expects_unit_range(model,         # a Learner, a `BarlowTwinsModel` or an en
     steps = [step for aug in views.augs for t in aug.fs for step in getattr(t, "steps", [])] if views else []
     return any(float(mean.max()) <= 1 for mean in stats) or any(step.unit_range for step in steps)
 
-# %% ../nbs/30_evaluation.ipynb #055fbfc8
+# %% ../nbs/30_evaluation.ipynb #53a03dd9
+SCALES = 1,1.25,1.5
+PART = 7/8
+
+def averaged(tta # as for `encode`
+            )->list: # words of `AVERAGED`, then sizes; raises `ValueError`
+    "What is averaged over, in one order"
+    given = [] if tta is None else [tta] if isinstance(tta, (str, Integral)) else tta
+    if not isinstance(given, (list, tuple)): given = [given]
+    sizes = sorted({int(o) for o in given if isinstance(o, Integral) and not isinstance(o, bool) and 0 < o <= 4096})
+    words = [word for word in AVERAGED if word in given]
+    odd = [o for o in given if o not in words and o not in sizes or isinstance(o, bool)]
+    if odd:
+        raise ValueError(f"tta must be of {', '.join(map(repr, AVERAGED))} and sizes in pixels, got {odd[0]!r}: "
+                         "e.g. tta='flip', or tta=('flip', 24, 32); leave it out to average nothing")
+    if sizes and "sizes" in words: raise ValueError(f"tta has 'sizes' and the sizes {sizes}: leave out one of them")
+    return words + sizes
+
+def size_of(clean:Pipeline # size and normalisation of an encoder's images
+           )->tuple:       # height and width, `None` if there is no size
+    "The size to which a clean pipeline brings images"
+    return next((tuple(t.size) for t in clean.fs if isinstance(t, (CentreResize, CropTfm))), None)
+
+# %% ../nbs/30_evaluation.ipynb #a3314f8a
+def cleans(clean:Pipeline, # size and normalisation of an encoder's images
+           shape:tuple,    # height and width of the images, for an encoder without a size
+           tta:list        # from `averaged`
+          )->list:         # of pipelines
+    "The clean pipeline at every size that is averaged over"
+    height,width = size_of(clean) or shape
+    sizes = [(o, o) for o in tta if not isinstance(o, str)]
+    if "sizes" in tta: sizes = [(round(s*height), round(s*width)) for s in SCALES]
+    if "crops" in tta and not sizes: sizes = [(height, width)]
+    return [at_size(clean, size) for size in sizes] or [clean]
+
+def corners(x): # (B,C,H,W); the images, and four parts of them
+    "The images and their corners of 7/8 of the height and width"
+    a,b = (max(1, round(PART*pixels)) for pixels in x.shape[-2:])
+    return [x, x[...,:a,:b], x[...,:a,-b:], x[...,-a:,:b], x[...,-a:,-b:]]
+
+def versions(x,              # (B,C,H,W) `TensorImage`, as `clean` takes them
+             clean:Pipeline, # size and normalisation of an encoder's images
+             tta:list        # from `averaged`
+            ):               # yields (B,C,H,W) `Tensor`
+    "Images as an encoder takes them: once, or in all versions that are averaged over"
+    for sized in cleans(clean, x.shape[-2:], tta):
+        for part in corners(x) if "crops" in tta else [x]:
+            v = sized(part).as_subclass(Tensor)
+            yield v
+            if "flip" in tta: yield v.flip(-1)
+
+class RowMean:
+    "The mean of matrices (B,F) of one shape"
+    total,n = None,0
+    def add(self, h):
+        if self.n and h.shape != self.total.shape:
+            raise ValueError(f"the encoder gives {self.total.shape[1]} numbers for one size of an image and "
+                             f"{h.shape[1]} for another, which have no mean: leave sizes out of tta=")
+        self.total = h if self.total is None else self.total + h
+        self.n += 1
+    def value(self): return self.total/self.n if self.n > 1 else self.total
+
+# %% ../nbs/30_evaluation.ipynb #89631b6e
 class BatchEncoder:
     "What `encode` calls for each batch: images to representations"
-    def __init__(self, model, size):
+    def __init__(self, model, size=None, tta=(), levels=1):
         self.encoder,self.clean = encoder_of(model)
         self.unit = expects_unit_range(model, self.clean)
+        self.trained_at = size_of(self.clean)
         if size is not None: self.clean = at_size(self.clean, size)
+        check_levels(unwrapped(self.encoder), levels)
+        self.tta,self.levels = tta,levels
         self.device,self.dtype = placement(self.encoder)
         self.said = False
 
@@ -263,18 +338,15 @@ class BatchEncoder:
         x = batch_images(to_device(b, self.device))
         check_pixels(x, self.unit)
         if not self.unit: self.warn_of_bytes(x)
-        h = self.forward(self.clean(x).as_subclass(Tensor).to(self.dtype))
-        if isinstance(h, Tensor) and h.ndim == 2: return h.float().cpu()
+        mean = RowMean()
+        for v in versions(x, self.clean, self.tta): mean.add(self.represent(v.to(self.dtype)))
+        return mean.value().cpu()
+
+    def represent(self, x): # normalised images; (B,F) float32
+        h = self.forward(x)
+        if isinstance(h, Tensor) and h.ndim == 2: return h.float()
         got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"the encoder must give representations (B,F), got {got}: pool and flatten its output")
-
-    def forward(self, x): # raises ValueError if the encoder takes another number of channels
-        try: return self.encoder(x)
-        except RuntimeError as e:
-            n_in,channels = encoder_channels(self.encoder),x.shape[1]
-            if n_in in (None, channels): raise
-            raise ValueError(f"the encoder takes images of {n_in} channel(s), and these have {channels}: read them "
-                             f"with n_in={n_in}, or train an encoder for them") from e
 
     def warn_of_bytes(self, x): # once
         if self.said or x.min() < 0 or x.max() < 16: return
@@ -282,15 +354,88 @@ class BatchEncoder:
         warnings.warn(f"the images have values up to {float(x.max()):.0f}, and the encoder does not say what it "
                       "expects: divide by 255 if it was trained on [0,1]")
 
-# %% ../nbs/30_evaluation.ipynb #4ef28547
-def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
-           data,              # a loader of images, with or without labels; images (N,C,H,W); or (images, labels)
-           size:int|tuple=None, # height and width of the images, pixels; that of the views if not given
-           progress:bool=False # show a progress bar?
-          )->tuple:           # h (N,F) float32 and y (N,) or `None`, both on the CPU
-    "Representations of all images, in order, un-augmented, normalised as the encoder was trained to see them"
-    encoder = BatchEncoder(model, size)
-    data = encoder.takes(data)
+# %% ../nbs/30_evaluation.ipynb #85d4d7fb
+@patch
+def forward(self:BatchEncoder, x): # normalised images
+    "The representation; raises ValueError if the encoder takes another number of channels, or another size"
+    try: return with_levels(self.encoder, x, self.levels)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, AssertionError) as e:
+        n_in,channels = encoder_channels(self.encoder),x.shape[1]
+        if n_in not in (None, channels):
+            raise ValueError(f"the encoder takes images of {n_in} channel(s), and these have {channels}: read them "
+                             f"with n_in={n_in}, or train an encoder for them") from e
+        height,width = x.shape[2:]
+        if self.trained_at in (None, (height, width)): raise
+        raise ValueError(f"the encoder was trained at {self.trained_at[0]}x{self.trained_at[1]} pixels, and fails at "
+                         f"{height}x{width} ({' '.join(str(e).split()):.200}): leave out size=, or sizes in tta") from e
+
+# %% ../nbs/30_evaluation.ipynb #9f330c63
+def how_encoded(clean:Pipeline,          # size and normalisation of an encoder's images
+                size:int|tuple,          # as for `encode`, like the rest
+                tta,
+                levels:int,
+                whitening:Whitening=None # to be used
+               )->dict:                  # size, tta and levels as plain data; raises `ValueError`
+    "How images are encoded; a whitening says it, and nothing else may contradict it"
+    fitted = None if whitening is None else whitening.how
+    if size is not None: at_size(clean, size)   # raises if it is none
+    asked = dict(size=size_of(clean) if size is None else (size, size) if isinstance(size, Integral) else size,
+                 tta=averaged(tta), levels=1 if levels is None else levels)
+    asked["size"] = asked["size"] and [int(pixels) for pixels in asked["size"]]
+    if size is not None and any(not isinstance(o, str) for o in asked["tta"]):
+        raise ValueError(f"size={size} and the sizes in tta={tta!r} contradict each other: leave one of them out")
+    if fitted is None: return asked
+    given = {k for k,v in dict(size=size, tta=tta, levels=levels).items() if v is not None}
+    for name in sorted(given):
+        if asked[name] != fitted[name]:
+            raise ValueError(f"{name}={asked[name]!r} is not what the whitening was fitted with, "
+                             f"{name}={fitted[name]!r}: leave {name} out, or fit a whitening for it")
+    return dict(fitted)
+
+# %% ../nbs/30_evaluation.ipynb #d678a3d0
+def whitening_to_use(encoder:nn.Module, # perhaps with a whitening
+                     whiten             # as for `encode`
+                    )->Whitening:       # `None` if there is none to use; raises `ValueError`
+    "The whitening that is asked for, if the encoder is as it was when it was fitted"
+    if whiten is None or whiten is False or isinstance(whiten, str) and whiten == "fit": return None
+    if whiten is not True and not isinstance(whiten, Whitening):
+        raise ValueError("whiten must be True for the whitening that the encoder remembers, 'fit' to fit it on these "
+                         f"images, or another encoder's whitening, got {whiten!r:.80}")
+    whitening = getattr(unwrapped(encoder), "whitening", None) if whiten is True else whiten
+    fit = "fit it on training images, encode(model, images, whiten='fit')"
+    if whitening is None: raise ValueError(f"whiten=True, and the encoder remembers no whitening: {fit}")
+    if whitening.weights is not None and not is_fitted_with(whitening, encoder):
+        raise ValueError("the whitening was fitted on representations of other weights, the encoder was trained since, "
+                         f"or is another one: {fit}")
+    return whitening
+
+def fitted_whitening(encoder:nn.Module, # it remembers the whitening
+                     h:Tensor,          # (N,F) representations of the images
+                     how:dict           # from `how_encoded`
+                    )->Whitening:       # raises `ValueError` if the encoder remembers one of other images
+    "Fit a whitening; an encoder has one, so that all images go through the same"
+    encoder = unwrapped(encoder)
+    new = fit_whitening(h, how=how, weights=weight_sums(encoder))
+    old = usable_whitening(encoder)
+    if old is None: encoder.whitening = new
+    elif not is_same_whitening(old, new):
+        raise ValueError(f"whiten='fit', and the encoder remembers a whitening fitted on {old.rows:,} images, "
+                         f"encoded by {old.how}: images whitened by different ones cannot be compared. Use whiten=True "
+                         "for it, or set encoder.whitening = None to fit another for all images")
+    return encoder.whitening
+
+def is_same_whitening(a:Whitening, b:Whitening)->bool:
+    "Were they fitted on the same images, encoded alike, up to rounding?"
+    if (a.rows, a.floor, a.how, a.mean.shape) != (b.rows, b.floor, b.how, b.mean.shape): return False
+    return all((s - t).norm() <= 1e-3*s.norm() for s,t in ((a.mean, b.mean), (a.matrix, b.matrix)))
+
+# %% ../nbs/30_evaluation.ipynb #c699a19b
+def encode_rows(encoder:BatchEncoder,
+                data,         # from `BatchEncoder.takes`
+                progress:bool # show a progress bar?
+               )->tuple:      # h (N,F) and y (N,) or `None`
+    "Representations and labels of all images, in order"
     n = count_images(data)
     h,y = RowBuffer(n),RowBuffer(n)
     with undisturbed(encoder.encoder), ordered_batches(data) as batches:
@@ -304,6 +449,24 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
         warnings.warn(f"{n - h.filled} of {n} images have no row: their files cannot be read (bad_images(dls) lists "
                       "them), or the loader leaves them out")
     return h.rows(),y.rows()
+
+# %% ../nbs/30_evaluation.ipynb #b79220b7
+def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
+           data,              # a loader of images, with or without labels; images (N,C,H,W); or (images, labels)
+           size:int|tuple=None, # height and width of the images, pixels; that of the views if not given
+           progress:bool=False, # show a progress bar?
+           tta:str|tuple=None, # what `h` is averaged over: "flip", "crops", "sizes", pixels, or several in a tuple
+           levels:int=None,   # stages whose pooled maps are put beside each other; the last alone if not given
+           whiten:bool|str=None # "fit": on these images, remembered by the encoder; `True`: as it remembers
+          )->tuple:           # h (N,F) float32 and y (N,) or `None`, both on the CPU
+    "Representations of all images, in order, un-augmented, normalised as the encoder was trained to see them"
+    net,clean = encoder_of(model)
+    whitening = whitening_to_use(net, whiten)
+    how = how_encoded(clean, size, tta, levels, whitening)
+    encoder = BatchEncoder(model, **how)
+    h,y = encode_rows(encoder, encoder.takes(data), progress)
+    if whiten == "fit": whitening = fitted_whitening(net, h, how)
+    return h if whitening is None else whitening(h, out=h),y
 
 # %% ../nbs/30_evaluation.ipynb #7cf0ccba
 def check_matrix(name:str, # of the argument
@@ -757,6 +920,27 @@ def label_table(reps:dict,         # name -> (h, h_test)
     y = several_classes("y", y)
     rows = {name: label_row(*hs, y, y_test, labels, samples, k) for name,hs in reps.items()}
     return with_number_of_samples(pd.DataFrame(rows).T, samples)
+
+# %% ../nbs/30_evaluation.ipynb #df567c15
+def whitened_pair(h:Tensor,     # (N,F) representations of training images
+                  h_test:Tensor # (M,F) of held-out images
+                 )->tuple:      # the same two, by one whitening
+    "Both by the whitening that is fitted on the first"
+    whitening = fit_whitening(h)
+    return whitening(h),whitening(h_test)
+
+PROCESSED = "whitened","flips averaged","both"   # `processed_rows` without "single view"
+
+def processed_rows(model,               # a Learner, a `BarlowTwinsModel` or an encoder
+                   train,               # images, as for `encode`
+                   test,                # held-out images
+                   size:int|tuple=None  # of the images, as for `encode`
+                  )->tuple:             # name -> (h, h_test), labels of the training images, of the held-out images
+    "Representations of a single view, whitened, averaged over flips, and both"
+    (h,y),(h_test,y_test) = (encode(model, data, size) for data in (train, test))
+    flips = tuple(encode(model, data, size, tta="flip")[0] for data in (train, test))
+    rows = (h, h_test),whitened_pair(h, h_test),flips,whitened_pair(*flips)
+    return dict(zip(("single view", *PROCESSED), rows)),y,y_test
 
 # %% ../nbs/30_evaluation.ipynb #f5768348
 def positive_pair_accuracy(h1:Tensor, # (N,F) representations of view 1

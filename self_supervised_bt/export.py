@@ -48,9 +48,9 @@ from self_supervised_bt.encoder_files import (
     plain_weights,
     separate_tensors,
 )
-from .evaluation import encoder_of
+from .evaluation import encoder_of, whitening_to_use
 from .fitting import epoch_values, random_states_kept
-from .layers import encoder_channels
+from .layers import Whitening, encoder_channels
 from .zoo import file_sha256
 
 # %% ../nbs/41_export.ipynb #1078c435
@@ -1034,21 +1034,60 @@ def format_names(formats:str|list # names, also in one text with commas
 
 def is_installed(package): return importlib.util.find_spec(package) is not None
 
+# %% ../nbs/41_export.ipynb #1f41e6d0
+class Whitened(nn.Module):
+    "An encoder whose representations are whitened, perhaps averaged over the mirror image"
+    def __init__(self, encoder:nn.Module, whitening:Whitening):
+        super().__init__()
+        self.encoder,self.flip = encoder,"flip" in whitening.how["tta"]
+        self.created_by = getattr(encoder, "created_by", None)
+        self.register_buffer("mean", whitening.mean.clone())
+        self.register_buffer("matrix", whitening.matrix.clone())
+    def forward(self, x):
+        h = self.encoder(x)
+        if self.flip: h = (h + self.encoder(x.flip(-1)))/2
+        return (h - self.mean) @ self.matrix
+
+def encoder_whitening(model # a Learner, a `BarlowTwinsModel` or an encoder
+                     )->Whitening: # raises `ValueError` if there is none for its weights
+    "The whitening that the encoder remembers"
+    whitening = whitening_to_use(encoder_of(model)[0], True)
+    if whitening.how is not None: return whitening
+    raise ValueError("encoder.whitening must come from encode(model, training_images, whiten='fit'), which records how "
+                     "images were encoded: fit it so")
+
+def size_of_whitened(model,         # a Learner, a `BarlowTwinsModel` or an encoder
+                     names:list,    # of formats
+                     size:int|tuple # as for `export_encoder`
+                    )->tuple:       # height and width, `None` if not known; raises `ValueError`
+    "The size of images that a whitening was fitted on, once it is known that it can be exported"
+    odd = [name for name in names if name not in ("onnx", "onnx-uint8", "pt2")]
+    if odd: raise ValueError(f"whiten=True is for onnx, onnx-uint8 and pt2, which hold a graph: leave out {odd[0]}")
+    how = encoder_whitening(model).how
+    if size is not None: raise ValueError(f"size is that of the whitening, {how['size']}: leave size out")
+    if set(how["tta"]) - {"flip"} or how["levels"] > 1:
+        raise ValueError(f"the whitening was fitted with tta={how['tta']} and levels={how['levels']}, and a graph "
+                         "averages over the mirror image only: fit one with tta='flip' or without tta and levels")
+    return None if how["size"] is None else tuple(how["size"])
+
 # %% ../nbs/41_export.ipynb #c045fea8
 def export_encoder(model,               # a Learner, a `BarlowTwinsModel` or an encoder
                    folder:str|Path,     # for the files; it is made if needed
                    formats:str|list="timm", # of `FORMATS`, e.g. "timm,onnx"
                    license:str=None,    # identifier for the model card, e.g. "apache-2.0"; "unknown" if not given
                    size:int|tuple=None, # of the images, pixels; those the encoder was trained on if not given
-                   facts:dict=None      # for the model card: "training" (dict) and "results" (list of dicts)
+                   facts:dict=None,     # for the model card: "training" (dict) and "results" (list of dicts)
+                   whiten:bool=False    # as `encode(..., whiten=True)` gives them? For onnx, onnx-uint8 and pt2
                   )->pd.DataFrame:      # a row per file; raises `OSError`, `ValueError` or `ImportError`
     "The encoder in formats of other tools, each opened again and compared: all files, or none"
     names,folder = format_names(formats),Path(folder)
     if license and "timm" not in names: raise ValueError("license is for the model card: add 'timm' to formats")
+    if whiten: size = size_of_whitened(model, names, size)
     files = [file for name in names for file in FORMATS[name].files]
     rows = []
     with random_states_kept():
         p = prepare(model, size, license, facts)
+        if whiten: p.encoder = Whitened(p.encoder, encoder_whitening(model)).eval()
         with whole_export(folder, files) as (part,recorded):
             for name in names:
                 opened_by,worst,about = FORMATS[name].write(p, part)

@@ -11,6 +11,8 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
@@ -22,9 +24,17 @@ import torchvision.models as tvm
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.vision.models import xresnet
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, normalize
 
-from .core import check_choice, check_positive_int, rng_states, set_rng_states, undisturbed
+from self_supervised_bt.core import (
+    check_choice,
+    check_number,
+    check_positive_int,
+    rng_states,
+    set_rng_states,
+    undisturbed,
+    unwrapped,
+)
 
 # %% ../nbs/12_layers.ipynb #01b95d9c
 def encoder_channels(encoder:nn.Module # images to representations
@@ -429,3 +439,154 @@ def create_mlp_module(dim:int,             # width of the representation
         if bn: hidden.append(nn.BatchNorm1d(nf))
         hidden.append(nn.ReLU(inplace=True))
     return nn.Sequential(*hidden, nn.Linear(widths[-1], projection_size, bias=bool(bias)))
+
+# %% ../nbs/12_layers.ipynb #1f64033e
+def stage_names(encoder:nn.Module # an encoder of `create_encoder`
+               )->list:           # names of modules, the last stage last; empty if they are not known
+    "The modules that give the maps of an encoder's stages"
+    modules = dict(encoder.named_modules())
+    layers = [name for name in ("layer1", "layer2", "layer3", "layer4") if name in modules]
+    if layers: return layers
+    if isinstance(encoder, nn.Sequential): return [n for n,m in encoder.named_children() if type(m) is nn.Sequential]
+    told = getattr(encoder, "feature_info", None)
+    told = told if isinstance(told, list) else []
+    return [info["module"] for info in told if info.get("module") in modules]
+
+def check_levels(encoder:nn.Module, # an encoder of `create_encoder`
+                 levels:int         # stages whose pooled maps are used, the last ones
+                )->None:            # raises `ValueError`
+    "Raise `ValueError` unless the encoder has so many stages"
+    check_positive_int("levels", levels)
+    n = len(stage_names(encoder))
+    if levels == 1 or levels <= n: return
+    kind = (getattr(encoder, "created_by", None) or {}).get("arch", type(encoder).__name__)
+    has = f"has {n} stages" if n else "does not say which of its modules are stages"
+    raise ValueError(f"levels={levels} needs so many stages, and {kind} {has}: use fewer levels, or levels=1")
+
+# %% ../nbs/12_layers.ipynb #1dcc479f
+def pooled(out, name): # output of a stage and its name; (B,C) float32, rows of length one
+    "The means of a map, each row scaled to length one"
+    if not isinstance(out, Tensor) or out.ndim != 4:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {got}: use levels=1")
+    return normalize(out.float().mean((2, 3)), dim=1)
+
+@contextmanager
+def earlier_levels(encoder:nn.Module, # an encoder of `create_encoder`
+                   levels:int         # from `check_levels`
+                  ):
+    "Inside, a list that holds, after each call, the pooled maps of the stages before the last, the earliest first"
+    maps,hooks,encoder = [],[],unwrapped(encoder)
+    channels = {info["module"]: info.get("num_chs") for info in getattr(encoder, "feature_info", None) or []
+                if "module" in info}
+    def keep(name):
+        def hook(module, x, out):
+            if channels.get(name) and isinstance(out, Tensor) and out.ndim == 4 and out.shape[1] != channels[name]:
+                raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {tuple(out.shape)} with "
+                                 f"{channels[name]} channels: use levels=1")
+            maps.append(pooled(out, name))
+        return hook
+    try:
+        for name in stage_names(encoder)[-levels:-1]:
+            hooks.append(encoder.get_submodule(name).register_forward_hook(keep(name)))
+        yield maps
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../nbs/12_layers.ipynb #9e3e9689
+def with_levels(encoder:nn.Module, # an encoder of `create_encoder`
+                x:Tensor,          # (B,C,H,W) as the encoder takes them
+                levels:int=1       # stages whose pooled maps are used, the last ones
+               )->Tensor:          # (B,F) float32, the earliest level first and the representation last
+    "The representation, beside it the pooled maps of earlier stages"
+    if levels == 1: return encoder(x)
+    with earlier_levels(encoder, levels) as maps: h = unwrapped(encoder)(x)
+    return torch.cat([*maps, normalize(h.float(), dim=1)], 1)
+
+# %% ../nbs/12_layers.ipynb #e62ed737
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    "Representations centred and whitened (ZCA) by the mean and covariance of others"
+    mean:Tensor         # (F,) of the representations that it was fitted on
+    matrix:Tensor       # (F,F) symmetric
+    rows:int            # how many it was fitted on
+    floor:float=.01     # the smallest eigenvalue, as a share of the mean eigenvalue
+    how:dict=None       # arguments of `encode` that gave them: size, tta, levels; `None` if not known
+    weights:Tensor=None # from `weight_sums` of the encoder that gave them; `None` if not known
+
+    def __call__(self,
+                 h:Tensor,       # (N,F) representations
+                 out:Tensor=None # (N,F) to write to, float32, perhaps `h`
+                )->Tensor:       # (N,F) float32; a row that is not finite stays so
+        if h.ndim != 2 or h.shape[1] != len(self.mean):
+            raise ValueError(f"h must be representations (N,{len(self.mean)}), as the whitening was fitted on, "
+                             f"got {tuple(h.shape)}: encode the images in the same way")
+        mean,matrix = (t.to(h.device, torch.float64) for t in (self.mean, self.matrix))
+        if out is None: out = torch.empty(h.shape, device=h.device)
+        for rows,part in zip(row_parts(out), row_parts(h)): rows.copy_((part.double() - mean) @ matrix)
+        return out
+
+def row_parts(h): # (N,F); parts of at most 2**24 numbers
+    "The rows in parts that fit in memory in float64"
+    return h.split(max(1, 2**24//h.shape[1]))
+
+# %% ../nbs/12_layers.ipynb #8e315b34
+def check_whitenable(h:Tensor # (N,F) representations
+                    )->None:  # raises `ValueError`
+    "Raise `ValueError` if no covariance can be told from the rows"
+    if not isinstance(h, Tensor) or h.ndim != 2 or 0 in h.shape:
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(f"h must be representations (N,F), got {got}")
+    bad = sum(int((~part.isfinite()).any(1).sum()) for part in row_parts(h))
+    if bad: raise ValueError(f"h has {bad} row(s) that are not finite: the encoder diverged, or its input was not "
+                             "finite")
+    if len(h) < 2: raise ValueError("h has 1 row, which has no variance: fit the whitening on many images")
+    if len(h) < h.shape[1]:
+        warnings.warn(f"the whitening of {h.shape[1]} dimensions is fitted on {len(h)} images: with fewer images than "
+                      "dimensions it fits these images more than others", stacklevel=3)
+
+def mean_and_covariance(h:Tensor # (N,F)
+                       )->tuple: # (F,) and (F,F), float64
+    "Mean and covariance (divided by N), in two passes"
+    mean = sum(part.double().sum(0) for part in row_parts(h))/len(h)
+    covariance = torch.zeros(h.shape[1], h.shape[1], dtype=torch.float64, device=h.device)
+    for part in row_parts(h):
+        centred = part.double() - mean
+        covariance.addmm_(centred.T, centred)
+    return mean,covariance/len(h)
+
+def fit_whitening(h:Tensor,       # (N,F) representations of training images
+                  floor:float=.01, # the smallest eigenvalue, as a share of the mean eigenvalue
+                  **kwargs        # `how` and `weights` of `Whitening`
+                 )->Whitening:    # raises `ValueError`
+    "The whitening of representations by their own mean and covariance"
+    check_number("floor", floor, zero=False, most=1)
+    check_whitenable(h)
+    mean,covariance = mean_and_covariance(h.detach())
+    average = covariance.diagonal().mean()
+    if not average > 1e-12*mean.square().mean():
+        raise ValueError("h has the same numbers in all rows, no direction varies: the encoder is dead")
+    values,vectors = torch.linalg.eigh(covariance)
+    scale = values.clamp(min=floor*average).rsqrt()
+    return Whitening(mean.float(), ((vectors*scale) @ vectors.T).float(), len(h), float(floor), **kwargs)
+
+# %% ../nbs/12_layers.ipynb #372d8e57
+def weight_sums(encoder:nn.Module # any
+               )->Tensor:         # a number per tensor, float64, on the CPU
+    "The sum of the absolute numbers of each weight and statistic: what they are, in short"
+    tensors = [t for t in unwrapped(encoder).state_dict().values() if t.is_floating_point()]
+    return torch.tensor([t.float().abs().sum(dtype=torch.float64).item() for t in tensors], dtype=torch.float64)
+
+def is_fitted_with(whitening:Whitening, # with `weights`
+                   encoder:nn.Module    # any
+                  )->bool:
+    "Has the encoder the weights that it had when the whitening was fitted?"
+    now = weight_sums(encoder)
+    return now.shape == whitening.weights.shape and torch.allclose(now, whitening.weights, rtol=5e-3, atol=1e-6)
+
+def usable_whitening(encoder:nn.Module # any
+                    )->Whitening|None: # `None` if there is none, or for other weights
+    "The whitening that an encoder remembers"
+    whitening = getattr(unwrapped(encoder), "whitening", None)
+    if whitening is None or whitening.weights is None: return whitening
+    return whitening if is_fitted_with(whitening, encoder) else None

@@ -51,7 +51,7 @@ from self_supervised_bt.evaluation import (
 )
 from .fitting import batch_size_of, epoch_values, images_per_epoch, sampled_images
 from .fused import batch_images
-from .layers import encoder_width
+from .layers import encoder_width, fit_whitening
 from .losses import cross_correlation
 from .multiview import check_model, multiview_of
 
@@ -330,6 +330,9 @@ def _knn(run):
     k = min(20, len(y)-1)
     accuracy = {"representation h": knn_accuracy(run.h, y, k=k), "raw pixels": knn_accuracy(_pixels(run.x), y, k=k),
                 "always the largest class": float(y.unique(return_counts=True)[1].max()/len(y))}
+    if len(run.h) > run.h.shape[1]:
+        white = fit_whitening(run.h)(run.h)
+        accuracy["h, whitened by mean and covariance of these images"] = knn_accuracy(white, y, k=k)
     column = f"kNN top-1 (k={k}), each image among the other {len(y)-1:,}"
     return pd.DataFrame({column: [f"{100*float(a):.1f} %" for a in accuracy.values()]}, index=[*accuracy])
 
@@ -360,7 +363,7 @@ def verdict(results:dict, # from `_results`
     text = f"{pairs_in_words(pairs)}; {rank_in_words(pairs)}."
     knn = results.get("Images labelled by their nearest neighbours")
     if knn is None: return text
-    h,pixels,chance = knn.iloc[:, 0]
+    h,pixels,chance = knn.iloc[:3, 0]
     return (f"kNN top-1 is {h}, {versus(h, pixels, n)} raw pixels ({pixels}); always the largest class gives {chance}. "
             f"{text}")
 

@@ -66,6 +66,7 @@ from .formats import LoadedWeights
 
 # %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
+    PROCESSED,
     effective_rank,
     encode,
     encode_views,
@@ -75,8 +76,10 @@ from self_supervised_bt.evaluation import (
     linear_probe,
     neighbours,
     positive_pair_accuracy,
+    processed_rows,
     sample_labels,
     unlabelled_table,
+    whitened_pair,
 )
 from self_supervised_bt.folders import (
     ImageFiles,
@@ -660,24 +663,33 @@ def few_label_scores(h, y, h_test, y_test)->dict: # column to text
     def text(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     return {f"{share:.0%} of the labels".replace("%", " %"): text(scores(share)) for share in (.01, .1)}
 
+# %% ../nbs/50_runs.ipynb #fe51d8e8
+def scores(h, y, h_test, y_test, protocols, k)->dict: # column to number or text
+    "Scores of representations, in percent, without those of `linear_transfer`, which encodes by itself"
+    row,k = {},min(k, len(h))
+    if "knn" in protocols: row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=k)), 1)
+    if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
+    if "semi-supervised" in protocols: row.update(few_label_scores(h, y, h_test, y_test))
+    return row
+
 def evaluate_on(encoder:nn.Module, # from `load_encoder`
                 dls:DataLoaders,   # from `evaluation_dls`
                 protocols:tuple,   # of `EVALUATIONS`
                 k:int,             # neighbours that vote
                 name:str,          # of the data set
-                n_seen:int|str     # how many of the test images were seen in training
-               )->dict:            # column to number
+                n_seen:int|str,    # how many of the test images were seen in training
+                processed:bool=False # also whitened, averaged over flips, and both?
+               )->dict:            # "single view" and others of `processed_rows` to a dict, column to number
     "Scores of an encoder on one data set, in percent"
-    h,y = encode(encoder, dls.train)
-    h_test,y_test = encode(encoder, dls.valid)
-    row = {"images": len(h), "test images": len(h_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
-    k = min(k, len(h))
-    if "knn" in protocols: row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=k)), 1)
-    if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
-    if "semi-supervised" in protocols: row.update(few_label_scores(h, y, h_test, y_test))
+    if processed: reps,y,y_test = processed_rows(encoder, dls.train, dls.valid)
+    else:
+        (h,y),(h_test,y_test) = (encode(encoder, dl) for dl in dls.loaders)
+        reps = {SINGLE: (h, h_test)}
+    about = {"images": len(y), "test images": len(y_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
+    rows = {way: {**about, **scores(h, y, h_test, y_test, protocols, k)} for way,(h,h_test) in reps.items()}
     if "transfer" in protocols:
-        row["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
-    return row
+        rows[SINGLE]["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
+    return rows
 
 # %% ../nbs/50_runs.ipynb #b603173e
 ENOUGH = 50   # test images, with which an accuracy of 50 % has a standard error of 7 %
@@ -721,6 +733,17 @@ def names_of(folders:list # paths
         names = [name if names.count(name) == 1 else "/".join(p[-n:]) for name,p in zip(names, parts)]
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i,name in enumerate(names)]
 
+# %% ../nbs/50_runs.ipynb #476540b5
+SINGLE = "single view"
+
+def evaluation_table(rows:dict # name of a data set -> way of encoding -> column to number
+                    )->pd.DataFrame:
+    "The rows of a single view first, under the name of the data set alone, then the others, way by way"
+    ways = [SINGLE, *PROCESSED]
+    named = {name if way == SINGLE else f"{name}, {way}": of_data[way]
+             for way in ways for name,of_data in rows.items() if way in of_data}
+    return pd.DataFrame(named.values(), index=list(named))
+
 # %% ../nbs/50_runs.ipynb #b7d2e114
 def folder_evaluation(folder, run, size, n_in, test, num_workers)->tuple: # `dls`, number of test images that were seen
     "The images of a folder for `evaluate`"
@@ -753,8 +776,9 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
              k:int=20,            # neighbours that vote
              num_workers:int=None, # worker processes that read files
              root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
-             download:bool=False  # fetch a data set that is not there?
-            )->pd.DataFrame:      # one row per data set, percent
+             download:bool=False, # fetch a data set that is not there?
+             processed:bool=False # more rows: whitened on the images to learn from, averaged over flips, and both?
+            )->pd.DataFrame:      # one row per data set, then those of `processed`, percent
     "Accuracy of an encoder on labelled images, and how many of the test images it was trained on without labels"
     for p in protocols: check_choice("protocol", p, EVALUATIONS)
     check_positive_int("k", k)
@@ -765,14 +789,14 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
         raise ValueError(f"test is for one data set, got {len(folders)}: evaluate them one by one")
     trained_on = encoder.clean_pipeline.fs
     size = max(trained_on[0].size) if trained_on else None
-    n_in,names,rows = encoder.created_by["n_in"],names_of(folders),[]
+    n_in,names,rows = encoder.created_by["n_in"],names_of(folders),{}
     for folder,name in zip(folders, names):
         if named_data(folder): dls,n_seen = named_evaluation(folder, run, size, n_in, test, num_workers, root, download)
         else:
             check_no_root(folder, root, download)
             dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers)
-        rows.append(evaluate_on(encoder, dls, protocols, k, name, n_seen))
-    return pd.DataFrame(rows, index=names)
+        rows[name] = evaluate_on(encoder, dls, protocols, k, name, n_seen, processed)
+    return evaluation_table(rows)
 
 # %% ../nbs/50_runs.ipynb #1ecd6d7d
 def save_evaluation(run:str|Path,       # as for `evaluate`
@@ -856,7 +880,11 @@ def run_facts(run:Path # folder of a run
     if weights: training["continued from"] = weights if "://" in str(weights) else Path(str(weights)).name
     training |= {k: results[k] for k in ("images", "epochs", "seed") if k in results}
     measured = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
-    return dict(training=training, results=[{"data": k, **row} for k,row in rows.items()] if measured else [])
+    return dict(training=training, results=[measured_row(k, row) for k,row in rows.items()] if measured else [])
+
+def measured_row(name, row): # of evaluation.json; the same without what was not measured
+    "One row of results for a model card"
+    return {"data": name, **{k: v for k,v in row.items() if v is not None}}
 
 # %% ../nbs/50_runs.ipynb #dd6be2bb
 class ShortRun(NamedTuple):
@@ -990,6 +1018,7 @@ def train_and_compare(run:ShortRun, # from `short_run`
     seconds = fit_run(learn)
     trained,c_after = encoder_rows(learn, run.labels)
     rows = {"raw pixels": pixel_rows(learn, run.labels), "untrained encoder": untrained, "trained encoder": trained}
+    if run.labels: rows["trained encoder, whitened"] = whitened_pair(*trained)
     if run.labels: table = label_table(rows, dls.train.dataset.y.cpu(), dls.valid.dataset.y.cpu())
     else: table = unlabelled_table(rows)
     return Comparison(learn, table, c_before, c_after, seconds)

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../nbs/35_transfer.ipynb #574c2aa1
 import json
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -82,11 +81,12 @@ def transfer_scores(model,           # a Learner, a `BarlowTwinsModel` or an enc
                     dls:DataLoaders, # labelled images to learn from, and to test on
                     metric:str=None, # one of `datasets.METRICS`; by the labels if not given
                     size:int=None,   # height and width that the encoder sees, pixels
-                    k:int=20         # neighbours that vote
+                    k:int=20,        # neighbours that vote
+                    **how            # for `encode`: `tta`, `whiten`
                    )->dict:          # column to number, per cent
     "Linear probe and kNN of a frozen encoder on one data set"
-    h,y = encode(model, dls.train, size)
-    h_test,y_test = encode(model, dls.valid, size)
+    h,y = encode(model, dls.train, size, **how)
+    h_test,y_test = encode(model, dls.valid, size, **how)
     y = probe_labels("the labels of the training images", y)
     y_test = probe_labels("the labels of the test images", y_test)
     several = y.ndim == 2
@@ -165,10 +165,11 @@ def with_published(name, scores)->dict:
 
 COLUMNS = ("classes", "train images", "test images", "metric", "linear", "kNN", "published", "by")
 
-def as_table(rows:dict # name to scores
+def as_table(rows:dict,          # name to scores
+             published:bool=True # with the published figures?
             )->pd.DataFrame:
     "Rows of a transfer; a gap where a number has no meaning or is not known"
-    table = pd.DataFrame({name: with_published(name, row) for name,row in rows.items()}).T
+    table = pd.DataFrame({name: with_published(name, row) if published else row for name,row in rows.items()}).T
     return table[[c for c in COLUMNS if c in table]].fillna("").rename_axis(columns="%")
 
 # %% ../nbs/35_transfer.ipynb #4d499a6e
@@ -181,7 +182,9 @@ def transfer_table(model,              # a Learner, a `BarlowTwinsModel` or an e
                    download:bool=False, # fetch data sets that are not there?
                    complete:bool=True, # must they have as many images as published?
                    num_workers:int=None, # worker processes that read files
-                   progress:bool=False # print a line per data set?
+                   progress:bool=False, # print a line per data set?
+                   tta:str|tuple=None, # what `h` is averaged over, as for `encode`; published figures are of one view
+                   whiten:bool=False   # with the whitening that the encoder remembers?
                   )->pd.DataFrame:     # a row per data set, per cent; raises `OSError` or `ValueError`
     "Linear probe and kNN of one frozen encoder on many data sets, in the metric of each, beside published figures"
     check_positive_int("k", k)
@@ -191,19 +194,29 @@ def transfer_table(model,              # a Learner, a `BarlowTwinsModel` or an e
     read,crop = protocol_sizes(seen) if seen else (None, None)
     kwargs = dict(size=read, crop=crop, n_in=encoder_channels(encoder) or 3, complete=complete, num_workers=num_workers)
     about = dict(encoder=encoder_identity(encoder), input=describe_input(clean), size=seen, read=read, k=k)
+    how,named = how_encoded(encoder, tta, whiten)
     rows = {}
     for name,make in loaders:
-        rows[name] = one_transfer(model, name, make(**kwargs), about, size, out and Path(out)/f"{name}.json")
+        file = out and Path(out)/f"{name}.json"
+        rows[name] = one_transfer(model, name, make(**kwargs), about | named, size, file, how)
         if progress: print(f"{name:14} {rows[name]['metric']} {rows[name]['linear']} %", flush=True)
-    return as_table(rows)
+    return as_table(rows, published=not how)
 
-def one_transfer(model, name, dls, about, size, file)->dict: # scores
+# %% ../nbs/35_transfer.ipynb #a8b1cde4
+def how_encoded(encoder, tta, whiten)->tuple: # for `encode`, and as results record it
+    "Averaging and whitening, empty if there is none"
+    how = ({} if tta is None else {"tta": tta}) | ({"whiten": True} if whiten else {})
+    whitening = getattr(encoder, "whitening", None)
+    fitted = digest(bytes_of(whitening.mean), bytes_of(whitening.matrix)) if whiten and whitening is not None else None
+    return how,how | ({"whiten": fitted} if whiten else {})
+
+def one_transfer(model, name, dls, about, size, file, how)->dict: # scores
     "Scores on one data set, from its file if there is one"
     depends = json.loads(json.dumps({**about, "images": identity_of(dls)}))   # as the file gives it
     scores = saved_scores(file, depends) if file else None
     if scores is not None: return scores
     start = time.perf_counter()
-    try: scores = transfer_scores(model, dls, CARDS[name].metric if name in CARDS else None, size, about["k"])
+    try: scores = transfer_scores(model, dls, CARDS[name].metric if name in CARDS else None, size, about["k"], **how)
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
     content = {"kind": "transfer", "data": name, "depends on": depends, "scores": scores,
                "seconds": round(time.perf_counter() - start, 1)}

@@ -31,6 +31,7 @@ from self_supervised_bt.encoder_files import (
     plain_weights,
     read_own_file,
     separate_tensors,
+    whitening_of,
 )
 from .evaluation import encoder_of, placement
 from .formats import LoadedWeights
@@ -56,8 +57,9 @@ def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
                 )->Path:        # the file; raises `OSError`
     "The encoder's weights, how to build it, and what images it expects, in one safetensors file"
     encoder,clean = encoder_of(model)
-    about = dict(created_by=plain_call(encoder), input=describe_input(clean))
-    return write_own_file(path, about, plain_weights(encoder))
+    whitened,tensors = whitening_of(encoder)
+    about = dict(created_by=plain_call(encoder), input=describe_input(clean), **whitened)
+    return write_own_file(path, about, {**plain_weights(encoder), **tensors})
 
 # %% ../nbs/40_weights.ipynb #f4e68af9
 def load_encoder(path:str|Path,         # file of this library or another project, URL, or name of `zoo.list_models`
@@ -93,11 +95,12 @@ def save_model(model,        # a Learner, a `BarlowTwinsModel`, or a classifier
     encoder,clean = encoder_of(model)
     parts,recipe = parts_of(model),getattr(model, "recipe", None)
     described = {name: class_names(model) if name == "head" else mlp_settings(part) for name,part in parts.items()}
+    whitened,extra = whitening_of(encoder)
     about = dict(created_by=plain_call(encoder), input=describe_input(clean), parts=described,
-                 recipe=asdict(recipe) if isinstance(recipe, Recipe) else recipe)
+                 recipe=asdict(recipe) if isinstance(recipe, Recipe) else recipe, **whitened)
     networks = {"encoder": encoder, **parts}
     tensors = {f"{part}.{name}": t for part,net in networks.items() for name,t in plain_weights(net).items()}
-    return write_own_file(path, about, tensors)
+    return write_own_file(path, about, {**tensors, **extra})
 
 # %% ../nbs/40_weights.ipynb #17aefe84
 def load_model(path:str|Path, # as for `load_encoder`

@@ -1,6 +1,7 @@
 "Small real inputs, made on the spot"
 import gc
 import signal
+from functools import cache
 
 import matplotlib
 import numpy as np
@@ -29,9 +30,13 @@ def seeded():
     set_seed(0)
 
 
+@cache
+def all_digits(): return digits_images()   # scikit-learn parses a file every time
+
+
 def image_items(n=48, labels=True, size=8, channels=1):
     "Handwritten digits as (image, label) or (image,) items"
-    x, y = digits_images()
+    x, y = all_digits()
     x = nn.functional.interpolate(x[:n].float()/255, size=size).expand(-1, channels, -1, -1)
     return [(TensorImage(im), int(l)) if labels else (TensorImage(im),) for im, l in zip(x, y)]
 

@@ -17,6 +17,8 @@ from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrai
 from self_supervised_bt.runs import run_dls, short_run
 from self_supervised_bt.weights import load_encoder
 
+ROWS = ["raw pixels", "untrained encoder", "trained encoder"]
+
 
 def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -24,7 +26,7 @@ def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "1,297 to train on without labels, 500 held out" in out and "trained encoder" in out
     table = pd.read_csv(tmp_path/"runs/digits/table.csv", index_col=0)
-    assert list(table.index) == ["raw pixels", "untrained encoder", "trained encoder"] and table.shape[1] == 4
+    assert list(table.index) == [*ROWS, "trained encoder, whitened"] and table.shape[1] == 4
     assert {f.name for f in (tmp_path/"runs/digits").iterdir()} == {
         "cross_correlation.png", "encoder.safetensors", "history.csv", "loss.png", "model.safetensors",
         "neighbours.png", "report",

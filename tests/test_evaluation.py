@@ -1,4 +1,5 @@
 "Evaluation against references that share no code with it"
+import copy
 import math
 import warnings
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import image_items, small_model
+from conftest import image_items, small_encoder, small_model
 from fastai.data.core import Datasets
 from fastai.data.transforms import Normalize
 from fastai.torch_core import set_seed
@@ -18,6 +19,7 @@ from torchvision import transforms
 
 from self_supervised_bt.classifiers import subset_dl
 from self_supervised_bt.data import digits_images, hold_out, image_files, tensor_dls
+from self_supervised_bt.encoder_files import restore_input
 from self_supervised_bt.evaluation import (
     OnlineEvaluation,
     RowBuffer,
@@ -36,12 +38,14 @@ from self_supervised_bt.evaluation import (
     mean_average_precision,
     neighbours,
     positive_pair_accuracy,
+    processed_rows,
     sample_labels,
     standardised_rank,
     topk_accuracy,
     unlabelled_table,
 )
 from self_supervised_bt.folders import unlabelled_dls
+from self_supervised_bt.layers import create_encoder
 
 
 class Items(torch.utils.data.Dataset):
@@ -670,3 +674,178 @@ def test_a_regularisation_that_is_no_number(C):
 def test_scores_of_another_number_of_classes():
     with pytest.raises(ValueError, match="scores are .*4.* and y .*3"):
         mean_average_precision(torch.rand(5, 4), torch.ones(5, 3))
+
+
+# After training, without labels
+
+def spotted(n=12, size=16, channels=1, seed=0):
+    "Images without any symmetry"
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def with_input(encoder, size=None):
+    "The encoder in eval mode, which says that its images have this size and are normalised"
+    described = {"stats": [[.4], [.3]], **({} if size is None else {"size": [size, size]})}
+    encoder.clean_pipeline = restore_input(described)
+    return encoder.eval()
+
+
+def by_hand(encoder, x, size):
+    "Representations of images resized and normalised without the library's pipelines"
+    x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+    with torch.no_grad(): return encoder((x - .4)/.3)
+
+
+def test_tta_is_the_mean_over_versions_made_by_hand():
+    encoder, x = with_input(small_encoder(), 16), spotted(size=32)
+    plain = by_hand(encoder, x, (16, 16))
+    flipped = by_hand(encoder, x.flip(-1), (16, 16))
+    corners = [x, x[..., :28, :28], x[..., :28, 4:], x[..., 4:, :28], x[..., 4:, 4:]]
+    sizes = [by_hand(encoder, x, (s, s)) for s in (16, 20, 24)]
+    expected = {"flip": (plain + flipped)/2, "crops": sum(by_hand(encoder, c, (16, 16)) for c in corners)/5,
+                "sizes": sum(sizes)/3, (16, 20): (sizes[0] + sizes[1])/2, 24: sizes[2], (): plain}
+    for tta, h in expected.items(): torch.testing.assert_close(encode(encoder, x, tta=tta)[0], h, rtol=1e-4, atol=1e-5)
+    all_of_them = [by_hand(encoder, v, (s, s)) for s in (16, 20, 24) for c in corners for v in (c, c.flip(-1))]
+    got = encode(encoder, x, tta=("sizes", "flip", "crops"))[0]
+    torch.testing.assert_close(got, sum(all_of_them)/30, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape, pixel", [((17, 13), 1e-5), ((9, 31), .02)])   # an odd margin has its middle pixel off
+def test_tta_of_odd_sizes_and_of_an_encoder_without_a_size(channels, shape, pixel):
+    encoder = with_input(small_encoder(channels))
+    x = torch.rand(5, channels, *shape)
+    h = encode(encoder, x, tta=["flip", "crops", "sizes"])[0]
+    mirrored = encode(encoder, x.flip(-1), tta=("crops", "sizes", "flip"))[0]
+    assert h.shape == (5, 8) and h.isfinite().all() and (h - mirrored).abs().max() < pixel
+    assert encode(encoder, x, tta="crops")[0].shape == (5, 8)
+
+
+@pytest.mark.parametrize("tta, words", [
+    ("rotate", "got 'rotate'"), (True, "got True"), (("flip", 0), "got 0"), (("flip", -3), "got -3"), (1.5, "got 1.5"),
+    (("sizes", 24), "leave out one"), ({"flip": 1}, "tta must be"), (("flip", None), "got None")])
+def test_what_cannot_be_averaged_is_refused(tta, words):
+    with pytest.raises(ValueError, match=words): encode(small_encoder(), spotted(), tta=tta)
+
+
+def test_options_that_contradict_each_other_are_refused():
+    encoder = with_input(small_encoder(), 16)
+    with pytest.raises(ValueError, match="contradict"): encode(encoder, spotted(), size=16, tta=(16, 20))
+    with pytest.raises(ValueError, match="levels=2 needs"): encode(encoder, spotted(), levels=2)
+    for whiten in ("yes", 1.5, spotted(), "true"):
+        with pytest.raises(ValueError, match="whiten must be True"): encode(encoder, spotted(), whiten=whiten)
+
+
+def test_an_encoder_of_one_size_refuses_others_in_words():
+    vit = create_encoder("timm/test_vit3", pretrained=False, size=32, pool_type="avg").eval()
+    vit.clean_pipeline = restore_input({"size": [32, 32]})
+    x = torch.rand(2, 3, 32, 32)
+    assert encode(vit, x, tta=("flip", "crops"))[0].shape == encode(vit, x)[0].shape
+    for kwargs in (dict(tta="sizes"), dict(tta=48), dict(size=48)):
+        with pytest.raises(ValueError, match=r"trained at 32x32 pixels, and fails at (40|48)x"):
+            encode(vit, x, **kwargs)
+    flat = with_input(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), 16)
+    with pytest.raises(ValueError, match="which have no mean"): encode(flat, spotted(), tta="sizes")
+
+
+@pytest.fixture
+def stages():
+    "A small ResNet that expects images of 32 pixels"
+    encoder = create_encoder("timm/test_resnet", pretrained=False, n_in=1, pool_type="avg").train()
+    encoder(spotted(64, 32))   # moves the statistics off 0 and 1
+    return with_input(encoder, 32)
+
+
+OPTIONS = dict(size=None, tta=("flip", 32, 40), levels=2)
+
+
+def test_both_sets_go_through_one_whitening_of_the_first(stages):
+    x, query = spotted(150, 32), spotted(9, 32, seed=1)
+    plain, plain_query = (encode(stages, images, **OPTIONS)[0].double().numpy() for images in (x, query))
+    h, y = encode(stages, (x, torch.arange(150)), whiten="fit", **OPTIONS)
+    mean = plain.mean(0)
+    values, vectors = np.linalg.eigh((plain - mean).T @ (plain - mean)/150)
+    matrix = vectors @ np.diag(np.maximum(values, .01*values.mean())**-.5) @ vectors.T
+    assert y.tolist() == list(range(150)) and h.dtype == torch.float32
+    for got, rows in ((h, plain), (encode(stages, query, whiten=True)[0], plain_query)):
+        np.testing.assert_allclose(got.numpy(), (rows - mean) @ matrix, atol=5e-3*np.abs(matrix).max()*rows.std())
+    assert torch.equal(encode(stages, query, whiten=True, **OPTIONS)[0], encode(stages, query, whiten=True)[0])
+    assert not np.allclose(encode(stages, query)[0].shape, plain_query.shape)   # without whiten= it is a single view
+
+
+def test_a_second_whitening_is_refused_where_it_would_be_mixed_with_the_first(stages):
+    x, others = spotted(150, 32), spotted(150, 32, seed=1)
+    with pytest.raises(ValueError, match="remembers no whitening"): encode(stages, x, whiten=True)
+    h = encode(stages, x, whiten="fit")[0]
+    kept = stages.whitening
+    assert torch.equal(encode(stages, tensor_dls(x, bs=64, valid_pct=0, device="cpu").train, whiten="fit")[0], h)
+    assert stages.whitening is kept                               # the same images again change nothing
+    for kwargs in (dict(), dict(tta="flip")):
+        with pytest.raises(ValueError, match="fitted on 150 images.* cannot be compared.*whitening = None"):
+            encode(stages, others, whiten="fit", **kwargs)
+    with pytest.raises(ValueError, match="cannot be compared"): encode(stages, x[:-1], whiten="fit")
+    for kwargs, words in ((dict(tta="flip"), "tta="), (dict(levels=2), "levels=2"), (dict(size=40), r"size=\[40")):
+        with pytest.raises(ValueError, match=f"{words}.* is not what the whitening was fitted with"):
+            encode(stages, x, whiten=True, **kwargs)
+    assert torch.equal(encode(stages, x, whiten=True, size=32, tta=(), levels=1)[0], h)
+    stages.whitening = None
+    encode(stages, others, whiten="fit")
+    assert not torch.allclose(stages.whitening.mean, kept.mean)
+    assert torch.equal(encode(stages, x, whiten=kept)[0], h)      # an object says which one
+
+
+def test_a_whitening_does_not_outlive_the_weights(stages, make_learner):
+    x = spotted(150, 32)
+    encode(stages, x, whiten="fit")
+    other = copy.deepcopy(stages)
+    assert torch.equal(encode(other, x, whiten=True)[0], encode(stages, x, whiten=True)[0])
+    opt = torch.optim.SGD(stages.parameters(), 1e-2)
+    stages.train()(x[:32]).square().sum().backward()
+    opt.step()
+    stages.eval()
+    for whiten, encoder in ((True, stages), (other.whitening, stages)):
+        with pytest.raises(ValueError, match="fitted on representations of other weights"):
+            encode(encoder, x, whiten=whiten)
+    assert encode(stages, x, whiten="fit")[0].isfinite().all()    # fitted again: the old one could not be used
+    encode(stages, x, whiten=True)
+
+
+def test_whitening_through_a_learner_and_in_half_precision(make_learner, make_dls):
+    learn = make_learner(make_dls(n=48, size=16))
+    learn.fit(1)
+    h = encode(learn, learn.dls.train, whiten="fit")[0]
+    encoder = learn.model.encoder
+    assert torch.equal(encode(encoder, learn.dls.train, whiten=True)[0], h)
+    compiled = torch.compile(encoder, backend="eager")
+    assert torch.allclose(encode(compiled, learn.dls.train, whiten=True)[0], h, atol=1e-4)
+    half = copy.deepcopy(encoder).half()
+    assert (encode(half, learn.dls.train, whiten=True)[0] - h).abs().max() < .2*h.abs().max()
+    learn.fit(1)
+    with pytest.raises(ValueError, match="was trained since"): encode(learn, learn.dls.train, whiten=True)
+
+
+def test_options_change_no_random_state_no_mode_and_no_hooks(stages):
+    stages.train()
+    state = torch.get_rng_state()
+    a, b = (encode(stages, spotted(150, 32), levels=3, tta=("flip", "crops"), whiten="fit")[0] for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(torch.get_rng_state(), state) and stages.training
+    assert not any(m._forward_hooks for m in stages.modules())
+    torch.testing.assert_close(encode(stages, spotted(150, 32)[:7], whiten=True)[0], a[:7], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_an_encoder_that_diverged_are_refused(stages):
+    with torch.no_grad(): stages.bn1.running_mean[0] = torch.nan
+    with pytest.raises(ValueError, match="20 row.s. that are not finite"): encode(stages, spotted(20, 32), whiten="fit")
+
+
+def test_every_way_of_encoding_has_its_row(stages):
+    x, test = spotted(150, 32), spotted(9, 32, seed=1)
+    rows, y, y_test = processed_rows(stages, (x, torch.arange(150)), (test, torch.arange(9)))
+    assert list(rows) == ["single view", "whitened", "flips averaged", "both"]
+    assert (len(y), len(y_test)) == (150, 9) and getattr(stages, "whitening", None) is None
+    for name, tta in (("whitened", None), ("both", "flip")):
+        stages.whitening = None
+        assert torch.equal(rows[name][0], encode(stages, x, tta=tta, whiten="fit")[0])
+        assert torch.equal(rows[name][1], encode(stages, test, whiten=True)[0])
+    for name, tta in (("single view", None), ("flips averaged", "flip")):
+        assert torch.equal(rows[name][1], encode(stages, test, tta=tta)[0])

@@ -12,6 +12,7 @@ import string
 import threading
 import warnings
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from self_supervised_bt import export
 from self_supervised_bt.cli import bt_export
 from self_supervised_bt.encoder_files import restore_input
+from self_supervised_bt.evaluation import encode
 from self_supervised_bt.export import (
     FromPixels,
     Prepared,
@@ -959,3 +961,43 @@ def test_a_refusal_of_the_hub_is_one_error(good, tmp_path, hub, place):
 
 def test_one_public_function_does_the_exports():
     assert set(export.__all__) == {"export_timm", "export_encoder", "push_to_hub"}
+
+
+# With the whitening that an encoder remembers
+
+@pytest.fixture(scope="module")
+def whitened():
+    "An encoder that remembers a whitening of its representations, averaged over the mirror image; and images"
+    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
+    x = torch.randint(0, 256, (120, 3, 40, 40), dtype=torch.uint8)
+    encoder.train()(x[:64]/255)
+    encoder.clean_pipeline = restore_input(dict(size=[32, 32], stats=[[.4, .5, .6], [.2, .3, .25]]))
+    encode(encoder, x, size=40, tta="flip", whiten="fit")
+    return encoder, x
+
+
+def test_whitened_graphs_give_what_encode_gives(whitened, tmp_path):
+    encoder, x = whitened
+    expected = encode(encoder, x[:5], whiten=True)[0]
+    table = export_encoder(encoder, tmp_path/"out", "onnx-uint8,pt2", whiten=True)
+    assert table["largest difference"].max() < 1e-4
+    x = x[:5]/255
+    program = torch.export.load(str(tmp_path/"out/encoder.pt2")).module()
+    session = onnxruntime.InferenceSession(tmp_path/"out/encoder_uint8.onnx")
+    normalised = encoder.clean_pipeline.fs[-1](TensorImage(x)).as_subclass(torch.Tensor)
+    got = program(normalised).detach(), torch.from_numpy(session.run(["h"], {"x": (255*x).round().byte().numpy()})[0])
+    for h in got: torch.testing.assert_close(h, expected, rtol=0, atol=1e-3*float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("formats, kwargs, words", [
+    ("timm", {}, "leave out timm"), ("onnx,code", {}, "leave out code"), ("pt2", dict(size=32), "leave size out")])
+def test_what_no_graph_can_whiten_is_refused(whitened, formats, kwargs, words, tmp_path):
+    encoder, x = whitened
+    with pytest.raises(ValueError, match=words): export_encoder(encoder, tmp_path/"out", formats, whiten=True, **kwargs)
+    other = copy.deepcopy(encoder)
+    other.whitening = None
+    exported = partial(export_encoder, other, tmp_path/"out", "pt2", whiten=True)
+    with pytest.raises(ValueError, match="remembers no whitening"): exported()
+    encode(other, x[:100], tta=("flip", "crops"), whiten="fit")
+    with pytest.raises(ValueError, match="mirror image only"): exported()
+    assert not (tmp_path/"out").exists()

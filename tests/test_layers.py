@@ -4,23 +4,34 @@ import re
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision.models as tvm
+from conftest import small_encoder
 from safetensors.torch import save_file
 from torch import nn
 
+from self_supervised_bt import layers
 from self_supervised_bt.barlow_twins import create_barlow_twins_model
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.layers import (
     PoolingType,
+    check_levels,
     create_encoder,
     create_mlp_module,
     encoder_channels,
     encoder_width,
+    fit_whitening,
     is_resnet,
+    mean_and_covariance,
+    row_parts,
     set_channels,
+    stage_names,
+    usable_whitening,
+    weight_sums,
+    with_levels,
 )
 from self_supervised_bt.losses import barlow_twins_loss
 from self_supervised_bt.recipes import bt_learner
@@ -351,3 +362,114 @@ def test_overlapping_patches_leave_no_rest(arch):
             assert create_encoder(arch, pretrained=False, size=64)(torch.rand(2, 3, 64, 64)).ndim == 2
         else:
             with pytest.raises(ValueError, match="no multiple of it"): create_encoder(arch, pretrained=False, size=40)
+
+
+def spread_rows(n=600, width=12, seed=3):
+    "Correlated rows far from zero, one dimension constant and one the copy of another"
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, width, generator=g) @ torch.randn(width, width, generator=g) + 30
+    h[:, 3], h[:, 5] = 7., h[:, 4]
+    return h
+
+
+def whitened_by_numpy(h, other, floor):
+    "ZCA in float64, written down from its definition"
+    a = h.double().numpy()
+    mean = a.mean(0)
+    values, vectors = np.linalg.eigh((a - mean).T @ (a - mean)/len(a))
+    values = np.maximum(values, floor*values.mean())
+    return (other.double().numpy() - mean) @ vectors @ np.diag(values**-.5) @ vectors.T
+
+
+@pytest.mark.parametrize("n", [600, 5], ids=["more rows than dimensions", "fewer"])
+@pytest.mark.parametrize("floor", [.01, .3])
+def test_whitening_equals_its_formula_in_float64(n, floor):
+    h, other = spread_rows(n), spread_rows(40, seed=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whitening = fit_whitening(h, floor)
+    for rows in (h, other):
+        expected = whitened_by_numpy(h, rows, floor)
+        np.testing.assert_allclose(whitening(rows).numpy(), expected, rtol=1e-3, atol=1e-4*np.abs(expected).max())
+    assert (whitening.rows, whitening.floor, whitening(h).dtype) == (n, floor, torch.float32)
+
+
+def test_whitened_variances_are_one_down_to_the_floor_exactly():
+    values = torch.tensor([8., 2., 1., .05, 1e-5, 0.])
+    signs = torch.tensor([[(-1.)**(i >> j & 1) for j in range(6)] for i in range(64)])   # orthogonal, variance one
+    rotation = torch.linalg.qr(torch.randn(6, 6))[0]
+    h = signs*values.sqrt() @ rotation.T
+    floor = .01*values.mean()
+    white = fit_whitening(h)(h) @ rotation
+    assert torch.allclose(white.square().mean(0), values/values.clamp(min=floor), rtol=1e-4, atol=1e-6)
+
+
+def test_the_covariance_is_summed_over_parts(monkeypatch):
+    h = spread_rows()
+    mean, covariance = mean_and_covariance(h)
+    monkeypatch.setattr(layers, "row_parts", lambda h: h.split(7))
+    for a, b in zip(mean_and_covariance(h), (mean, covariance)): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(covariance, torch.cov(h.double().T, correction=0))
+    inplace, whitening = h.clone(), fit_whitening(h)
+    expected = whitening(h)
+    assert whitening(inplace, out=inplace) is inplace and torch.equal(inplace, expected)
+    assert row_parts.__name__ == "row_parts" and max(len(p) for p in row_parts(torch.empty(70_000, 1024))) == 2**14
+
+
+def test_what_cannot_be_whitened_is_refused():
+    h = spread_rows()
+    bad = h.clone()
+    bad[3, 2], bad[9, 1] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match="2 row.s. that are not finite"): fit_whitening(bad)
+    with pytest.raises(ValueError, match="floor must be"): fit_whitening(h, 0.)
+    with pytest.raises(ValueError, match="1 row, which has no variance"): fit_whitening(h[:1])
+    with pytest.raises(ValueError, match="same numbers in all rows"): fit_whitening(torch.full((50, 4), 3.3))
+    with pytest.raises(ValueError, match=r"h must be representations \(N,F\)"): fit_whitening(h[0])
+    with pytest.raises(ValueError, match=r"representations \(N,12\), .* got \(600, 3\)"): fit_whitening(h)(h[:, :3])
+    with pytest.warns(UserWarning, match="12 dimensions is fitted on 5 images"): fit_whitening(h[:5])
+    white = fit_whitening(h)(bad)
+    assert white.isfinite().all(1).nonzero()[:, 0].tolist() == [i for i in range(600) if i not in (3, 9)]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "xresnet18", "timm/test_resnet", "timm/test_convnext"])
+def test_levels_are_the_pooled_maps_of_the_last_stages(arch):
+    encoder = create_encoder(arch, pretrained=False, n_in=1, pool_type="avg").eval()
+    x, names, kept = torch.rand(2, 1, 64, 64), stage_names(encoder), {}
+    hooks = [encoder.get_submodule(n).register_forward_hook(lambda m, i, out, n=n: kept.update({n: out.clone()}))
+             for n in names]
+    with torch.no_grad(): h = encoder(x)
+    for hook in hooks: hook.remove()
+    with torch.no_grad(): got = with_levels(encoder, x, 3)
+    parts = [kept[n].mean((2, 3)) for n in names[-3:-1]] + [h]
+    expected = torch.cat([p/p.square().sum(1, keepdim=True).sqrt() for p in parts], 1)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got @ got.T/3, sum(p @ p.T for p in expected.split([p.shape[1] for p in parts], 1))/3)
+    assert not any(m._forward_hooks for m in encoder.modules())
+
+
+def test_levels_that_an_encoder_does_not_have_are_refused():
+    encoder = create_encoder("timm/test_resnet", pretrained=False)
+    for levels in (0, 2., True):
+        with pytest.raises(ValueError, match="levels must be a positive int"): check_levels(encoder, levels)
+    with pytest.raises(ValueError, match="levels=5 needs .* timm/test_resnet has 4 stages"): check_levels(encoder, 5)
+    with pytest.raises(ValueError, match="Sequential does not say"): check_levels(small_encoder(), 2)
+    vit = create_encoder("timm/test_vit3", pretrained=False, size=32).eval()
+    with pytest.raises(ValueError, match=r"levels needs maps \(B,C,H,W\), and blocks.7 gives"):
+        with_levels(vit, torch.rand(1, 3, 32, 32), 2)
+    assert not any(m._forward_hooks for m in vit.modules())
+
+
+def test_maps_with_channels_last_are_refused():
+    swin = create_encoder("timm/swin_tiny_patch4_window7_224", pretrained=False, depths=(1, 1, 1, 1),
+                          embed_dim=12, num_heads=(1, 1, 1, 1), **SWIN).eval()
+    with pytest.raises(ValueError, match="levels needs maps"): with_levels(swin, torch.rand(1, 3, 64, 64), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_whitening_belongs_to_the_weights_in_any_precision(dtype):
+    encoder = small_encoder(3).train()
+    encoder(torch.rand(64, 3, 9, 9))   # moves the statistics off 0 and 1
+    encoder.whitening = fit_whitening(spread_rows(), weights=weight_sums(encoder))
+    assert usable_whitening(encoder) is usable_whitening(encoder.to(dtype)) is encoder.whitening
+    encoder.float()(torch.rand(64, 3, 9, 9) + .1)   # one step: only BatchNorm's statistics changed
+    assert usable_whitening(encoder) is None

@@ -2,6 +2,7 @@
 import copy
 import warnings
 from contextlib import suppress
+from functools import cache
 
 import matplotlib.pyplot as plt
 import pytest
@@ -192,8 +193,10 @@ def test_loss_is_restored_after_a_callback_for_one_fit(make_dls):
     assert learn.loss_func is own
 
 
-def digit_image(i): return image_items(i + 1)[i][0]
-def digit_label(i): return image_items(i + 1)[i][1]
+@cache
+def digits48(): return image_items(48)   # once: a Learner that is exported needs functions with names
+def digit_image(i): return digits48()[i][0].clone()
+def digit_label(i): return digits48()[i][1]
 
 
 @pytest.mark.parametrize("precision", ["to_fp32", "to_fp16", "to_bf16"])

@@ -111,7 +111,7 @@ def autoreload():
     run("learners = [plain_learner(), barlow_learner(globals())]")
     run("for learn in learners: check_fit(learn)")
     every = [name for name, _ in exporting_notebooks() if f"self_supervised_bt.{name}" in sys.modules]
-    for i, edited in enumerate([["barlow_twins"], every, ["losses", "barlow_twins"], every]):
+    for i, edited in enumerate([["barlow_twins"], every, ["losses", "barlow_twins"]]):
         line = f"if True: edits = {i}"   # after an edit outside of functions the whole module runs again
         for name in edited: edit(PACKAGE/f"{name}.py", line)
         run("learners += [plain_learner(), barlow_learner(globals())]")

@@ -28,7 +28,7 @@ from self_supervised_bt.data import PATIENCE
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.export import export_timm
 from self_supervised_bt.folders import labelled_dls
-from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.layers import create_encoder, fit_whitening
 from self_supervised_bt.runs import evaluate, pretrain, size_and_channels
 from self_supervised_bt.weights import load_encoder, save_encoder
 
@@ -83,7 +83,8 @@ def test_commands_of_the_readme(folder):
     block = next(b for b in re.findall(r"```sh\n(.*?)```", (root/"README.md").read_text(), re.S) if "kill -9" in b)
     script = block.replace("--epochs 10 --every 100", "--epochs 4 --bs 16 --every 1")
     script = script.replace("sleep 60", "while [ ! -e runs/photos/step-0000000003.pt ]; do sleep .1; done")
-    assert script.count("--every 1") == 1 and script.count("while") == 1
+    script = script.replace("onnx,pt2", "pt2")   # every format has its tests in test_export.py
+    assert script.count("--every 1") == 1 and script.count("while") == 1 and script.count("pt2 ") == 1
     script = f"({script.strip()})".replace("wait $!", "wait $! || true")
     os.symlink(folder, folder.parent/"photos")
     command = ["bash", "-e", "-c", script]
@@ -397,6 +398,25 @@ def test_two_folders_of_one_name_give_two_rows(trained, run, tmp_path):
     runs.save_evaluation(run, table, ("knn",))
     assert list(json.loads((run/"evaluation.json").read_text())["rows"]) == list(table.index)
     assert runs.names_of(["x", "x"]) == ["x (1)", "x (2)"] or len(set(runs.names_of(["x", "x"]))) == 2
+
+
+def test_rows_after_post_processing_stand_below_those_of_a_single_view(run, trained):
+    folder = trained[0]/"images"
+    plain = evaluate(run, [folder, folder], ("knn", "linear"), num_workers=0)
+    table = evaluate(run, [folder, folder], ("knn", "linear"), num_workers=0, processed=True)
+    names = list(plain.index)
+    assert list(table.index) == names + [f"{name}, {way}" for way in runs.PROCESSED for name in names]
+    assert table.loc[names].equals(plain) and set(table["test images"]) == {8}
+    encoder, dls = load_encoder(run/"encoder.safetensors"), labelled_dls(folder, 24, num_workers=0)
+    (h, y), (h_test, y_test) = (encode(encoder, dl, tta="flip") for dl in (dls.train.new(shuffle=False), dls.valid))
+    for way, whitening in (("flips averaged", lambda h: h), ("both", fit_whitening(h))):
+        knn = knn_accuracy(whitening(h_test), y_test, whitening(h), y, k=20)
+        assert table.loc[f"{names[0]}, {way}", "kNN (k=20)"] == round(100*float(knn), 1)
+    table.loc[names[0], "transfer"] = 50.
+    runs.save_evaluation(run, table, ("knn", "linear", "transfer"))
+    results = runs.run_facts(run)["results"]
+    assert [row["data"] for row in results] == list(table.index) and ["transfer" in row for row in results[:3]] == \
+        [True, False, False]
 
 
 def test_few_labels_are_sampled_several_times(run, trained):

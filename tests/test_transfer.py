@@ -8,7 +8,7 @@ import torch
 from conftest import small_encoder
 from PIL import Image
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
-from test_datasets import dtd, flowers102, text, voc  # noqa: F401  (a fixture)
+from test_datasets import dtd, flowers102, idx_file, text, voc  # noqa: F401  (a fixture)
 from torch import nn
 
 from self_supervised_bt import runs, transfer
@@ -19,7 +19,7 @@ from self_supervised_bt.encoder_files import restore_input
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.recipes import get_recipe
-from self_supervised_bt.transfer import encoder_identity, mean_ap, transfer_table
+from self_supervised_bt.transfer import encoder_identity, mean_ap, mean_class_accuracy, transfer_table
 from self_supervised_bt.weights import save_encoder
 
 
@@ -143,6 +143,14 @@ def test_files_of_others_are_refused(sets, tmp_path, one_C):
     with pytest.raises(ValueError, match="dtd.json is damaged"): table(model, sets, ["dtd"], out=out)
 
 
+def test_the_mean_of_the_classes_accuracies_is_scikit_learns():
+    g = torch.Generator().manual_seed(0)
+    y = torch.tensor([0]*40 + [3]*8 + [7]*2)           # unequal classes, some numbers without one
+    predicted = torch.where(torch.rand(50, generator=g) < .5, y, torch.tensor(3))
+    assert mean_class_accuracy(predicted, y) == pytest.approx(balanced_accuracy_score(y, predicted))
+    assert abs(mean_class_accuracy(predicted, y) - float((predicted == y).float().mean())) > .05
+
+
 def test_identity_of_an_encoder_is_its_weights():
     a, b = small_encoder(3), small_encoder(3)
     assert encoder_identity(a) != encoder_identity(b)
@@ -159,6 +167,27 @@ def test_published_figures_stand_only_beside_the_same_images(monkeypatch):
     assert all("published" not in transfer.with_published(name, row) for name in ("dtd", "x"))
     got = transfer.as_table({"voc2007": row, "mine": row})
     assert got.published.tolist() == [86.2, ""] and "Zbontar" in got.by["voc2007"]
+
+
+def test_averaged_and_whitened_rows_are_rows_of_their_own(sets, tmp_path, one_C):
+    model, out = small_encoder(3), tmp_path/"out"
+    plain = table(model, sets, ["dtd"], out=out)
+    with pytest.raises(ValueError, match="for tta None, and now it is 'flip'"):
+        table(model, sets, ["dtd"], out=out, tta="flip")
+    table(model, sets, ["dtd"], out=tmp_path/"flipped", tta="flip")
+    with pytest.raises(ValueError, match="dtd: whiten=True, and the encoder remembers no whitening"):
+        table(model, sets, ["dtd"], whiten=True)
+    for seed in (0, 1):                                # two whitenings are not taken for one another
+        torch.manual_seed(seed)
+        model.whitening = None
+        encode(model, torch.rand(30, 3, 16, 16), 16, whiten="fit")
+        if seed:
+            with pytest.raises(ValueError, match="for whiten '"):
+                table(model, sets, ["dtd"], out=tmp_path/"white", whiten=True)
+        else: table(model, sets, ["dtd"], out=tmp_path/"white", whiten=True)
+    assert table(model, sets, ["dtd"], out=out).equals(plain)
+    row = {"train images": 5011, "test images": 4952, "metric": "mAP", "linear": 80.}
+    assert "published" not in transfer.as_table({"voc2007": row}, published=False)
 
 
 def test_all_sets_are_looked_for_before_any_work(sets, monkeypatch):
@@ -244,3 +273,17 @@ def test_a_named_set_in_memory_and_its_diagnosis(sets, tmp_path, capsys):
         bt_diagnose("dtd", root=str(sets), bs=512)
     run = runs.short_run("dtd", root=sets)
     assert run.about == "12 training images of dtd in 3 classes" and run.recipe.size == 32
+
+
+def test_whether_test_images_were_seen(tmp_path, monkeypatch):
+    "A run on a data set by its name never sees its test images; of other runs it is not known, nor of all digits"
+    for split, n in (("train", 4), ("t10k", 2)):
+        idx_file(tmp_path/f"MNIST/raw/{split}-images-idx3-ubyte", np.zeros((n, 28, 28), dtype=np.uint8))
+        idx_file(tmp_path/f"MNIST/raw/{split}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8))
+    monkeypatch.setitem(CARDS, "mnist", replace(CARDS["mnist"], train=4, test=2))
+    def seen(name, trained_on):
+        (tmp_path/"run.json").write_text(json.dumps(dict(data=trained_on)))
+        return runs.named_evaluation(name, tmp_path, 8, 1, None, 0, tmp_path, False)[1]
+    assert [seen("mnist", "mnist"), seen("mnist", "/photos"), seen("digits", "digits")] == [0, "not known", "not known"]
+    (tmp_path/"run.json").unlink()
+    assert runs.named_evaluation("mnist", tmp_path/"file.pt", 8, 1, None, 0, tmp_path, False)[1] == "not known"

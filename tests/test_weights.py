@@ -20,9 +20,12 @@ from torchvision.models import ResNet50_Weights
 from self_supervised_bt import zoo
 from self_supervised_bt.barlow_twins import BarlowTwinsModel, create_barlow_twins_model
 from self_supervised_bt.classifiers import classifier_learner
+from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.encoder_files import restore_input
+from self_supervised_bt.evaluation import encode
 from self_supervised_bt.folders import labelled_dls
-from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.layers import create_encoder, fit_whitening
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import inference_model, load_encoder, load_model, save_encoder, save_model
 
 KEY = "self_supervised_bt"
@@ -381,3 +384,62 @@ def test_a_published_model_without_a_classifier_says_what_to_use(classifier):
     model = zoo.get_model("mixbt_resnet18_cifar10")
     with pytest.raises(ValueError, match="has no classifier.*use encode"):
         inference_model(model, classifier[2]/"dark/01.png")
+
+
+# The whitening that an encoder remembers
+
+@pytest.fixture(scope="module")
+def whitened():
+    "A Learner whose encoder remembers a whitening, and images"
+    dls = tensor_dls(digits_images()[0][:60], bs=20, device="cpu")
+    learn = bt_learner(dls, "timm/test_resnet", size=16, hidden_size=16, projection_size=16)
+    x = digits_images()[0][:120]
+    encode(learn, x, tta="flip", levels=2, whiten="fit")
+    return learn, x
+
+
+@pytest.mark.parametrize("save", [save_encoder, save_model])
+def test_a_whitening_is_saved_with_its_encoder(whitened, save, tmp_path):
+    learn, x = whitened
+    file = save(learn, tmp_path/"m.safetensors")
+    encoder = load_encoder(file)
+    expected = encode(learn, x[90:], whiten=True)[0]
+    assert torch.equal(encode(encoder, x[90:], whiten=True)[0], expected)
+    assert expected.shape[1] == encode(encoder, x[:2], levels=2)[0].shape[1]
+    assert torch.equal(encode(encoder, x[:50])[0], encode(learn, x[:50])[0])     # not asked for, not used
+    again = load_encoder(save_encoder(encoder, tmp_path/"again.safetensors"))
+    assert torch.equal(encode(again, x[90:], whiten=True)[0], expected)
+    assert about_of(file)["whitening"] == dict(rows=120, floor=.01, size=[16, 16], tta=["flip"], levels=2)
+    with pytest.raises(ValueError, match="cannot be compared"): encode(encoder, x[:100], whiten="fit")
+
+
+def test_a_whitening_of_other_weights_is_not_saved(whitened, tmp_path):
+    encoder, x = copy.deepcopy(whitened[0].model.encoder), whitened[1]
+    with torch.no_grad(): encoder.bn1.running_var += .1
+    with pytest.warns(UserWarning, match="trained after its whitening was fitted, which is not saved"):
+        file = save_encoder(encoder, tmp_path/"e.safetensors")
+    assert "whitening" not in about_of(file)
+    with pytest.raises(ValueError, match="remembers no whitening"): encode(load_encoder(file), x, whiten=True)
+    encoder.whitening = fit_whitening(torch.randn(50, 9))
+    with pytest.raises(ValueError, match="encoder.whitening must come from"): save_encoder(encoder, tmp_path/"f")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(levels=0), "levels must be"), (dict(floor=-1), "floor must be"), (dict(rows="all"), "rows must be"),
+    (dict(tta=["rotate"]), "tta must be"), (dict(tta="flip"), "list of words"), (dict(tta=[10**9]), "4096"),
+    (dict(size=[1]), "two numbers"), (dict(more=1), "whitening must have"), (None, "whitening must have"),
+    ("mean", "its whitening must have mean"), ("matrix", "its whitening must have mean"), ("nan", "no finite numbers"),
+    ("other", "fitted on representations of other weights")])
+def test_a_strangers_whitening(whitened, change, words, tmp_path):
+    learn, x = whitened
+    file = save_encoder(learn, tmp_path/"e.safetensors")
+    about, tensors = about_of(file), load_file(file)
+    del about["sha256"]
+    if isinstance(change, dict): about["whitening"].update(change)
+    elif change is None: about["whitening"] = None
+    elif change == "mean": del tensors["whitening/mean"]
+    elif change == "matrix": tensors["whitening/matrix"] = torch.eye(3)
+    elif change == "nan": tensors["whitening/matrix"][0, 0] = torch.nan
+    else: tensors["whitening/weights"] *= 1.1
+    save_file(tensors, file, {KEY: json.dumps(about)})
+    with pytest.raises(ValueError, match=words): encode(load_encoder(file), x, whiten=True)
