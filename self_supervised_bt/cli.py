@@ -247,7 +247,7 @@ def bt_evaluate(run:str,          # folder of a run; or file, URL or name of pub
     save_evaluation(run, table, protocols, test)
 
 # %% ../nbs/52_cli.ipynb #e80fa7c1
-@call_parse
+@call_parse(pos=["run"])
 @one_line_errors
 def bt_transfer(run:str=None,     # folder of a run; or file, URL or name of published weights; none lists all sets
                 sets:str=None,    # names of data sets, separated by commas; all that are below --root if not given

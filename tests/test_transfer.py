@@ -1,5 +1,7 @@
 "One encoder on many data sets: scores by hand, resumed tables, files of others, and names wherever data are asked for"
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -262,6 +264,12 @@ def test_commands_that_evaluate_by_name(sets, tmp_path, capsys, one_C, monkeypat
         bt_transfer(str(run), sets="pets", root=str(sets))
     bt_transfer()
     assert "places365" in capsys.readouterr().out
+
+
+def test_the_command_as_it_is_typed(tmp_path):
+    (tmp_path/"bt_transfer").write_text("from self_supervised_bt.cli import bt_transfer\nbt_transfer()\n")
+    done = subprocess.run([sys.executable, tmp_path/"bt_transfer", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "positional arguments:\n  run " in done.stdout and "--run" not in done.stdout
 
 
 def test_a_named_set_in_memory_and_its_diagnosis(sets, tmp_path, capsys):
