@@ -230,6 +230,9 @@ def test_a_table_says_what_the_numbers_say():
     assert table.loc["baseline", "knn_sd"] == pytest.approx(1)
     shown = ex.shown_table(table)["difference of kNN"].tolist()
     assert shown == ["", f"-20.1, p = {2*ps[0]:.2g}", "-0.2, not told apart"]
+    paired = ex.summary(replace(e, against={"like it": "worse", "worse": "worse"}), cells)
+    assert paired.loc["like it", "against"] == "worse" and paired.loc["like it", "difference"] > 19
+    assert math.isnan(paired.loc["worse", "difference"])
     lacking = ex.summary(e, cells.drop(cells.index[5]))   # the third seed of "worse"
     assert list(ex.shown_table(lacking).index) == ["baseline", "worse (2 of 3)", "like it"]
     assert lacking.loc["worse", "difference"] == pytest.approx(-20.25), "only seeds that both rows have"
@@ -251,14 +254,15 @@ def test_tables_fit_a_terminal(name, tmp_path, monkeypatch, capsys):
 def test_a_row_with_a_predictor_has_the_model_of_the_method():
     set_seed(0)
     images = ex.experiment_images("digits", 16, 64)
-    learn = ex.cell_learner(images.divided(32, 0)[0], DIGITS, dict(loss="stop-gradient", predictor=True))
+    recipe = DIGITS.changed(lmb=.02)
+    learn = ex.cell_learner(images.divided(32, 0)[0], recipe, dict(loss="stop-gradient", predictor=True))
     encoder = create_encoder(DIGITS.arch, n_in=1, pretrained=False)
     theirs = create_barlow_twins_model(encoder, DIGITS.hidden_size, DIGITS.projection_size, predictor=True)
     assert str(learn.model.predictor) == str(theirs.predictor)
     before = [p.clone() for p in learn.model.predictor.parameters()]
     ex.quiet_fit(learn, learn.fit_recipe)
     assert any(not torch.equal(a, b) for a, b in zip(before, learn.model.predictor.parameters())), "it is trained"
-    assert learn.barlow_twins.objective.stop_gradient and learn.barlow_twins.lmb == DIGITS.lmb
+    assert learn.barlow_twins.objective.stop_gradient and learn.barlow_twins.lmb == .02
 
 
 @pytest.mark.parametrize("name", [n for n in ex.EXPERIMENTS if n != "methods" or hasattr(RECIPES["digits"], "method")])
