@@ -97,10 +97,12 @@ class Recipe:
     def __post_init__(self):
         for name,value in plain_settings(self).items(): object.__setattr__(self, name, value)
         check_recipe(self)
-    def __str__(self):
-        rows = [(k, v) for k,v in asdict(self).items() if v not in (None, {}, "")]
-        return "\n".join(f"{k:16} {v}" for k,v in rows)
-    __repr__ = __str__
+
+# %% ../nbs/21_recipes.ipynb #a32f3b75
+@patch
+def __repr__(self:Recipe): # what has a value, one setting per line
+    rows = [(k, v) for k,v in asdict(self).items() if v not in (None, {}, "")]
+    return "\n".join(f"{k:16} {v}" for k,v in rows)
 
 # %% ../nbs/21_recipes.ipynb #d58f507a
 def plain(name:str, # of the setting
