@@ -252,7 +252,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
 _paper = dict(resize_scale=(.08,1.), interpolation="bicubic", rotate=False, jitter_s=(.4,.4,.2,.1), jitter_p=.8,
               bw_p=.2, blur_s=(.1,2.))
 _cifar = dict(rotate=False, jitter_s=(.4,.4,.4,.1), jitter_p=.8, bw_p=.2, blur=False, stats=cifar_stats)
-_digits = dict(resize_scale=(.6,1.), flip_p=0., rotate_deg=12, shear_deg=8, rotate_p=1., jitter_s=.5, jitter_p=.8,
+_digits = dict(resize_scale=(.45,1.), flip_p=0., rotate_deg=18, shear_deg=12, rotate_p=1., jitter_s=.5, jitter_p=.8,
                bw=False, blur_s=(.1,1.), blur_p=.5, stats=None)
 VIEW_RECIPES = {
     "default": [{}],

@@ -254,7 +254,7 @@ def baseline_recipe(data:str|Path, # as for `run_experiment`
     if named_data(data) == "digits":
         if scale == "paper": raise ValueError("scale='paper' is for photographs: pass their folder as data")
         return get_recipe("digits")
-    if scale == "small": return get_recipe("cifar")
+    if scale == "small": return get_recipe("cifar", name="cifar", nviews=2)   # as in the papers
     if side > SMALL_IMAGE: return get_recipe("paper", epochs=300)
     name = named_data(data)
     mixed = (name and data_card(name).recipe) or "mixed-cifar10"

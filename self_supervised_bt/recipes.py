@@ -245,6 +245,7 @@ def implied(r:Recipe,    # to be changed
     if changes.get("arch", r.arch) != r.arch: new |= dict(arch_args={}, small_stem=None)   # of the other architecture
     if changes.get("opt", r.opt) != r.opt and r.wd == DECAYS.get(r.opt, 0.): new["wd"] = None
     epochs = changes.get("epochs", r.epochs)
+    if changes.get("lmb_reg") is not None: new["nviews"] = 2   # that Mixed Barlow Twins mixes
     if isinstance(epochs, int) and 0 < epochs < r.epochs: new["warmup"] = min(r.warmup, epochs/10)
     return {k: v for k,v in new.items() if k not in changes}
 
@@ -290,11 +291,11 @@ _small_gpu = _paper.changed(
     opt="adamw", lr=1e-3, lr_bias=None, wd=1e-4, source="this library, not measured")
 _cifar = Recipe(
     "cifar", arch="timm/resnet10t", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem="no pool",
-    size=24, views=dict(recipe="cifar"), hidden_size=512, projection_size=512, lmb=.02, epochs=90,
+    size=24, views=dict(recipe="cifar"), nviews=4, hidden_size=512, projection_size=512, lmb=.02, epochs=45,
     opt="muon", lr=.04, lr_bias=5e-3, wd=.01, source="this library, measured on two cores")
 _digits = Recipe(
     "digits", arch="timm/test_resnet", pool_type=None, small_stem=False, size=16, views=dict(recipe="digits"),
-    hidden_size=256, projection_size=256, bs=128, epochs=60, lr=2e-2, scale_lr=False,
+    hidden_size=256, projection_size=256, bs=128, epochs=48, opt="muon", lr=.05, lr_bias=.02, scale_lr=False,
     source="this library, measured on two cores")
 
 # %% ../nbs/21_recipes.ipynb #17cd2166

@@ -275,7 +275,7 @@ def test_every_row_can_be_built(name, recipe):
 
 def test_baselines():
     assert ex.baseline_recipe("digits", "small", 8) == get_recipe("digits")
-    assert ex.baseline_recipe("photos", "small", 32) == get_recipe("cifar")
+    assert ex.baseline_recipe("photos", "small", 32) == get_recipe("cifar", name="cifar", nviews=2)
     cifar, imagenet = (ex.baseline_recipe("photos", "paper", side) for side in (32, 400))
     assert (cifar.lmb_reg, cifar.epochs, cifar.projection_size) == (None, 2000, 1024)
     assert (imagenet.arch, imagenet.epochs, imagenet.bs) == ("timm/resnet50", 300, 2048)

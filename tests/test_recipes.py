@@ -267,6 +267,7 @@ def test_a_recipe_of_four_views_trains_on_all_pairs():
     assert len(bt.augs) == 4 and isinstance(bt.objective, AllPairs) and learn.recipe.nviews == 4
     two = bt_learner(tensor_dls(x, bs=16, device="cpu"), recipe=recipe, aug_pipelines=bt.augs[:2])
     assert len(two.barlow_twins.augs) == two.recipe.nviews == 2   # what is given wins
+    assert recipe.changed(lmb_reg=4.).nviews == 2
 
 
 def test_bad_files_and_missing_recipes(tmp_path, make_learner):
