@@ -23,6 +23,7 @@ from fastai.torch_core import set_seed
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
+from self_supervised_bt.layers import fit_whitening
 from self_supervised_bt.recipes import bt_learner, get_recipe
 from self_supervised_bt.training import Autocast
 
@@ -89,16 +90,17 @@ def scores(learn, data, chosen):
     def knn(h, h_test): return 100*knn_accuracy(h_test, y_test, h, y, k=20)
     def linear(h, h_test): return 100*linear_probe(h, y, h_test, y_test).top1
     def encoded(size=None, tta=None): return [encode(learn, part, size, tta=tta)[0] for part in (x, x_test)]
-    def whitened(size=None, tta=None):
-        h = encode(learn, x, size, tta=tta, whiten="fit")[0]
-        return h, encode(learn, x_test, whiten=True)[0]
+    def whitened(h, h_test):
+        whitening = fit_whitening(h)
+        return whitening(h), whitening(h_test)
     larger = encoded(LARGER)
-    found = {"kNN": knn(*encoded()), f"at {LARGER} px": knn(*larger), "whitened": knn(*whitened(LARGER)),
+    found = {"kNN": knn(*encoded()), f"at {LARGER} px": knn(*larger), "whitened": knn(*whitened(*larger)),
              "linear": linear(*larger)}
     if not chosen: return found
-    found["averaged"] = knn(*encoded(tta=AVERAGED))
-    found["averaged, whitened"] = knn(*whitened(tta=AVERAGED))
-    found["averaged, linear"] = linear(*encoded(tta=AVERAGED))
+    averaged = encoded(tta=AVERAGED)
+    found["averaged"] = knn(*averaged)
+    found["averaged, whitened"] = knn(*whitened(*averaged))
+    found["averaged, linear"] = linear(*averaged)
     return found
 
 
@@ -116,7 +118,7 @@ TRIED = {   # name to what differs from the recipe
     "not channels last": dict(channels_last=False),
     "Adam": dict(opt="fastai", lr=.005, lr_bias=None),
     "AdamW": dict(opt="adamw", lr=.005, lr_bias=None, wd=.01),
-    "LARS": dict(opt="lars", lr=1., lr_bias=.05, wd=1e-6, schedule="cosine", warmup=5),
+    "LARS": dict(opt="lars", lr=1., lr_bias=.05, wd=1e-6),
     "Muon, learning rate 0.02": dict(lr=.02),
     "Muon, learning rate 0.08": dict(lr=.08),
     "λ 0.005": dict(lmb=.005),
@@ -131,8 +133,9 @@ TRIED = {   # name to what differs from the recipe
     "views of 16, 20, 24 px": dict(sizes=[(.33, 16), (.67, 20), (1, 24)]),
     "crops above 35 %": dict(views=dict(recipe="cifar", resize_scale=[.35, 1.])),
     "weaker jitter": dict(views=dict(recipe="cifar", jitter_s=[.3, .3, .2, .08])),
-    "four views": dict(nviews=4),
-    "four views, batch 128": dict(nviews=4, bs=128, scale_lr=False),
+    "two views": dict(nviews=2),
+    "three views": dict(nviews=3),
+    "eight views, batch 128": dict(nviews=8, bs=128, scale_lr=False),
     "weights averaged": dict(ema=.998),
     "plain stem": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_type="", stem_width=32)),
     "average pool": dict(pool_type="avg"),

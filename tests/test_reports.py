@@ -176,7 +176,7 @@ def test_the_run_can_be_repeated_from_the_summary(make_dls):
     learn.fit_recipe()
     summary = run_summary(learn)
     view = summary["views (2)"]
-    parts = ("Crop(size=(16, 16), scale=(0.6, 1.0)", "Jitter(strengths=(0.4, 0.4, 0.4, 0.1), p=0.8")
+    parts = ("Crop(size=(16, 16), scale=(0.45, 1.0)", "Jitter(strengths=(0.4, 0.4, 0.4, 0.1), p=0.8")
     for part in parts: assert part in view
     assert "wd=0.125" in summary["training"] and "17" in summary["random seed"]
     assert "0.02 at step" in summary["schedule"]
