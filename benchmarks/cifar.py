@@ -1,19 +1,22 @@
 """CIFAR-10 on a CPU: accuracy after 440 seconds of training on 10,000 images without labels, and what each setting adds
 
     python benchmarks/cifar.py path/to/cifar10-train                  # the recipe, one seed: 9 minutes on 2 cores
-    python benchmarks/cifar.py path/to/cifar10-train --seeds 3        # with a spread
-    python benchmarks/cifar.py path/to/cifar10-train --choose --cpu --seconds 200 --seeds 3 --try all   # other settings
+    python benchmarks/cifar.py path/to/cifar10-train --seeds 0 1 2    # with a spread
+    python benchmarks/cifar.py path/to/cifar10-train --choose --cpu --seconds 190 --seeds 0 1 2 --try all --csv tried.csv
 
 Trains on the first 1,000 images per class by file name, without labels. The settings were chosen, with `--choose`, on
 the last 500 per class; without it, the figures are measured on the 500 per class before those, on which nothing was
 chosen. kNN is a weighted vote of the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds:
 the schedule follows the clock, or with `--cpu` the seconds that one core has computed, so that other work on the
-machine does not count.
+machine does not count. "whitened" is kNN at 40 pixels after whitening by the training images, "averaged" the mean over
+each image and its mirror image at 32 and 40 pixels: rows of their own, no single views.
 """
 import argparse
-import statistics
 import time
+from itertools import product
+from pathlib import Path
 
+import pandas as pd
 import torch
 from _common import class_folders, machine
 from fastai.callback.channelslast import ChannelsLast
@@ -29,7 +32,7 @@ from self_supervised_bt.training import Autocast
 
 LARGER = 40   # pixels of the second evaluation
 AVERAGED = ("flip", 32, LARGER)
-EXTRAS = dict(bf16=True, channels_last=True, sizes=None, ema=None)   # that no recipe has
+EXTRAS = dict(bf16=True, channels_last=True, compiled=False, sizes=None, ema=None)   # that no recipe has
 
 
 class ByTheClock(Callback):
@@ -65,7 +68,7 @@ class WeightAverage(Callback):
             for w, average in zip(self.model.encoder.parameters(), self.average): w.copy_(average)
 
 
-def learner(x, seed, bf16, channels_last, sizes, ema, **changes):
+def learner(x, seed, bf16, channels_last, compiled, sizes, ema, **changes):
     "The recipe with `changes`, on images `x`"
     set_seed(seed)
     recipe = get_recipe("cifar", **changes)
@@ -74,7 +77,9 @@ def learner(x, seed, bf16, channels_last, sizes, ema, **changes):
     if sizes: cbs.append(SizesInTurn([(end, views(size)) for end, size in sizes]))
     if ema: cbs.append(WeightAverage(ema))
     dls = tensor_dls(x, bs=recipe.bs, valid_pct=0, device="cpu")
-    return bt_learner(dls, recipe=recipe, cbs=cbs)
+    learn = bt_learner(dls, recipe=recipe, cbs=cbs)
+    if compiled: learn.model.compile()
+    return learn
 
 
 def fit(learn, seconds, clock):
@@ -137,8 +142,11 @@ TRIED = {   # name to what differs from the recipe
     "three views": dict(nviews=3),
     "eight views, batch 128": dict(nviews=8, bs=128, scale_lr=False),
     "weights averaged": dict(ema=.998),
-    "plain stem": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_type="", stem_width=32)),
     "average pool": dict(pool_type="avg"),
+    "half again as wide": dict(arch_args=dict(channels=[48, 96, 192, 384], stem_width=24)),
+    "two blocks per stage": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_width=16, layers=[2, 2, 2, 2])),
+    "compiled": dict(compiled=True),
+    "Mixed Barlow Twins": dict(lmb_reg=4.),
 }
 
 
@@ -150,12 +158,39 @@ def arguments():
     p.add_argument("--choose", action="store_true", help="test on the images for choosing settings")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="other settings")
+    p.add_argument("--csv", type=Path, help="file to add every run to; those that it holds are not run again")
     return p.parse_args()
+
+
+def known_rows(file):
+    "What a file of earlier runs holds: a table, perhaps empty"
+    return pd.read_csv(file) if file and file.exists() else pd.DataFrame(columns=["settings", "seed"])
+
+
+def rows_of(a, data, changes):
+    "One row per setting and seed, those of `a.csv` first"
+    clock = time.process_time if a.cpu else time.perf_counter
+    rows = known_rows(a.csv).to_dict("records")
+    done = {(row["settings"], row["seed"]) for row in rows}
+    for seed, name in product(a.seeds, changes):
+        if (name, seed) in done: continue
+        epochs, took, found = run(data, seed, a.seconds, clock, not a.choose, {**EXTRAS, **changes[name]})
+        rows.append({"settings": name, "seed": seed, "epochs": round(epochs, 1)}
+                    | {k: round(v, 2) for k, v in found.items()})
+        text = ", ".join(f"{k} {v:.1f}" for k, v in found.items())
+        print(f"{name:26} seed {seed} {epochs:5.1f} epochs {took:4.0f} s: {text}", flush=True)
+        if a.csv: pd.DataFrame(rows[-1:]).to_csv(a.csv, mode="a", header=not a.csv.exists(), index=False)
+    return [row for row in rows if row["settings"] in changes and row["seed"] in a.seeds]
+
+
+def summary(rows):
+    "Mean and standard deviation over seeds, one row per setting"
+    table = pd.DataFrame(rows).drop(columns="seed").groupby("settings", sort=False)
+    return table.mean().map("{:.1f}".format) + " ± " + table.std().map("{:.1f}".format)
 
 
 def main():
     a = arguments()
-    clock = time.process_time if a.cpu else time.perf_counter
     if a.cpu: torch.set_num_threads(1)
     data = class_folders(a.path, 1000, 500, spare=0 if a.choose else 500)
     print(machine("fastai", "timm"))
@@ -163,17 +198,8 @@ def main():
           f"{', on which the settings were chosen' if a.choose else ''}; {a.seconds:.0f} s of training"
           f"{' as one core computes them' if a.cpu else ''}")
     tried = TRIED if "all" in a.tried else {name: TRIED[name] for name in a.tried}
-    for name, change in {"recipe": {}, **tried}.items():
-        rows = []
-        for seed in a.seeds:
-            epochs, took, found = run(data, seed, a.seconds, clock, not a.choose, {**EXTRAS, **change})
-            rows.append(found)
-            text = ", ".join(f"{k} {v:.1f}" for k, v in found.items())
-            print(f"{name:26} seed {seed} {epochs:5.1f} epochs {took:4.0f} s: {text}", flush=True)
-        if len(rows) < 2: continue
-        spread = {k: [row[k] for row in rows] for k in rows[0]}
-        text = ", ".join(f"{k} {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for k, v in spread.items())
-        print(f"{name:26} mean ± sd: {text}", flush=True)
+    rows = rows_of(a, data, {"recipe": {}, **tried})
+    if len(a.seeds) > 1: print("\nmean ± sd over seeds\n" + summary(rows).to_string())
 
 
 if __name__ == "__main__": main()

@@ -481,7 +481,7 @@ def test_what_fit_refuses_is_said_in_its_words():
 
 
 def test_the_rates_are_those_of_the_recipe():
-    assert "at learning rate 0.02;" in diagnose(learner(recipe="digits")).facts["step"]
+    assert "at learning rate 0.05 and 0.02;" in diagnose(learner(recipe="digits")).facts["step"]
     lars = learner(recipe=get_recipe("paper", lr=.8))   # 64 images per batch: a quarter of the rate for 256
     assert "at learning rate 0.2 and 0.0012;" in diagnose(lars).facts["step"]
 

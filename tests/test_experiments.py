@@ -129,7 +129,7 @@ def test_other_settings_are_refused_and_named(tmp_path, monkeypatch):
         return ex.run_experiment(e, seeds=seeds, images=images, out=tmp_path/"out", verbose=False, **kwargs)
     first = run()
     pd.testing.assert_frame_equal(run(), first)
-    for match, kwargs in [(r"lr=0\.5 \(was 0\.02\)", dict(lr=.5)), ("half=True", dict(half=True)),
+    for match, kwargs in [(r"lr=0\.5 \(was 0\.05\)", dict(lr=.5)), ("half=True", dict(half=True)),
                           ("images=", dict(images=65)), ("row 'narrow' is new", dict(e=replace(
                               TWO, rows={**TWO.rows, "narrow": dict(projection_size=9)}))),
                           (r"projection_size=301 \(was 300\)", dict(e=replace(

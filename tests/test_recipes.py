@@ -214,7 +214,8 @@ def test_every_optimizer_and_schedule_trains(opt, kind, schedule):
 
 
 def test_what_is_given_wins_over_the_recipe():
-    learn = bt_learner(digits_dls(bs=64, device="cpu"), recipe="digits", projection_size=32, lmb=.01, opt_func=LARS)
+    recipe = get_recipe("digits", opt="fastai", lr_bias=None, name="digits")
+    learn = bt_learner(digits_dls(bs=64, device="cpu"), recipe=recipe, projection_size=32, lmb=.01, opt_func=LARS)
     assert learn.model.projector[-1].out_features == 32 and learn.barlow_twins.lmb == .01 and learn.opt_func is LARS
     r = learn.recipe
     assert (r.projection_size, r.lmb, r.bs, r.name) == (32, .01, 64, "digits, changed")
