@@ -2,7 +2,7 @@
 
     python benchmarks/cifar.py path/to/cifar10-train                  # the recipe, one seed: 9 minutes on 2 cores
     python benchmarks/cifar.py path/to/cifar10-train --seeds 0 1 2    # with a spread
-    python benchmarks/cifar.py path/to/cifar10-train --choose --cpu --seconds 190 --seeds 0 1 2 --try all --csv tried.csv
+    python benchmarks/cifar.py cifar10-train --choose --cpu --seconds 190 --seeds 0 1 2 --try all --csv tried.csv
 
 Trains on the first 1,000 images per class by file name, without labels. The settings were chosen, with `--choose`, on
 the last 500 per class; without it, the figures are measured on the 500 per class before those, on which nothing was
@@ -145,6 +145,8 @@ TRIED = {   # name to what differs from the recipe
     "average pool": dict(pool_type="avg"),
     "half again as wide": dict(arch_args=dict(channels=[48, 96, 192, 384], stem_width=24)),
     "two blocks per stage": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_width=16, layers=[2, 2, 2, 2])),
+    "full width": dict(arch_args=dict(channels=[64, 128, 256, 512], stem_width=32)),
+    "with the stem's pool": dict(small_stem=False),
     "compiled": dict(compiled=True),
     "Mixed Barlow Twins": dict(lmb_reg=4.),
 }
