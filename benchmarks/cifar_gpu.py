@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from _common import class_folders, machine
-from cifar import ByTheClock
+from cifar import fit
 from fastai.callback.channelslast import ChannelsLast
 from fastai.torch_core import set_seed
 
@@ -42,22 +42,18 @@ def learner(x, seed, a):
     return learn
 
 
-def fit(learn, seconds):
-    "Epochs and seconds; the clock is read when the device has done its work"
-    def clock():
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter()
-    start = clock()
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(100000, cbs=ByTheClock(seconds, clock))
-    return learn.train_iter/len(learn.dls.train), clock() - start
+def clock():
+    "Seconds, read when the device has done its work"
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def run(data, seed, a):
     "Epochs, seconds, kNN and linear top-1 in percent"
     x, y, x_test, y_test = data
-    if a.compile: fit(learner(x[:2*a.bs], seed, a), 1)   # compiled code is kept, its time is printed by itself
+    if a.compile: fit(learner(x[:2*a.bs], seed, a), 1, clock)   # compiled code is kept, its time is printed by itself
     learn = learner(x, seed, a)
-    epochs, took = fit(learn, 60*a.minutes)
+    epochs, took = fit(learn, 60*a.minutes, clock)
     h, h_test = encode(learn, x)[0], encode(learn, x_test)[0]
     knn = knn_accuracy(h_test, y_test, h, y, k=min(200, len(h)))
     return epochs, took, 100*knn, 100*linear_probe(h, y, h_test, y_test).top1

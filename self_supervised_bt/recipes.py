@@ -577,7 +577,8 @@ def continued_model(loaded:LoadedWeights, # after `with_weights`
     if loaded.projector is None: model = recipe_model(encoder, recipe, size)
     elif recipe.method == "byol": model = byol_model(encoder, recipe, size, loaded.projector, loaded.predictor)
     else: model = BarlowTwinsModel(encoder, loaded.projector, loaded.predictor)
-    for name,part in model.named_children(): part.requires_grad_(name != "target")
+    frozen = getattr(model, "without_gradient", ())
+    for name,part in model.named_children(): part.requires_grad_(name not in frozen)
     return model.train()
 
 # %% ../nbs/21_recipes.ipynb #5b1c0de4

@@ -948,7 +948,7 @@ def short_recipe(name:str,   # of the recipe
                  size:int=None # of the views, if given
                 )->Recipe:
     "Settings that depend on size and number of the images"
-    return get_recipe("cifar", name=name, arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
+    return get_recipe("cifar", name=name, nviews=2, arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
                       scale_lr=False, size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
                       epochs=max(5, min(60, 150_000//n)))
 
