@@ -272,15 +272,16 @@ def over_pairs(loss:ViewLoss, # of two views
     "The loss itself for two views, its mean over all pairs for more"
     return loss if len(check_pipelines(aug_pipelines)) == 2 else AllPairs(loss)
 
-def refuse_predictor(cb:MultiView # in a fit
-                    )->None:      # raises `ValueError`
-    "Raise `ValueError` if the model has a predictor, which the loss would not train"
-    if getattr(check_model(cb.model), "predictor", None) is None: return
-    raise ValueError(f"the model has a predictor, and {type(cb).__name__} compares embeddings without one: "
-                     "make the model with create_barlow_twins_model(encoder), or use BYOL")
+class WithoutPredictor(MultiView):
+    "A callback whose loss compares embeddings themselves; refuses a model with a predictor, which it would not train"
+    def before_train(self):
+        super().before_train()
+        if getattr(check_model(self.model), "predictor", None) is None: return
+        raise ValueError(f"the model has a predictor, and {type(self).__name__} compares embeddings without one: "
+                         "make the model with create_barlow_twins_model(encoder), or use BYOL")
 
 # %% ../nbs/16_siblings.ipynb #84d92a58
-class SimCLR(MultiView):
+class SimCLR(WithoutPredictor):
     "Trains on two or more views of every batch with the loss of SimCLR (Chen et al. 2020)"
     name = "simclr"
     def __init__(self,
@@ -292,11 +293,8 @@ class SimCLR(MultiView):
                 ):
         loss = over_pairs(NTXentLoss(temperature), aug_pipelines)
         super().__init__(aug_pipelines, loss, terms, print_augs, separate_bn)
-    def before_train(self):
-        super().before_train()
-        refuse_predictor(self)
 
-class VICReg(MultiView):
+class VICReg(WithoutPredictor):
     "Trains on two or more views of every batch with the loss of VICReg (Bardes et al. 2022)"
     name = "vicreg"
     def __init__(self,
@@ -310,12 +308,9 @@ class VICReg(MultiView):
                 ):
         loss = over_pairs(VICRegLoss(invariance, variance, covariance), aug_pipelines)
         super().__init__(aug_pipelines, loss, terms, print_augs, separate_bn)
-    def before_train(self):
-        super().before_train()
-        refuse_predictor(self)
 
 # %% ../nbs/16_siblings.ipynb #abb56605
-class WMSE(MultiView):
+class WMSE(WithoutPredictor):
     "Trains on two or more views of every batch with the whitening loss W-MSE (Ermolov et al. 2021)"
     name = "wmse"
     def __init__(self,
@@ -329,9 +324,6 @@ class WMSE(MultiView):
                 ):
         loss = over_pairs(WMSELoss(sub_batch, iterations, eps), aug_pipelines)
         super().__init__(aug_pipelines, loss, terms, print_augs, separate_bn)
-    def before_train(self):
-        super().before_train()
-        refuse_predictor(self)
     def loss(self, z):
         "The loss of a batch; a validation batch that is too short for it is left out"
         n,d = len(self.images),z.shape[1]
