@@ -8,8 +8,8 @@ Trains on the first 1,000 images per class by file name, without labels. The set
 the last 500 per class; without it, the figures are measured on the 500 per class before those, on which nothing was
 chosen. kNN is a weighted vote of the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds:
 the schedule follows the clock, or with `--cpu` the seconds that one core has computed, so that other work on the
-machine does not count. "whitened" is kNN at 40 pixels after whitening by the training images, "averaged" the mean over
-each image and its mirror image at 32 and 40 pixels: rows of their own, no single views.
+machine does not count. "whitened" is kNN at 40 pixels after whitening by the training images,
+"averaged" the mean over each image and its mirror image at 32 and 40 pixels: rows of their own, no single views.
 """
 import argparse
 import time
@@ -22,6 +22,7 @@ from _common import class_folders, machine
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
 from fastai.torch_core import set_seed
+from torch._inductor.utils import fresh_cache
 
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.data import tensor_dls
@@ -89,8 +90,8 @@ def fit(learn, seconds, clock):
     return learn.train_iter/len(learn.dls.train), time.perf_counter() - start
 
 
-def scores(learn, data, chosen):
-    "Name to percent; fewer of them while settings are chosen"
+def scores(learn, data, chosen, probe):
+    "Name to percent; fewer of them while settings are chosen, and those of a linear probe if `probe`"
     x, y, x_test, y_test = data
     def knn(h, h_test): return 100*knn_accuracy(h_test, y_test, h, y, k=20)
     def linear(h, h_test): return 100*linear_probe(h, y, h_test, y_test).top1
@@ -99,23 +100,24 @@ def scores(learn, data, chosen):
         whitening = fit_whitening(h)
         return whitening(h), whitening(h_test)
     larger = encoded(LARGER)
-    found = {"kNN": knn(*encoded()), f"at {LARGER} px": knn(*larger), "whitened": knn(*whitened(*larger)),
-             "linear": linear(*larger)}
+    found = {"kNN": knn(*encoded()), f"at {LARGER} px": knn(*larger), "whitened": knn(*whitened(*larger))}
+    if probe: found["linear"] = linear(*larger)
     if not chosen: return found
     averaged = encoded(tta=AVERAGED)
     found["averaged"] = knn(*averaged)
     found["averaged, whitened"] = knn(*whitened(*averaged))
-    found["averaged, linear"] = linear(*averaged)
+    if probe: found["averaged, linear"] = linear(*averaged)
     return found
 
 
-def run(data, seed, seconds, clock, chosen, settings):
-    "Epochs, seconds of training, and the scores in percent"
+def run(data, seed, seconds, clock, chosen, probe, settings):
+    "Epochs, seconds of training, compilation included, and the scores in percent"
     x = data[0]
-    fit(learner(x[:6*256], seed, **settings), 3, clock)   # warm up
-    learn = learner(x, seed, **settings)
-    epochs, took = fit(learn, seconds, clock)
-    return epochs, took, scores(learn, data, chosen)
+    fit(learner(x[:6*256], seed, **{**settings, "compiled": False}), 3, clock)   # warm up
+    with fresh_cache():   # compilation counts
+        learn = learner(x, seed, **settings)
+        epochs, took = fit(learn, seconds, clock)
+    return epochs, took, scores(learn, data, chosen, probe)
 
 
 TRIED = {   # name to what differs from the recipe
@@ -127,9 +129,10 @@ TRIED = {   # name to what differs from the recipe
     "Muon, learning rate 0.02": dict(lr=.02),
     "Muon, learning rate 0.08": dict(lr=.08),
     "λ 0.005": dict(lmb=.005),
-    "λ 0.05": dict(lmb=.05),
-    "projector 1024, λ 0.01": dict(hidden_size=1024, projection_size=1024, lmb=.01),
+    "λ 0.08": dict(lmb=.08),
     "projector 256, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04),
+    "projector 256 of 2 layers, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04, nlayers=2),
+    "projector 1024, λ 0.01": dict(hidden_size=1024, projection_size=1024, lmb=.01),
     "projector of 2 layers": dict(nlayers=2),
     "batch 128": dict(bs=128),
     "batch 512": dict(bs=512),
@@ -147,8 +150,8 @@ TRIED = {   # name to what differs from the recipe
     "two blocks per stage": dict(arch_args=dict(channels=[32, 64, 128, 256], stem_width=16, layers=[2, 2, 2, 2])),
     "full width": dict(arch_args=dict(channels=[64, 128, 256, 512], stem_width=32)),
     "with the stem's pool": dict(small_stem=False),
-    "compiled": dict(compiled=True),
     "Mixed Barlow Twins": dict(lmb_reg=4.),
+    "compiled": dict(compiled=True),   # with --cpu its compiler's seconds, those of other processes, do not count
 }
 
 
@@ -160,6 +163,7 @@ def arguments():
     p.add_argument("--choose", action="store_true", help="test on the images for choosing settings")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="other settings")
+    p.add_argument("--no-linear", action="store_true", help="leave out the linear probe")
     p.add_argument("--csv", type=Path, help="file to add every run to; those that it holds are not run again")
     return p.parse_args()
 
@@ -176,7 +180,8 @@ def rows_of(a, data, changes):
     done = {(row["settings"], row["seed"]) for row in rows}
     for seed, name in product(a.seeds, changes):
         if (name, seed) in done: continue
-        epochs, took, found = run(data, seed, a.seconds, clock, not a.choose, {**EXTRAS, **changes[name]})
+        settings = {**EXTRAS, **changes[name]}
+        epochs, took, found = run(data, seed, a.seconds, clock, not a.choose, not a.no_linear, settings)
         rows.append({"settings": name, "seed": seed, "epochs": round(epochs, 1)}
                     | {k: round(v, 2) for k, v in found.items()})
         text = ", ".join(f"{k} {v:.1f}" for k, v in found.items())
