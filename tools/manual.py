@@ -1,0 +1,302 @@
+"""The manual: a site made from the notebooks and the pages in docs/, with Sphinx and myst-nb
+
+    python tools/manual.py          # docs/_build/html; warnings and broken links are errors
+    python tools/manual.py --source # docs/_build/source alone: the pages as Sphinx reads them
+
+Nothing is run: the notebooks are shown with their stored outputs. `pages` says which file becomes which page; links
+between files of the repository become links between pages.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from posixpath import dirname, normpath, relpath
+from urllib.parse import unquote
+
+root = Path(__file__).resolve().parents[1]
+CHAPTERS = {"0": "Ground", "1": "Method", "2": "Training", "3": "Evaluation and diagnosis", "4": "Weights",
+            "5": "Running", "9": "Everything at once"}
+HOWTO = {"1": "Train", "2": "Look", "3": "Use", "4": "Weights in and out", "5": "Images"}
+
+
+# Which file becomes which page
+
+def notebook_page(name):
+    "The page of a notebook: 33_doctor -> how-it-works/doctor, 60_tutorial_digits -> tutorials/digits"
+    if name == "index": return "index"
+    number, title = name.split("_", 1)
+    folder = {"6": "tutorials", "7": "experiments"}.get(number[0], "how-it-works")
+    return f"{folder}/{title.removeprefix('tutorial_').removeprefix('experiment_')}"
+
+
+def pages():
+    "What Sphinx reads by the file it is made from: {\"nbs/33_doctor.ipynb\": \"how-it-works/doctor.ipynb\"}"
+    made = {f"nbs/{f.name}": f"{notebook_page(f.stem)}.ipynb" for f in sorted((root/"nbs").glob("*.ipynb"))}
+    made |= {f"docs/{f.name}": f.name for f in sorted((root/"docs").glob("*.md"))}
+    made |= {f"docs/howto/{f.name}": f"howto/{f.name.split('_', 1)[1]}" for f in sorted((root/"docs/howto").glob("*.md"))}
+    start = {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
+    return made | start | {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
+def repository():
+    "Address of the repository's files where a workflow says it, for links to files that are no pages"
+    server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+    return f"{server}/{name}/blob/main" if server and name else None
+
+
+def with_links(text, source, page, made):
+    "Markdown of the file `source` as the page `page`: links to other files lead to their pages"
+    def link(m):
+        label, target = m[1], m[2]
+        if "://" in target or target.startswith(("#", "mailto:", "images/")): return m[0]
+        path, _, anchor = target.partition("#")
+        path = normpath(f"{dirname(source)}/{path}" if dirname(source) else path)
+        anchor = f"#{anchor}" if anchor else ""
+        if path in made: return f"[{label}]({relpath(made[path], dirname(page) or '.')}{anchor})"
+        if not (root/path).exists(): raise ValueError(f"{source} links to {target}, which does not exist")
+        return f"[{label}]({repository()}/{path})" if repository() else label
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)
+    parts[::2] = [re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)", link, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+# Notebooks
+
+def directives(source):
+    "nbdev's directives at the top of a cell, without their marks"
+    return [line.lstrip("#| ").strip() for line in source.splitlines() if re.match(r"\s*#\|", line)]
+
+
+def without_directives(source):
+    return "\n".join(line for line in source.splitlines() if not re.match(r"\s*#\|", line)).strip("\n")
+
+
+def defined(source):
+    "What a cell defines, for the line that opens its source"
+    names = re.findall(r"^(?:def|class) (\w+)|^([A-Za-z_]\w*)(?::\w+)? ?=(?!=)", source, re.M)
+    names = list(dict.fromkeys(a or b for a, b in names))
+    if not names: return "imports" if re.search(r"^(from|import) ", source, re.M) else "source"
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def shown_cell(cell, heading):
+    "A code cell as the page shows it, or None: directives applied, library code folded, figures with a text"
+    marks = directives(cell["source"])
+    if any(mark == "hide" or mark.startswith("default_exp") for mark in marks): return None
+    source = without_directives(cell["source"])
+    if not source: return None
+    metadata = {"mystnb": {"image": {"alt": f"Figure of the section: {heading}"}}}
+    if any(mark.startswith("export") for mark in marks):
+        label = f"Source: {defined(source)}"
+        metadata["mystnb"] |= {"code_prompt_show": label, "code_prompt_hide": label}
+        metadata["tags"] = ["hide-input"]
+    return {**cell, "source": source, "metadata": metadata}
+
+
+def shown_notebook(notebook, source, page, made):
+    "A notebook as its page: no hidden cells, no directives, links to pages, and where its names are listed"
+    cells, heading = [], ""
+    for cell in notebook["cells"]:
+        cell = {**cell, "source": "".join(cell["source"])}
+        if cell["cell_type"] == "markdown":
+            titles = re.findall(r"^#+ (.*)$", cell["source"], re.M)
+            heading = titles[-1].replace("`", "") if titles else heading
+            cell["source"] = with_links(without_directives(cell["source"]), source, page, made)
+        else: cell = shown_cell(cell, heading)
+        if cell: cells.append(cell)
+    return {**notebook, "cells": cells}
+
+
+def title_and_summary(notebook):
+    "The title of a notebook, and the line below it"
+    text = next("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    summary = re.search(r"^> (.*?)(?=\n\n|\Z)", text, re.M | re.S)
+    return re.search(r"^# (.*)$", text, re.M)[1], re.sub(r"\n>? ?", " ", summary[1]) if summary else ""
+
+
+# Pages that list others
+
+def toctree(entries, caption="", hidden=True):
+    "MyST's list of pages"
+    options = [":hidden:"]*hidden + ([f":caption: {caption}"] if caption else [])
+    return "\n".join(["```{toctree}", *options, "", *entries, "```"])
+
+
+def page_list(listed):
+    "A list of (page, title, summary) with links"
+    def line(name, title, summary): return f"- {{doc}}`{title.replace('`', '')} <{name}>`{': ' + summary if summary else ''}"
+    return "\n".join(line(*row) for row in listed)
+
+
+def first_lines(path):
+    "Title of a Markdown page, and its first paragraph"
+    text = path.read_text()
+    return re.search(r"^# (.*)$", text, re.M)[1], re.search(r"^# .*\n+(.*)$", text, re.M)[1]
+
+
+def grouped(listed, groups):
+    "[(number, page, title, summary)] under the headings of their chapters, each with its list of pages"
+    text = []
+    for chapter, caption in groups.items():
+        own = [(page, title, summary) for number, page, title, summary in listed if number[0] == chapter]
+        if own: text += [f"## {caption}", page_list(own), toctree([page for page, *_ in own], caption)]
+    return "\n\n".join(text)
+
+
+def listed_notebooks(folder):
+    "Number, page within its folder, title and summary of the notebooks of one part of the site"
+    for f in sorted((root/"nbs").glob("[0-9]*.ipynb")):
+        page = notebook_page(f.stem)
+        if page.startswith(f"{folder}/"):
+            yield (f.stem, page.split("/")[1], *title_and_summary(json.loads(f.read_text())))
+
+
+def section_pages():
+    "The first pages of tutorials, how-to pages, how it works and experiments"
+    howto = [(f.stem, f.stem.split("_", 1)[1], *first_lines(f)) for f in sorted((root/"docs/howto").glob("*.md"))]
+    tutorials = [(page, title, summary) for _, page, title, summary in listed_notebooks("tutorials")]
+    experiments = [(page, title, summary) for _, page, title, summary in listed_notebooks("experiments")]
+    return {
+        "tutorials/index.md": "# Tutorials\n\nWhole runs from images to results, with the outputs they had.\n\n"
+                           f"{page_list(tutorials)}\n\n{toctree([page for page, *_ in tutorials])}\n",
+        "howto/index.md": "# How to\n\nOne page per job: the shortest command, the shortest script, what to watch.\n\n"
+                       f"{grouped(howto, HOWTO)}\n",
+        "how-it-works/index.md": "# How it works\n\nThe library is these notebooks: each explains one module, shows it on "
+                              "examples, and holds its source, folded. Each uses only those above it.\n\n"
+                              f"{grouped(list(listed_notebooks('how-it-works')), CHAPTERS)}\n",
+        "experiments/index.md": "# Experiments\n\nWhat was compared, with settings, spread and cost.\n\n"
+                             f"{page_list(experiments)}\n\n{toctree([page for page, *_ in experiments])}\n"}
+
+
+def glossary_page():
+    "The glossary of CONTRIBUTING.md, each word with an address of its own"
+    table = (root/"CONTRIBUTING.md").read_text().split("## Glossary")[1].split("\n## ")[0]
+    rows = [re.split(r"(?<!\\) \| ", row.strip("| ")) for row in re.findall(r"^\| .* \|$", table, re.M)[1:]]
+    items = "\n\n".join(f"{word}\n  {meaning.strip()}" for word, meaning in rows)
+    return f"# Glossary\n\nOne word for each thing, everywhere in code and text.\n\n```{{glossary}}\n{items}\n```\n"
+
+
+def contributing_page(text):
+    "CONTRIBUTING.md without its glossary, which is a page"
+    before, glossary = text.split("## Glossary")
+    after = glossary.split("\n## ", 1)
+    return before + "The words: [glossary](glossary.md).\n" + (f"\n## {after[1]}" if len(after) > 1 else "")
+
+
+START = ["tutorials/index", "howto/index", "how-it-works/index", "api/index", "benchmarks", "experiments/index", "glossary",
+         "changelog", "contributing"]
+
+
+def start_page(readme):
+    "The README with the parts of the site"
+    cards = [("Tutorials", "tutorials/index", "Whole runs, from images to results"),
+             ("How to", "howto/index", "One page per job: command and script"),
+             ("How it works", "how-it-works/index", "The notebooks the library is made of"),
+             ("API", "api/index", "Every public name, and the commands")]
+    grid = "\n".join(f":::{{grid-item-card}} {title}\n:link: {page}\n:link-type: doc\n{text}\n:::" for title, page, text in cards)
+    head, rest = readme.split("\n## Install", 1)
+    return f"{head}\n::::{{grid}} 2 2 4 4\n:gutter: 2\n\n{grid}\n::::\n\n## Install{rest}\n\n{toctree(START)}\n"
+
+
+def modules_by_chapter():
+    "The notebooks' chapters with their modules: {\"1\": [\"fused\", ...]}"
+    from house import default_exp
+    found = {}
+    for f in sorted((root/"nbs").glob("[0-9]*.ipynb")):
+        name = default_exp(f)
+        if name and name not in ("all", "cli"): found.setdefault(f.stem[0], []).append((name, notebook_page(f.stem)))
+    return found
+
+
+def api_pages(text):
+    "The API reference: one page per module, one for the commands, and the first page"
+    import manual_api
+    made, parts = {}, []
+    for chapter, found in modules_by_chapter().items():
+        rows = []
+        for name, page in found:
+            made[f"api/{name}.md"] = manual_api.module_page(name, f"../{page}.ipynb", text)
+            public = ", ".join(f"`{n}`" for n in manual_api.module(name).__all__)
+            rows.append((name, name, " ".join([manual_api.module(name).__doc__, public]).strip()))
+        parts += [f"## {CHAPTERS[chapter]}", page_list(rows), toctree([n for n, *_ in rows], CHAPTERS[chapter])]
+    made["api/commands.md"] = manual_api.commands_page("../how-it-works/cli.ipynb")
+    commands = "## Commands\n\n[The console commands](commands.md): " + ", ".join(
+        f"`{n}`" for n in manual_api.module("cli").__all__) + "."
+    made["api/index.md"] = "\n\n".join(["# API reference", "Signatures, parameters and results of every public name, by module.",
+                                     commands, toctree(["commands"], "Commands"), *parts]) + "\n"
+    return made
+
+
+# The source that Sphinx reads
+
+def write_source(folder):
+    "All pages as Markdown and notebooks, with the pictures they show"
+    from readme import readme
+    made = pages()
+    texts = section_pages() | {"glossary.md": glossary_page()}
+    for source, page in made.items():
+        if page.endswith(".md") and page != "index.md":
+            texts[page] = with_links((root/source).read_text(), source, page, made)
+    texts["contributing.md"] = contributing_page(texts["contributing.md"])
+    start = readme().replace("(nbs/images/", "(images/").replace('src="nbs/images/', 'src="images/')
+    texts["index.md"] = with_links(start_page(start), "README.md", "index.md", made)
+    notebooks = {page: json.loads((root/source).read_text()) for source, page in made.items()
+                 if page.endswith(".ipynb")}
+    used = [text for page, text in texts.items() if page == "index.md" or page.startswith("howto/")]
+    used += ["".join(c["source"]) for page, nb in notebooks.items() if page.startswith("tutorials/") for c in nb["cells"]]
+    texts |= api_pages("\n".join(used))
+    sources = {page: source for source, page in made.items()}
+    texts |= {page: json.dumps(shown_notebook(nb, sources[page], page, made), ensure_ascii=False)
+              for page, nb in notebooks.items()}
+    for name, text in texts.items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_text(text)
+    shutil.copytree(root/"nbs/images", folder/"images")
+
+
+# Links of the site
+
+class _Page(HTMLParser):
+    "Addresses and anchors of one page"
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.anchors = set(), {"", "top"}
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.anchors |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
+        self.links |= {attrs[k] for k in ("href", "src") if attrs.get(k)}
+
+
+def broken_links(site):
+    "Links of the built pages to a file or anchor of the site that is not there: ['page: link']"
+    files = [f for f in sorted(site.rglob("*.html")) if "_static" not in f.relative_to(site).parts]
+    read = {f.relative_to(site).as_posix(): _Page(f.read_text()) for f in files}
+    broken = []
+    for page, content in read.items():
+        for link in sorted(content.links):
+            if re.match(r"\w+:|//", link): continue
+            path, _, anchor = unquote(link).partition("#")
+            path = normpath(f"{dirname(page)}/{path.split('?')[0]}").lstrip("/") if path else page
+            if not (site/path).exists() or (path in read and anchor not in read[path].anchors): broken.append(f"{page}: {link}")
+    return broken
+
+
+def main(options):
+    build = root/"docs/_build"
+    shutil.rmtree(build/"source", ignore_errors=True)
+    write_source(build/"source")
+    if "--source" in options: return
+    strict = ["-W", "--keep-going", "-n"]
+    command = [sys.executable, "-m", "sphinx", "-q", *strict, "-c", root/"docs", "-d", build/"doctrees", build/"source", build/"html"]
+    if subprocess.run(command).returncode: raise SystemExit("The manual has warnings: see above")
+    broken = broken_links(build/"html")
+    if broken: raise SystemExit("Broken links:\n" + "\n".join(broken))
+    print(f"{len(list((build/'html').rglob('*.html')))} pages, no broken link: open {build/'html/index.html'}")
+
+
+if __name__ == "__main__": main(sys.argv[1:])
