@@ -97,8 +97,8 @@ def shown_cell(cell, heading):
     return {**cell, "source": source, "metadata": metadata}
 
 
-def shown_notebook(notebook, source, page, made):
-    "A notebook as its page: no hidden cells, no directives, links to pages, and where its names are listed"
+def shown_notebook(notebook, source, page, made, about=""):
+    "A notebook as its page: no hidden cells, no directives, links to pages; `about` follows the title"
     cells, heading = [], ""
     for cell in notebook["cells"]:
         cell = {**cell, "source": "".join(cell["source"])}
@@ -108,6 +108,7 @@ def shown_notebook(notebook, source, page, made):
             cell["source"] = with_links(without_directives(cell["source"]), source, page, made)
         else: cell = shown_cell(cell, heading)
         if cell: cells.append(cell)
+        if len(cells) == 1 and about: cells.append({"id": "about", "cell_type": "markdown", "metadata": {}, "source": about})
     return {**notebook, "cells": cells}
 
 
@@ -198,8 +199,8 @@ def start_page(readme):
              ("How it works", "how-it-works/index", "The notebooks the library is made of"),
              ("API", "api/index", "Every public name, and the commands")]
     grid = "\n".join(f":::{{grid-item-card}} {title}\n:link: {page}\n:link-type: doc\n{text}\n:::" for title, page, text in cards)
-    head, rest = readme.split("\n## Install", 1)
-    return f"{head}\n::::{{grid}} 2 2 4 4\n:gutter: 2\n\n{grid}\n::::\n\n## Install{rest}\n\n{toctree(START)}\n"
+    head, rest = readme.split("\n![", 1)
+    return f"{head}\n::::{{grid}} 2 2 4 4\n:gutter: 2\n\n{grid}\n::::\n\n![{rest}\n{toctree(START)}\n"
 
 
 def modules_by_chapter():
@@ -250,8 +251,10 @@ def write_source(folder):
     used += ["".join(c["source"]) for page, nb in notebooks.items() if page.startswith("tutorials/") for c in nb["cells"]]
     texts |= api_pages("\n".join(used))
     sources = {page: source for source, page in made.items()}
-    texts |= {page: json.dumps(shown_notebook(nb, sources[page], page, made), ensure_ascii=False)
-              for page, nb in notebooks.items()}
+    for page, nb in notebooks.items():
+        api = page.replace("how-it-works/", "api/").replace(".ipynb", ".md").replace("cli.md", "commands.md")
+        about = f"Signatures: [API reference](../{api})." if api in texts else ""
+        texts[page] = json.dumps(shown_notebook(nb, sources[page], page, made, about), ensure_ascii=False)
     for name, text in texts.items():
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_text(text)

@@ -84,9 +84,13 @@ def parameter_table(f):
             if is_dataclass(f): continue
             rows.append(("**returns**", code_cell(type_text(about.anno)), "", described(about.docment)))
         else: rows.append((code_cell(name), code_cell(type_text(about.anno)), code_cell(default), described(about.docment)))
-    if not rows: return ""
-    head = "| parameter | type | default | what it is |\n|---|---|---|---|\n"
-    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(("parameter", "type", "default", "what it is"), rows) if rows else ""
+
+
+def table(head, rows):
+    "A table that the site's style turns into lists on a phone"
+    lines = [head, ["---"]*len(head), *rows]
+    return "\n".join(["::::{container} parameters", *(f"| {' | '.join(line)} |" for line in lines), "::::"])
 
 
 # Objects
@@ -124,8 +128,8 @@ def class_text(name, cls):
     "A class: its constructor's parameters, its base of this package, its documented methods"
     bases = [f"Extends `{b.__name__}`." for b in cls.__bases__ if b.__module__.startswith(PACKAGE)]
     if issubclass(cls, enum.Enum):
-        table = "| member | value |\n|---|---|\n" + "\n".join(f"| `{m.name}` | `{m.value!r}` |" for m in cls)
-        return directive("class", name, joined(docstring(cls), table), fence="````")
+        members = table(("member", "value"), [(code(m.name), code_cell(repr(m.value))) for m in cls])
+        return directive("class", name, joined(docstring(cls), members), fence="````")
     documented = cls if is_dataclass(cls) else cls.__init__
     methods = [method_text(n, o) for n, o in public_methods(cls)]
     body = joined(docstring(cls), *bases, parameter_table(documented), *methods)
@@ -195,7 +199,7 @@ def option_row(action, default):
     value = "" if flag or not action.option_strings else f" {action.dest.upper()}"
     shown = "" if any(default is o for o in (None, EMPTY, False)) else code_cell(default)
     help_text = re.sub(r"\s*\(default: .*\)$", "", action.help or "")
-    return f"| {code_cell(name + value)} | {shown} | {described(help_text)} |"
+    return code_cell(name + value), shown, described(help_text)
 
 
 def examples_apart(text):
@@ -216,7 +220,7 @@ def command_text(name):
     shown = "\n".join(re.sub(r"^.*?: (?=bt_|torchrun)", "", e) for e in examples)
     return joined(f"({name})=\n## `{name}`", about.rstrip(".") + ".", f"```text\n{usage}\n```",
                   f"```sh\n{shown}\n```" if shown else "",
-                  "| option | default | what it is |\n|---|---|---|\n" + "\n".join(rows))
+                  table(("option", "default", "what it is"), rows))
 
 
 def commands_page(how_it_works):
