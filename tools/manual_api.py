@@ -7,7 +7,7 @@ import argparse
 import enum
 import inspect
 import re
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 
 import fastai.vision.all  # noqa: F401  what a user imports first: all patches of fastai are in place
@@ -36,7 +36,6 @@ def default_text(default):
     if isinstance(default, enum.Enum): return f"{type(default).__name__}.{default.name}"
     if inspect.isroutine(default) or inspect.isclass(default): return default.__name__
     text = repr(default)
-    if "factory" in text: return "{}" if "dict" in repr(default.__class__) else "..."
     return "..." if "<" in text or len(text) > 60 else text
 
 
@@ -58,9 +57,16 @@ def described(text):
     return re.sub(r"(?<!\\)([*_])(?![^`]*`[^`]*(?:`[^`]*`[^`]*)*$)", r"\\\1", cell(text or ""))
 
 
+def defaults(f):
+    "Defaults by the name of the parameter; those that a dataclass makes anew for each object are made once here"
+    made = {field.name: field.default_factory() for field in fields(f) if field.default_factory is not MISSING} \
+        if is_dataclass(f) else {}
+    return {name: made.get(name, p.default) for name, p in inspect.signature(f).parameters.items()}
+
+
 def signature_text(f, skip_first=False):
     "Names and defaults, without types: those are in the table"
-    parameters = list(inspect.signature(f).parameters.values())[skip_first:]
+    parameters = [p.replace(default=defaults(f)[p.name]) for p in inspect.signature(f).parameters.values()][skip_first:]
     marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parts, star = [], False
     for p in parameters:
@@ -78,7 +84,8 @@ def parameter_table(f):
     rows = []
     for name, about in docments(f, full=True, args_kwargs=True).items():
         if name == "self": continue
-        default = "" if about.default is EMPTY or name == "return" else default_text(about.default)
+        value = defaults(f).get(name, EMPTY)
+        default = "" if value is EMPTY else default_text(value)
         if name == "return":
             if not about.docment and about.anno in (EMPTY, None): continue
             if is_dataclass(f): continue
