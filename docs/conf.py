@@ -10,6 +10,7 @@ ini.read(root/"settings.ini", encoding="utf-8")
 
 project = ini["DEFAULT"]["lib_name"]
 author = ini["DEFAULT"]["author"]
+copyright = f"{author}, {ini['DEFAULT']['license']}"
 release = ini["DEFAULT"]["version"]
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design", "sphinx-mathjax-offline", "manual_names"]
 

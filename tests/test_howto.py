@@ -89,8 +89,8 @@ def test_the_scripts_run(page, place, tmp_path, monkeypatch):
 
 
 # Trainings are shortened; several GPUs, published data sets and experiments have their own tests
-SHORTER = {"bt_pretrain": ["--epochs", "1", "--bs", "16", "--arch", "timm/test_resnet", "--width", "32", "--workers", "0"],
-           "bt_evaluate": ["--workers", "0"], "bt_diagnose": ["--batches", "1"]}
+SHORTER = {"bt_pretrain": "--epochs 1 --bs 16 --arch timm/test_resnet --width 32 --workers 0".split(),
+           "bt_evaluate": "--workers 0".split(), "bt_diagnose": "--batches 1".split()}
 
 
 def runs_here(words):

@@ -4,7 +4,7 @@
     python tools/manual.py --source # docs/_build/source alone: the pages as Sphinx reads them
 
 Nothing is run: the notebooks are shown with their stored outputs. `pages` says which file becomes which page; links
-between files of the repository become links between pages.
+between files of the repository become links between pages. A page that is added in nbs/ or docs/ is found by its name.
 """
 import json
 import os
@@ -18,9 +18,11 @@ from posixpath import dirname, normpath, relpath
 from urllib.parse import unquote
 
 root = Path(__file__).resolve().parents[1]
-CHAPTERS = {"0": "Ground", "1": "Method", "2": "Training", "3": "Evaluation and diagnosis", "4": "Weights",
+CHAPTERS = {"0": "Ground", "1": "Method", "2": "Training", "3": "Evaluation and diagnosis", "4": "Weights and search",
             "5": "Running", "9": "Everything at once"}
-HOWTO = {"1": "Train", "2": "Look", "3": "Use", "4": "Weights in and out", "5": "Images"}
+HOWTO = {"1": "Train", "2": "Evaluate", "3": "Use", "4": "Weights in and out", "5": "Images from anywhere"}
+PARTS = ["tutorials/index", "howto/index", "how-it-works/index", "api/index", "benchmarks", "experiments/index",
+         "glossary", "changelog", "contributing"]
 
 
 # Which file becomes which page
@@ -33,12 +35,17 @@ def notebook_page(name):
     return f"{folder}/{title.removeprefix('tutorial_').removeprefix('experiment_')}"
 
 
+def notebooks(): return sorted((root/"nbs").glob("[0-9]*.ipynb"))
+def howto_files(): return sorted((root/"docs/howto").glob("[0-9]*.md"))
+def howto_page(file): return file.stem.split("_", 1)[1]
+
+
 def pages():
     "What Sphinx reads by the file it is made from: {\"nbs/33_doctor.ipynb\": \"how-it-works/doctor.ipynb\"}"
-    made = {f"nbs/{f.name}": f"{notebook_page(f.stem)}.ipynb" for f in sorted((root/"nbs").glob("*.ipynb"))}
+    made = {f"nbs/{f.name}": f"{notebook_page(f.stem)}.ipynb" for f in notebooks()}
     made |= {f"docs/{f.name}": f.name for f in sorted((root/"docs").glob("*.md"))}
-    made |= {f"docs/howto/{f.name}": f"howto/{f.name.split('_', 1)[1]}" for f in sorted((root/"docs/howto").glob("*.md"))}
-    start = {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
+    made |= {f"docs/howto/{f.name}": f"howto/{howto_page(f)}.md" for f in howto_files()}
+    start = {"README.md": "index.md", "nbs/index.ipynb": "index.md", "docs/howto": "howto/index.md"}
     return made | start | {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
@@ -67,8 +74,8 @@ def with_links(text, source, page, made):
 # Notebooks
 
 def directives(source):
-    "nbdev's directives at the top of a cell, without their marks"
-    return [line.lstrip("#| ").strip() for line in source.splitlines() if re.match(r"\s*#\|", line)]
+    "nbdev's directives in a cell, without their marks: `#| eval: false` -> \"eval: false\""
+    return [line.strip().removeprefix("#|").strip() for line in source.splitlines() if re.match(r"\s*#\|", line)]
 
 
 def without_directives(source):
@@ -76,7 +83,7 @@ def without_directives(source):
 
 
 def defined(source):
-    "What a cell defines, for the line that opens its source"
+    "What a cell defines, for the line that unfolds its source"
     names = re.findall(r"^(?:def|class) (\w+)|^([A-Za-z_]\w*)(?::\w+)? ?=(?!=)", source, re.M)
     names = list(dict.fromkeys(a or b for a, b in names))
     if not names: return "imports" if re.search(r"^(from|import) ", source, re.M) else "source"
@@ -108,7 +115,8 @@ def shown_notebook(notebook, source, page, made, about=""):
             cell["source"] = with_links(without_directives(cell["source"]), source, page, made)
         else: cell = shown_cell(cell, heading)
         if cell: cells.append(cell)
-        if len(cells) == 1 and about: cells.append({"id": "about", "cell_type": "markdown", "metadata": {}, "source": about})
+        if len(cells) == 1 and about:
+            cells.append({"id": "about", "cell_type": "markdown", "metadata": {}, "source": about})
     return {**notebook, "cells": cells}
 
 
@@ -121,15 +129,16 @@ def title_and_summary(notebook):
 
 # Pages that list others
 
-def toctree(entries, caption="", hidden=True):
-    "MyST's list of pages"
-    options = [":hidden:"]*hidden + ([f":caption: {caption}"] if caption else [])
+def toctree(entries, caption=""):
+    "The list of pages that the navigation is made from"
+    options = [":hidden:"] + ([f":caption: {caption}"] if caption else [])
     return "\n".join(["```{toctree}", *options, "", *entries, "```"])
 
 
 def page_list(listed):
     "A list of (page, title, summary) with links"
-    def line(name, title, summary): return f"- {{doc}}`{title.replace('`', '')} <{name}>`{': ' + summary if summary else ''}"
+    def line(page, title, summary):
+        return f"- {{doc}}`{title.replace('`', '')} <{page}>`{': ' + summary if summary else ''}"
     return "\n".join(line(*row) for row in listed)
 
 
@@ -150,27 +159,33 @@ def grouped(listed, groups):
 
 def listed_notebooks(folder):
     "Number, page within its folder, title and summary of the notebooks of one part of the site"
-    for f in sorted((root/"nbs").glob("[0-9]*.ipynb")):
+    for f in notebooks():
         page = notebook_page(f.stem)
         if page.startswith(f"{folder}/"):
             yield (f.stem, page.split("/")[1], *title_and_summary(json.loads(f.read_text())))
 
 
+def list_page(title, about, folder):
+    "The first page of a part whose notebooks are not divided into chapters"
+    listed = [(page, *rest) for _, page, *rest in listed_notebooks(folder)]
+    return f"# {title}\n\n{about}\n\n{page_list(listed)}\n\n{toctree([page for page, *_ in listed])}\n"
+
+
 def section_pages():
     "The first pages of tutorials, how-to pages, how it works and experiments"
-    howto = [(f.stem, f.stem.split("_", 1)[1], *first_lines(f)) for f in sorted((root/"docs/howto").glob("*.md"))]
-    tutorials = [(page, title, summary) for _, page, title, summary in listed_notebooks("tutorials")]
-    experiments = [(page, title, summary) for _, page, title, summary in listed_notebooks("experiments")]
+    howto = [(f.stem, howto_page(f), *first_lines(f)) for f in howto_files()]
+    modules = list(listed_notebooks("how-it-works"))
+    how = ("The library is these notebooks: each explains one module, shows it on examples, and holds its source, "
+           "folded. Each uses only those above it.")
     return {
-        "tutorials/index.md": "# Tutorials\n\nWhole runs from images to results, with the outputs they had.\n\n"
-                           f"{page_list(tutorials)}\n\n{toctree([page for page, *_ in tutorials])}\n",
-        "howto/index.md": "# How to\n\nOne page per job: the shortest command, the shortest script, what to watch.\n\n"
-                       f"{grouped(howto, HOWTO)}\n",
-        "how-it-works/index.md": "# How it works\n\nThe library is these notebooks: each explains one module, shows it on "
-                              "examples, and holds its source, folded. Each uses only those above it.\n\n"
-                              f"{grouped(list(listed_notebooks('how-it-works')), CHAPTERS)}\n",
-        "experiments/index.md": "# Experiments\n\nWhat was compared, with settings, spread and cost.\n\n"
-                             f"{page_list(experiments)}\n\n{toctree([page for page, *_ in experiments])}\n"}
+        "tutorials/index.md":
+            list_page("Tutorials", "Whole runs from images to results, with the outputs they had.", "tutorials"),
+        "experiments/index.md":
+            list_page("Experiments", "What was compared, with settings, spread and cost.", "experiments"),
+        "howto/index.md":
+            "# How to\n\nOne page per job: the shortest command, the shortest script, what to watch.\n\n"
+            f"{grouped(howto, HOWTO)}\n",
+        "how-it-works/index.md": f"# How it works\n\n{how}\n\n{grouped(modules, CHAPTERS)}\n"}
 
 
 def glossary_page():
@@ -188,73 +203,80 @@ def contributing_page(text):
     return before + "The words: [glossary](glossary.md).\n" + (f"\n## {after[1]}" if len(after) > 1 else "")
 
 
-START = ["tutorials/index", "howto/index", "how-it-works/index", "api/index", "benchmarks", "experiments/index", "glossary",
-         "changelog", "contributing"]
-
-
 def start_page(readme):
     "The README with the parts of the site"
     cards = [("Tutorials", "tutorials/index", "Whole runs, from images to results"),
              ("How to", "howto/index", "One page per job: command and script"),
              ("How it works", "how-it-works/index", "The notebooks the library is made of"),
              ("API", "api/index", "Every public name, and the commands")]
-    grid = "\n".join(f":::{{grid-item-card}} {title}\n:link: {page}\n:link-type: doc\n{text}\n:::" for title, page, text in cards)
+    grid = "\n".join(f":::{{grid-item-card}} {title}\n:link: {page}\n:link-type: doc\n{text}\n:::"
+                     for title, page, text in cards)
     head, rest = readme.split("\n![", 1)
-    return f"{head}\n::::{{grid}} 2 2 4 4\n:gutter: 2\n\n{grid}\n::::\n\n![{rest}\n{toctree(START)}\n"
+    return f"{head}\n::::{{grid}} 2 2 4 4\n:gutter: 2\n\n{grid}\n::::\n\n![{rest}\n{toctree(PARTS)}\n"
 
 
 def modules_by_chapter():
-    "The notebooks' chapters with their modules: {\"1\": [\"fused\", ...]}"
+    "The notebooks' chapters with their modules: {\"1\": [(\"fused\", \"how-it-works/fused\"), ...]}"
     from house import default_exp
     found = {}
-    for f in sorted((root/"nbs").glob("[0-9]*.ipynb")):
+    for f in notebooks():
         name = default_exp(f)
         if name and name not in ("all", "cli"): found.setdefault(f.stem[0], []).append((name, notebook_page(f.stem)))
     return found
 
 
 def api_pages(text):
-    "The API reference: one page per module, one for the commands, and the first page"
-    import manual_api
+    "The API reference: one page per module, one for the commands, and the first page; `text` is what pages show"
+    import manual_api as api
     made, parts = {}, []
     for chapter, found in modules_by_chapter().items():
         rows = []
         for name, page in found:
-            made[f"api/{name}.md"] = manual_api.module_page(name, f"../{page}.ipynb", text)
-            public = ", ".join(f"`{n}`" for n in manual_api.module(name).__all__)
-            rows.append((name, name, " ".join([manual_api.module(name).__doc__, public]).strip()))
+            made[f"api/{name}.md"] = api.module_page(name, f"../{page}.ipynb", text)
+            public = ", ".join(f"`{n}`" for n in api.module(name).__all__)
+            rows.append((name, name, f"{api.module(name).__doc__ or ''} {public}".strip()))
         parts += [f"## {CHAPTERS[chapter]}", page_list(rows), toctree([n for n, *_ in rows], CHAPTERS[chapter])]
-    made["api/commands.md"] = manual_api.commands_page("../how-it-works/cli.ipynb")
-    commands = "## Commands\n\n[The console commands](commands.md): " + ", ".join(
-        f"`{n}`" for n in manual_api.module("cli").__all__) + "."
-    made["api/index.md"] = "\n\n".join(["# API reference", "Signatures, parameters and results of every public name, by module.",
-                                     commands, toctree(["commands"], "Commands"), *parts]) + "\n"
+    made["api/commands.md"] = api.commands_page("../how-it-works/cli.ipynb")
+    commands = ", ".join(f"`{n}`" for n in api.module("cli").__all__)
+    first = ["# API reference", "Signatures, parameters and results of every public name, by module.",
+             f"## Commands\n\n[The console commands](commands.md): {commands}.", toctree(["commands"], "Commands")]
+    made["api/index.md"] = "\n\n".join([*first, *parts]) + "\n"
     return made
 
 
 # The source that Sphinx reads
 
-def write_source(folder):
-    "All pages as Markdown and notebooks, with the pictures they show"
-    from readme import readme
-    made = pages()
+def markdown_pages(made):
+    "The pages that are written by hand, and those that list others"
     texts = section_pages() | {"glossary.md": glossary_page()}
     for source, page in made.items():
-        if page.endswith(".md") and page != "index.md":
+        if source.endswith(".md") and source != "README.md":
             texts[page] = with_links((root/source).read_text(), source, page, made)
     texts["contributing.md"] = contributing_page(texts["contributing.md"])
+    from readme import readme
     start = readme().replace("(nbs/images/", "(images/").replace('src="nbs/images/', 'src="images/')
-    texts["index.md"] = with_links(start_page(start), "README.md", "index.md", made)
-    notebooks = {page: json.loads((root/source).read_text()) for source, page in made.items()
-                 if page.endswith(".ipynb")}
-    used = [text for page, text in texts.items() if page == "index.md" or page.startswith("howto/")]
-    used += ["".join(c["source"]) for page, nb in notebooks.items() if page.startswith("tutorials/") for c in nb["cells"]]
-    texts |= api_pages("\n".join(used))
-    sources = {page: source for source, page in made.items()}
-    for page, nb in notebooks.items():
+    return texts | {"index.md": with_links(start_page(start), "README.md", "index.md", made)}
+
+
+def all_pages():
+    "Every page of the manual as text: {\"howto/resume.md\": ..., \"tutorials/digits.ipynb\": ...}"
+    made = pages()
+    texts = markdown_pages(made)
+    read = {source: json.loads((root/source).read_text()) for source, page in made.items() if page.endswith(".ipynb")}
+    shown = [text for page, text in texts.items() if page == "index.md" or page.startswith("howto/")]
+    shown += ["".join(cell["source"]) for source, nb in read.items() if made[source].startswith("tutorials/")
+              for cell in nb["cells"]]
+    texts |= api_pages("\n".join(shown))
+    for source, notebook in read.items():
+        page = made[source]
         api = page.replace("how-it-works/", "api/").replace(".ipynb", ".md").replace("cli.md", "commands.md")
         about = f"Signatures: [API reference](../{api})." if api in texts else ""
-        texts[page] = json.dumps(shown_notebook(nb, sources[page], page, made, about), ensure_ascii=False)
+        texts[page] = json.dumps(shown_notebook(notebook, source, page, made, about), ensure_ascii=False)
+    return texts
+
+
+def write_source(folder, texts):
+    "The pages and their pictures as files"
     for name, text in texts.items():
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_text(text)
@@ -263,7 +285,7 @@ def write_source(folder):
 
 # Links of the site
 
-class _Page(HTMLParser):
+class Links(HTMLParser):
     "Addresses and anchors of one page"
     def __init__(self, text):
         super().__init__()
@@ -278,28 +300,38 @@ class _Page(HTMLParser):
 def broken_links(site):
     "Links of the built pages to a file or anchor of the site that is not there: ['page: link']"
     files = [f for f in sorted(site.rglob("*.html")) if "_static" not in f.relative_to(site).parts]
-    read = {f.relative_to(site).as_posix(): _Page(f.read_text()) for f in files}
+    read = {f.relative_to(site).as_posix(): Links(f.read_text()) for f in files}
     broken = []
     for page, content in read.items():
         for link in sorted(content.links):
             if re.match(r"\w+:|//", link): continue
             path, _, anchor = unquote(link).partition("#")
             path = normpath(f"{dirname(page)}/{path.split('?')[0]}").lstrip("/") if path else page
-            if not (site/path).exists() or (path in read and anchor not in read[path].anchors): broken.append(f"{page}: {link}")
+            no_anchor = path in read and anchor not in read[path].anchors
+            if no_anchor or not (site/path).exists(): broken.append(f"{page}: {link}")
     return broken
 
 
+def sphinx_command(source, site):
+    "Sphinx with every warning as an error"
+    return [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-c", str(root/"docs"),
+            "-d", str(site.parent/"doctrees"), str(source), str(site)]
+
+
 def main(options):
+    from manual_llms import write_texts
     build = root/"docs/_build"
     shutil.rmtree(build/"source", ignore_errors=True)
-    write_source(build/"source")
+    texts = all_pages()
+    write_source(build/"source", texts)
     if "--source" in options: return
-    strict = ["-W", "--keep-going", "-n"]
-    command = [sys.executable, "-m", "sphinx", "-q", *strict, "-c", root/"docs", "-d", build/"doctrees", build/"source", build/"html"]
-    if subprocess.run(command).returncode: raise SystemExit("The manual has warnings: see above")
-    broken = broken_links(build/"html")
+    site = build/"html"
+    if subprocess.run(sphinx_command(build/"source", site)).returncode:
+        raise SystemExit("The manual has warnings: see above")
+    write_texts(site, texts)
+    broken = broken_links(site)
     if broken: raise SystemExit("Broken links:\n" + "\n".join(broken))
-    print(f"{len(list((build/'html').rglob('*.html')))} pages, no broken link: open {build/'html/index.html'}")
+    print(f"{len(texts)} pages without a warning or broken link: open {(site/'index.html').relative_to(root)}")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -90,7 +90,9 @@ def parameter_table(f):
             if not about.docment and about.anno in (EMPTY, None): continue
             if is_dataclass(f): continue
             rows.append(("**returns**", code_cell(type_text(about.anno)), "", described(about.docment)))
-        else: rows.append((code_cell(name), code_cell(type_text(about.anno)), code_cell(default), described(about.docment)))
+        else:
+            kind = type_text(about.anno)
+            rows.append((code_cell(name), code_cell(kind), code_cell(default), described(about.docment)))
     return table(("parameter", "type", "default", "what it is"), rows) if rows else ""
 
 
@@ -188,7 +190,7 @@ def module_page(name, how_it_works, pages=""):
                   f"```{{py:module}} {PACKAGE}.{name}\n```", *public,
                   *(["## Methods of fastai's classes", *methods] if methods else []),
                   *([f"## Typed as `{name}.NAME`", *in_full] if in_full else []),
-                  "" if public or methods or in_full else "The module has no names for users: it serves the others.") + "\n"
+                  "" if public or methods or in_full else "It has no names for users, it serves other modules.") + "\n"
 
 
 # Commands
