@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks pytest export bench mutants house clean
+.PHONY: help demo test lint notebooks pytest export bench mutants house docs clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,8 +45,12 @@ mutants: $(READY) ## change MODULE=mixed in small ways and list what its tests m
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mutants]"
 	$(BIN)/python tools/mutants.py $(MODULE) $(if $(LIMIT),--limit $(LIMIT)) $(if $(TESTS),--tests "$(TESTS)")
 
+docs: $(READY) ## the manual as a site: docs/_build/html/index.html
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	$(BIN)/python tools/manual.py
+
 house: $(READY) ## a table of the package's order: names, imports, long lines, what a training step crosses
 	$(BIN)/python tools/house.py
 
 clean: ## remove the environment and everything made
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist docs/_build *.egg-info

@@ -1,0 +1,116 @@
+"The how-to pages: their scripts run as they stand, their commands exist with these options, and most of them run too"
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastai.callback.core import Callback
+from fastai.learner import CancelFitException, CancelTrainException, defaults
+from PIL import Image
+
+from self_supervised_bt import cli
+from self_supervised_bt.runs import pretrain
+
+root = Path(__file__).parents[1]
+pages = sorted((root/"docs/howto").glob("*.md"))
+SHORT = dict(recipe="cifar", epochs=1, bs=16, arch="timm/test_resnet", pool_type=None, small_stem=False, nviews=2,
+             hidden_size=32, projection_size=32, num_workers=0)
+
+
+class EndEarly(Callback):
+    "Ends every fit after its first training batch and the validation that follows"
+    order = 2000
+    def after_batch(self):
+        if self.training: raise CancelTrainException
+    def after_epoch(self): raise CancelFitException
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "Folders `photos` and `labelled`, a file cat.jpg, and a run of a few seconds in `runs/photos`"
+    home = tmp_path_factory.mktemp("howto")
+    rng = np.random.default_rng(0)
+    for i in range(320):
+        f = home/"photos"/("dark" if i % 2 else "light")/f"{i:03}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(rng.integers(0, 128, (8, 8, 3)), np.ones((4, 4, 1))) + (0 if i % 2 else 127)
+        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    for label in ("dark", "light"):
+        (home/"labelled"/label).mkdir(parents=True)
+        for f in sorted((home/"photos"/label).iterdir())[:24]: shutil.copy(f, home/"labelled"/label)
+    Image.open(home/"labelled/dark/001.png").save(home/"cat.jpg")
+    pretrain(home/"photos", out=home/"runs/photos", **SHORT)
+    return home
+
+
+def blocks(page, language):
+    "The code blocks of a page in one language"
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands(page):
+    "The lines of the shell blocks, as lists of words; continued lines are joined"
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def own_command(words):
+    "The command of this library in a line, with its arguments: behind torchrun, too; None if there is none"
+    start = next((i for i, word in enumerate(words) if re.fullmatch(r"bt_\w+", word)), None)
+    return None if start is None else words[start:]
+
+
+@pytest.mark.parametrize("page", pages, ids=lambda p: p.stem)
+def test_a_page_has_what_a_reader_looks_for(page):
+    text = page.read_text()
+    assert re.match(r"# [A-Z].*\n\n[A-Z].*\.\n", text), "a title, then one sentence, which the list of pages repeats"
+    assert blocks(page, "python") and "How it works: [" in text
+    assert re.fullmatch(r"\d\d_\w+", page.stem)
+
+
+@pytest.mark.parametrize("page", pages, ids=lambda p: p.stem)
+def test_the_options_exist(page):
+    from manual_api import parser_of
+    for words in commands(page):
+        command = own_command(words)
+        assert command, f"{page.name}: {' '.join(words)} is no command of this library"
+        parser_of(getattr(cli, command[0])).parse_args(command[1:])
+
+
+@pytest.mark.parametrize("page", [p for p in pages if blocks(p, "python")], ids=lambda p: p.stem)
+def test_the_scripts_run(page, place, tmp_path, monkeypatch):
+    shutil.copytree(place, tmp_path/"here")
+    monkeypatch.chdir(tmp_path/"here")
+    monkeypatch.setattr(defaults, "callbacks", [*defaults.callbacks, EndEarly])
+    names = {}
+    for block in blocks(page, "python"): exec(compile(block, page.name, "exec"), names)
+
+
+# Trainings are shortened; several GPUs, published data sets and experiments have their own tests
+SHORTER = {"bt_pretrain": "--epochs 1 --bs 16 --arch timm/test_resnet --width 32 --workers 0".split(),
+           "bt_evaluate": "--workers 0".split(), "bt_diagnose": "--batches 1".split()}
+
+
+def runs_here(words):
+    return words[0].startswith("bt_") and words[0] not in ("bt_transfer", "bt_experiment") and "--resume" not in words
+
+
+@pytest.mark.parametrize("page", [p for p in pages if any(map(runs_here, commands(p)))], ids=lambda p: p.stem)
+def test_the_commands_run(page, place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place, tmp_path/"here")
+    monkeypatch.chdir(tmp_path/"here")
+    for words in filter(runs_here, commands(page)):
+        if "runs/photos" in words and "--out" in words and words[0] == "bt_pretrain" and "--weights" not in words:
+            words[words.index("runs/photos")] = "runs/other"   # the run of that name is there already
+        call(words)
+
+
+def call(words):
+    "A command with the arguments of a page, and then with those that make it short"
+    from manual_api import parser_of
+    command = getattr(cli, words[0])
+    args = vars(parser_of(command).parse_args([*words[1:], *SHORTER.get(words[0], [])]))
+    try: command(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
+    except SystemExit as e: assert words[0] == "bt_diagnose" and e.code == 1, e.code   # problems were found
