@@ -9,7 +9,7 @@ __all__ = []
 from importlib import import_module
 
 # %% ../nbs/99_all.ipynb #5a1e0c02
-MODULES = ("core", "data", "folders", "fitting", "datasets", "fused",
+MODULES = ("core", "data", "sources", "folders", "fitting", "datasets", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed", "siblings",
            "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",

@@ -130,8 +130,9 @@ def bt_demo(data:str="",      # folder of images, or name of a data set; the emb
 # %% ../nbs/52_cli.ipynb #ae0d1321
 @call_parse
 @one_line_errors
-def bt_diagnose(data:str="",    # folder of images, or name of a data set; the embedded digits if not given
+def bt_diagnose(data:str="",    # images as for bt_pretrain; the embedded digits if not given
                 root:str=None,  # folder that holds data sets; fastai's data folder if not given
+                column:str=None, # of the paths in a table
                 size:int=0,     # of the views, pixels; chosen by the images if 0, like bs, width and lr
                 bs:int=0,       # images per batch
                 width:int=0,    # of projector and embedding
@@ -142,7 +143,7 @@ def bt_diagnose(data:str="",    # folder of images, or name of a data set; the e
                ):
     "Run a few batches with these settings, and print the problems found and what to do"
     from self_supervised_bt.runs import diagnose_short_run, short_run
-    run = short_run(data or "digits", labels=False, root=root, size=size or None, bs=bs or None,
+    run = short_run(data or "digits", labels=False, root=root, column=column, size=size or None, bs=bs or None,
                     hidden_size=width or None, projection_size=width or None, lr=lr or None, lmb=lmb)
     found = diagnose_short_run(run, batches, seed)
     print(f"{run.about}; {run.recipe.arch}, {run.recipe.projection_size} dimensions, lmb {lmb:g}\n\n{found}")
@@ -180,7 +181,7 @@ def print_results(out:str,     # folder of a run
 # %% ../nbs/52_cli.ipynb #42c652f4
 @call_parse(pos=["data"])
 @one_line_errors
-def bt_pretrain(data:str=None,    # folder of images, or name that bt_transfer lists, e.g. cifar10; none to resume
+def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv, or name, e.g. cifar10; none to resume
                 recipe:str=None,  # default, paper, small-gpu, cifar (if not given), digits, mixed-cifar10, ...
                 out:str="runs/pretrain", # folder of the run
                 resume:bool=False, # resume the run in that folder
@@ -202,7 +203,8 @@ def bt_pretrain(data:str=None,    # folder of images, or name that bt_transfer l
                 seed:int=None,    # of the split, the weights and the views
                 half:bool=False,  # bfloat16 in the model
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
-                download:bool=False # fetch a data set that is not there
+                download:bool=False, # fetch a data set that is not there
+                column:str=None   # of the paths in a table; guessed by its name if not given
                ):
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
@@ -216,26 +218,29 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
         other_map = (arch or size) and not resume   # of another height and width than the recipe's
         if other_map and get_recipe(recipe or "cifar").pool_type == "catavgmax": changes["pool_type"] = None
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
-                           root, download, resume_with=again, **changes)
+                           root, download, column, resume_with=again, **changes)
     print_results(out, results)
 
 # %% ../nbs/52_cli.ipynb #4fe760c9
 @call_parse
 @one_line_errors
 def bt_evaluate(run:str,          # folder of a run; or file, URL or name of published weights
-                data:str,         # folder with one folder of images per class, or name; several with commas
+                data:str,         # folder with one folder of images per class, table, shards, or name; several with commas
                 protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
                 test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible
                 k:int=20,         # neighbours that vote
                 workers:int=None, # worker processes that read files
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 download:bool=False, # fetch a data set that is not there
-                plain:bool=False  # leave out the rows that are whitened, averaged over flips, and both?
+                plain:bool=False, # leave out the rows that are whitened, averaged over flips, and both?
+                labels:str=None,  # column of a table that holds them; innermost or outermost folder
+                column:str=None   # of the paths in a table; guessed by its name if not given
                ):
     "Accuracy of the encoder of a run. Example: bt_evaluate runs/photos labelled --protocol knn,linear,semi-supervised"
     from self_supervised_bt.runs import evaluate, save_evaluation
     protocols = tuple(protocol.split(","))
-    table = evaluate(run, data.split(","), protocols, test, k, workers, root, download, processed=not plain)
+    sets = re.split(r",(?![^{}]*\})", data)   # a comma in braces belongs to a pattern
+    table = evaluate(run, sets, protocols, test, k, workers, root, download, not plain, labels or True, column)
     print(f"Accuracy on the test images, %:\n\n{table.to_string(na_rep='')}")
     if not plain: print("\nWhitened: by mean and covariance of the images to learn from, without their labels. "
                         "Compare rows\nof one kind only: other encoders can be whitened and averaged, too")

@@ -203,11 +203,16 @@ class BatchDL(TfmdDL):
         for b in patiently(super().__iter__(), self.fake_l.num_workers):
             if hasattr(self.dataset, "warn_of_broken_files"): self.dataset.warn_of_broken_files()
             if len(b[0]): yield b   # only here, so that worker processes keep their turns
+    def shuffle_fn(self, idxs):
+        "All images at random, or in the order that a data set of shards asks for"
+        order = getattr(self.dataset, "shuffled", None)
+        return super().shuffle_fn(idxs) if order is None else order(idxs, self.rng)
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader, for another dataset or for items to predict"
         if dataset is not None and not hasattr(dataset, "like"): dataset = self.dataset.like(list(dataset))
         return super().new(dataset, cls, **kwargs)
 
+# %% ../nbs/01_data.ipynb #5a0c1e03
 def split_indices(n:int,           # items
                   valid_pct:float, # share kept for validation
                   seed:int         # of the split
@@ -413,6 +418,19 @@ def image_files(path:str|Path # folder to search, with its subfolders
     "All image files below `path`, hidden ones left out"
     return L(image_names(path)).map(Path)
 
+# %% ../nbs/01_data.ipynb #5a0c1e02
+def on_disk(file)->bool: return isinstance(file, (str, Path))   # by itself, and not inside another file
+
+def open_bytes(file # a path, or an image inside another file
+              ):    # a stream of bytes; raises `OSError`
+    "Open an image wherever it lies"
+    return open(file, "rb") if on_disk(file) else file.open("rb")
+
+def size_in_bytes(file # as for `open_bytes`
+                 )->int: # raises `OSError`
+    "Size of an image file"
+    return os.path.getsize(file) if on_disk(file) else file.size
+
 # %% ../nbs/01_data.ipynb #771e72e9
 REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
 ADVICE = {"cannot be opened": "check the name, the permissions and the disk",
@@ -438,7 +456,7 @@ def reason_for(e:Exception,  # raised by Pillow
               )->str:        # one of `REASONS`
     "The reason that fits an error of Pillow"
     if isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)): return "too many pixels"
-    if isinstance(e, UnidentifiedImageError): return "not an image" if os.path.getsize(file) else "empty file"
+    if isinstance(e, UnidentifiedImageError): return "not an image" if size_in_bytes(file) else "empty file"
     if isinstance(e, OSError) and e.errno: return "cannot be opened"
     return "truncated" if "truncated" in str(e).lower() else "damaged"
 
@@ -449,7 +467,9 @@ PASSING = {getattr(errno, name, None) for name in ("EIO", "ESTALE", "ENOTCONN", 
 class FolderAway(FileNotFoundError):
     "The folder of a file is not there"
 
-def folder_missing(file)->bool: return not os.path.isdir(os.path.dirname(os.path.abspath(file)))
+def folder_missing(file)->bool: # also of the file that holds an image
+    path = file if on_disk(file) else getattr(file, "path", None)
+    return path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path)))
 
 def with_patience(f:callable,   # called with the file
                   file:str|Path # image file
@@ -480,7 +500,7 @@ def png_chunks(f # PNG file, open to read bytes
 def without_notes(file:str|Path # PNG file
                  )->BytesIO:    # the same image
     "A PNG file without its colour profile and texts, which may be longer than Pillow allows"
-    with open(file, "rb") as f:
+    with open_bytes(file) as f:
         spans = [(0, 8), *(span for kind,*span in png_chunks(f) if kind not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"))]
         f.seek(0)
         content = f.read()
@@ -492,9 +512,11 @@ def notes_too_long(e)->bool: return isinstance(e, ValueError) and "MAX_TEXT" in 
 def open_file(file:str|Path # image file
              )->Image.Image: # its header read; raises what Pillow raises
     "Open an image; a pipe or a device would wait for ever"
-    mode = os.stat(file).st_mode
-    if not (S_ISREG(mode) or S_ISDIR(mode)): raise OSError(errno.EINVAL, "not a regular file")
-    try: return Image.open(file)
+    if hasattr(file, "decoded"): return file.decoded()
+    if on_disk(file):
+        mode = os.stat(file).st_mode
+        if not (S_ISREG(mode) or S_ISDIR(mode)): raise OSError(errno.EINVAL, "not a regular file")
+    try: return Image.open(file if on_disk(file) else file.open("rb"))
     except ValueError as e:
         if notes_too_long(e): return Image.open(without_notes(file))
         raise
@@ -531,7 +553,7 @@ def full_scale(value # largest value
 
 def significant_bits(file)->int: # `None` without
     "Bits per sample that the sBIT chunk of a PNG file states"
-    with open(file, "rb") as f:
+    with open_bytes(file) as f:
         for kind,start,_ in png_chunks(f):
             if kind == b"IDAT": return None
             if kind == b"sBIT":
@@ -654,10 +676,11 @@ def white_of(files:list # image files
 def in_chunks(f:callable,           # called with a list of items
               items:list,           # e.g. files
               num_workers:int=None, # worker processes; as many as cores if there are many items, 0 for none
-              progress:bool=False   # show a progress bar?
+              progress:bool=False,  # show a progress bar?
+              size:int=256          # items in a chunk
              ):                     # iterates over the results, in order
-    "`f` of 256 items at a time, in worker processes if there are many"
-    chunks = list(chunked(items, 256))
+    "`f` of some items at a time, in worker processes if there are many"
+    chunks = list(chunked(items, size))
     if num_workers is None:
         slow_start = sys.platform in ("darwin", "win32")   # new processes import everything again there
         num_workers = 0 if len(chunks) < 4 or slow_start else min(16, num_cpus())

@@ -7,8 +7,6 @@ __all__ = ['known_images', 'known_dls']
 
 # %% ../nbs/04_datasets.ipynb #e882b412
 import json
-import os
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -39,6 +37,7 @@ from self_supervised_bt.data import (
     tensor_dls,
 )
 from .folders import ImageFiles, file_dls, workers_for
+from .sources import absent_files
 
 # %% ../nbs/04_datasets.ipynb #6396e7ff
 METRICS = ("top-1", "mean per class", "mAP")
@@ -378,15 +377,6 @@ def saying_what_is_wrong(name, root, download):
         doing = "could not be downloaded or read" if download else "is incomplete or damaged"
         raise FileNotFoundError(f"data set {name!r} below {root} {doing} ({type(e).__name__}: {words}). Remove what is "
                                 f"left of {root/card.folder} and get it again: {card.get}") from e
-
-def absent_files(files:list # of paths
-                )->list:    # those that do not exist
-    "Which files are missing; every folder is listed once"
-    folders = defaultdict(list)
-    for f in files: folders[os.path.dirname(f)].append(f)
-    def names(folder): return set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    return [f for folder,part in folders.items() for there in [names(folder)] for f in part
-            if os.path.basename(f) not in there]
 
 # %% ../nbs/04_datasets.ipynb #5604f448
 def check_complete(name:str, part:str, images:Images, root:Path, complete:bool):

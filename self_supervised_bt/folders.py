@@ -16,7 +16,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap, IntToFloatTensor
@@ -40,13 +39,13 @@ from self_supervised_bt.data import (
     device_or_default,
     digest,
     evenly_spaced,
-    image_files,
     image_names,
     images_and_labels,
     in_chunks,
     items_of,
     labels_tensor,
     loss_for_labels,
+    on_disk,
     open_image,
     read_image,
     some_names,
@@ -55,6 +54,7 @@ from self_supervised_bt.data import (
     warn_of_empty_images,
     white_of,
 )
+from .sources import LEVELS, ImageSource, Listing, folder_of_all, image_list, image_source, tars_in
 
 # %% ../nbs/02_folders.ipynb #03c6d0fa
 GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"}   # Pillow's names
@@ -83,13 +83,6 @@ def kept_size(size:int, # of the views, pixels; `None` for that of the images
     return max(size, min(side, round(size*4/3)))
 
 # %% ../nbs/02_folders.ipynb #1e32388e
-def folder_of_all(files # file names
-                 )->str: # with a separator at the end, or empty
-    "The folder that all files have in common"
-    if not len(files): return ""
-    shared = os.path.commonprefix([min(files), max(files)])   # what these two share, all share
-    return shared[:shared.rfind(os.sep) + 1]
-
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 def check_classes(classes:list, # names of folders
@@ -101,14 +94,12 @@ def check_classes(classes:list, # names of folders
                          f"of them, e.g. {folder}{classes[0]}, or labels='innermost'")
 
 # %% ../nbs/02_folders.ipynb #fb773e05
-LEVELS = ("outermost", "innermost")
-
 def labelled_files(files:list,           # image files
                    level:str="outermost" # which folder names the class, one of `LEVELS`
                   )->tuple:              # files, (N,) class indices and the classes' names; (files, None, None) without
     "The files in class folders, and their labels if there are at least two classes; raises `ValueError`"
     check_choice("labels", level, (False, True, *LEVELS))
-    texts = [str(f) for f in files]
+    texts = [str(f) for f in getattr(files, "inside", files)]   # a shard's own name is no class
     folder = folder_of_all(texts)
     folders = [t[len(folder):].split(os.sep)[:-1] for t in texts]   # below the common one, outermost first
     at,other = (-1, 0) if level == "innermost" else (0, -1)
@@ -116,7 +107,8 @@ def labelled_files(files:list,           # image files
     if len(classes) < 2: return files,None,None
     check_classes(classes, folder)
     index = {c: i for i,c in enumerate(classes)}
-    kept = [f for f,parts in zip(files, folders) if parts]
+    idxs = [i for i,parts in enumerate(folders) if parts]
+    kept = files.take(idxs) if isinstance(files, Listing) else [files[i] for i in idxs]
     y = torch.tensor([index[parts[at]] for parts in folders if parts])
     say_what_was_taken(folders, at, other, classes, folder)
     return kept,y,CategoryMap(classes, sort=False)
@@ -156,8 +148,9 @@ class ImageReport:
     def bad(self)->list: # (file, reason) pairs
         return [(str(self.names[i]), REASONS[self.codes[i]-1]) for i in self.codes.nonzero()[:,0].tolist()]
     @property
-    def good(self)->L: # the other files
-        return L(self.names[i] for i in (self.codes == 0).nonzero()[:,0].tolist())
+    def good(self): # the other files
+        idxs = (self.codes == 0).nonzero()[:,0].tolist()
+        return self.names.take(idxs) if isinstance(self.names, Listing) else L(self.names[i] for i in idxs)
     @property
     def counts(self)->dict: # files per reason
         counts = self.codes.long().bincount(minlength=len(REASONS) + 1)[1:]
@@ -189,47 +182,33 @@ def check_chunk(files:list, # image files
         except BadImage as e: codes[i] = 1 + REASONS.index(e.reason)
     return codes
 
-def listed_files(items:str|Path|list # folder to search, or image files
+def listed_files(items,          # as for `unlabelled_dls`
+                 column:str=None # of the paths in a table
                 )->list:
-    "Image files of a folder, or the files as given"
-    return image_names(items) if isinstance(items, (str, Path)) else list(items)
+    "All images of a source, also those that do not exist; a folder's as a list of names"
+    if on_disk(items) and os.path.isdir(items) and not tars_in(items): return image_names(items)
+    if isinstance(items, (list, tuple, L)): return list(items)
+    return image_source(items, column=column, check=False).files
 
 # %% ../nbs/02_folders.ipynb #d3477fca
-def check_images(items:str|Path|list,   # folder to search, or image files
+def check_images(items:str|Path|list,   # folder, pattern, table, shards or image files, as for `unlabelled_dls`
                  full:bool=False,       # decode them? Only this finds truncated files
                  num_workers:int=None,  # worker processes; as many as cores if there are many files, 0 for none
                  progress:bool=False,   # show a progress bar?
-                 value_range:tuple|int=None # as for `unlabelled_dls`
+                 value_range:tuple|int=None, # as for `unlabelled_dls`
+                 column:str=None        # of the paths in a table
                 )->ImageReport:
     "Find the files that cannot be read as images"
-    files = listed_files(items)
+    files = listed_files(items, column)
     codes = list(in_chunks(partial(check_chunk, full=full, value_range=value_range), files, num_workers, progress))
     return ImageReport(files, torch.cat(codes) if codes else torch.zeros(0, dtype=torch.uint8))
-
-# %% ../nbs/02_folders.ipynb #2c4971e9
-class FileNames:
-    "File names in one block of bytes, which worker processes share with the main process"
-    def __init__(self, files:list): # file names
-        names = [os.fsencode(f) for f in files]
-        sizes = np.array([len(n) for n in names], dtype=np.int64)
-        self.block = b"".join(names)
-        self.ends = sizes.cumsum()
-        self.starts = self.ends - sizes
-    def __len__(self): return len(self.ends)
-    def __getitem__(self, i)->str: return os.fsdecode(self.block[self.starts[i]:self.ends[i]])
-    def take(self, idxs:Tensor): # which ones
-        "Some of the names, in the same block"
-        new = object.__new__(FileNames)
-        idxs = np.asarray(idxs)   # a tensor of one element would give a number
-        new.block,new.starts,new.ends = self.block,self.starts[idxs],self.ends[idxs]
-        return new
 
 # %% ../nbs/02_folders.ipynb #bebfdd76
 class ImageFiles:
     "Image files, and labels if there are any; an item is `(image,)` or `(image, label)`, a list of indices a batch"
     deterministic_items = True   # an item uses no random number, so a resumed run may skip items
     def __init__(self,
-                 files,         # `FileNames`, or image files
+                 files,         # a `Listing`, or image files
                  size:int,      # height and width, pixels
                  n_in:int=3,    # channels: 3 for RGB, 1 for grey
                  y:Tensor=None, # (N,) class indices
@@ -238,7 +217,7 @@ class ImageFiles:
                  bad:str="skip", # broken files: "skip" uses the next file, "raise" stops
                  value_range:tuple|int=None # black and white of files with more than 8 bits
                 ):
-        self.files = files if isinstance(files, FileNames) else FileNames(files)
+        self.files = image_list(files)
         self.size,self.n_in,self.split_idx,self.bad = size,n_in,split_idx,bad
         self.vocab = CategoryMap(vocab or [], sort=False)
         self.y = labels_tensor(y, "cpu")
@@ -248,6 +227,8 @@ class ImageFiles:
         self.loss_func = loss_for_labels(self.y)
         self.codes = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
         self.said = False   # that many files are broken
+    @property
+    def shuffled(self): return getattr(self.files, "shuffled", None)   # the order of an epoch, if shards have one
     @contextmanager
     def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.files)
@@ -330,13 +311,14 @@ def load_state_dict(self:ImageFiles, state:dict): # from `state_dict`
 def items(self:ImageFiles)->list:
     "The files whose images are used, with their labels if there are any"
     used = [next(self.usable(i), i) for i in range(len(self))]
-    return items_of([Path(self.files[i]) for i in used], None if self.y is None else self.y[used])
+    files = [Path(f) if on_disk(f) else f for f in (self.files[i] for i in used)]
+    return items_of(files, None if self.y is None else self.y[used])
 
 @patch
 def like(self:ImageFiles, items:list): # files, images or `LabelledItem`s
     "A dataset of other images of the same size; a file that cannot be read is an error there"
     images,y = images_and_labels(items)
-    if all(isinstance(o, (str, Path)) for o in images):
+    if all(on_disk(o) or hasattr(o, "open") for o in images):
         return type(self)(images, self.size, self.n_in, y, self.vocab, 1, "raise", self.value_range)
     x = torch.empty(0, self.n_in, self.size, self.size, dtype=torch.uint8)
     return ImageTensors(x, vocab=self.vocab).like(items)
@@ -356,9 +338,10 @@ def bytes_in(file:str # file name
 @patch
 def identity(self:ImageFiles)->str:
     "A short digest of the files: their names below their common folder, their sizes in bytes, and how they are read"
+    how = f"{self.n_in} {self.size} {self.value_range}\n"
+    if hasattr(self.files, "lines"): return digest(how.encode(), *self.files.lines())
     folder = folder_of_all(self.files)
     lines = (f"{f[len(folder):]}\0{bytes_in(f)}\n" for f in self.files)
-    how = f"{self.n_in} {self.size} {self.value_range}\n"
     return digest(how.encode(), *(os.fsencode(line) for line in lines))
 
 # %% ../nbs/02_folders.ipynb #f11ed15a
@@ -370,7 +353,7 @@ def file_dls(files:list,          # image files
              batch_tfms:list=None, device=None, value_range:tuple|int=None
             )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over image files whose labels are known"
-    names = FileNames(files)
+    names = image_list(files)
     idxs = split_indices(len(names), valid_pct, seed)
     if len(idxs[0]) < bs:
         raise ValueError(f"bs={bs} is larger than the number of training files ({len(idxs[0])}): pass a smaller bs")
@@ -386,7 +369,7 @@ def file_dls(files:list,          # image files
     return train_valid_dls(make_dl, idxs, device)
 
 # %% ../nbs/02_folders.ipynb #fb9d96a6
-def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, or image files
+def unlabelled_dls(items,               # folder, pattern, table of paths, tar shards, or image files
                    size:int,            # height and width at which images are kept, pixels; views are crops of these
                    bs:int=256,          # images per batch
                    valid_pct:float=.1,  # share of the files kept for validation
@@ -394,26 +377,31 @@ def unlabelled_dls(items:str|Path|list, # folder to search with its subfolders, 
                    num_workers:int=None,# worker processes; one per core (at most 16 and one per batch) if not given
                    n_in:int=3,          # channels: 3 for RGB, 1 for grey
                    bad:str="skip",      # broken files: "skip" lists them and uses the next file, "raise" stops
-                   labels:bool|str=False, # with the names of folders as labels? "outermost" (if True) or "innermost"
+                   labels:bool|str=False, # with labels? True, "outermost" or "innermost" folder, or name of a column
                    batch_tfms:list=None,# fastai transforms of the batch: for classifiers only
                    device=None,         # where batches go; fastai's default device if not given
-                   value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
+                   value_range:tuple|int=None, # as for `read_image`; white in 16-bit files is found if not given
+                   column:str=None,     # of the paths in a table; guessed by its name if not given
+                   buffer:int=None      # images of shards among which the next is chosen at random; 4096 if not given
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
-    "`dls` over image files, read as they are needed; with labels if `labels=True`"
+    "`dls` over images of any source, read as they are needed; with labels if `labels=True`"
     check_size(size, n_in)
     check_choice("bad", bad, ("skip", "raise"))
     check_value_range(value_range)
-    files,y,vocab = files_and_labels(items, labels)
+    files,y,vocab = files_and_labels(items, labels, column, buffer)
     return file_dls(files, y, vocab, size, bs, valid_pct, seed, num_workers, n_in, bad, batch_tfms, device, value_range)
 
 # %% ../nbs/02_folders.ipynb #c8bfe547
-def files_and_labels(items:str|Path|list, # folder, or image files
-                     labels:bool|str      # as for `unlabelled_dls`
-                    )->tuple:             # files, (N,) class indices and the classes' names; raises `ValueError`
-    "Image files, and labels if asked for"
-    files = listed_files(items)
-    if not labels: return files,None,None
-    files,y,vocab = labelled_files(files, "outermost" if labels is True else labels)
+def files_and_labels(items,           # as for `unlabelled_dls`
+                     labels:bool|str, # as for `unlabelled_dls`
+                     column:str=None, # of the paths in a table
+                     buffer:int=None  # of shards
+                    )->tuple:         # files, (N,) class indices and the classes' names; raises `ValueError`
+    "Images, and labels if asked for"
+    source = image_source(items, labels, column, buffer)
+    if not labels: return source.files,None,None
+    if source.y is not None: return tuple(source)
+    files,y,vocab = labelled_files(source.files, "outermost" if labels is True else labels)
     if y is None:
         raise ValueError("labels=True needs images in at least two folders, whose names are the labels: got one")
     return files,y,vocab
@@ -440,19 +428,20 @@ def bad_images(dls:DataLoaders # from `unlabelled_dls`
     return ImageReport([f for ds in sets for f in ds.files], torch.cat([ds.codes for ds in sets]))
 
 # %% ../nbs/02_folders.ipynb #cb82fb66
-def labelled_dls(data:str|Path,       # folder with one folder of images per class
+def labelled_dls(data,                # folder with one folder of images per class, or another source with labels
                  size:int,            # height and width at which images are kept, pixels
                  n_in:int=3,          # channels: 3 for RGB, 1 for grey
-                 test:str|Path=None,  # folder of test images, with the same classes; a share is held out if not given
+                 test=None,           # test images, with the same classes; a share is held out if not given
                  valid_pct:float=.2,  # that share
                  num_workers:int=None,# worker processes
-                 labels:str="outermost" # which folder names the class, "outermost" or "innermost"
+                 labels:bool|str=True, # as for `unlabelled_dls`
+                 column:str=None      # of the paths in a table
                 )->DataLoaders:       # training images, and test images
     "Labelled images for an evaluation"
     def read(path, valid_pct):
-        files = image_files(path)
-        bs = min(256, max(1, int(len(files)*(1 - valid_pct))))
-        return unlabelled_dls(files, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=labels,
+        source = ImageSource(*files_and_labels(path, labels, column))
+        bs = min(256, max(1, int(len(source.files)*(1 - valid_pct))))
+        return unlabelled_dls(source, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=True,
                               num_workers=num_workers)
     if not test: return read(data, valid_pct)
     train = read(data, 0).train

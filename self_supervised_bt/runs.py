@@ -43,9 +43,9 @@ from .core import check_choice, check_positive_int, undisturbed, whole_file, wri
 from self_supervised_bt.data import (
     digits_dls,
     digits_images,
-    image_files,
     in_chunks,
     load_images,
+    open_bytes,
     split_indices,
     tensor_dls,
 )
@@ -112,13 +112,14 @@ from self_supervised_bt.recipes import (
     without_other_predictor,
 )
 from .reports import report, table_verdict
+from .sources import ImageSource, NoLabels, image_source, is_there, taken_from
 from .training import Autocast
 from .transfer import found_sets, protocol_sizes, transfer_table
 from .weights import load_encoder, save_encoder, save_model
 from .zoo import ZooCard, is_path, model_info
 
 # %% ../nbs/50_runs.ipynb #0a080854
-def run_dls(data:str|Path|list,   # folder of images, image files, or name of a data set
+def run_dls(data,                 # images as `unlabelled_dls` takes them, or name of a data set
             recipe:Recipe,        # for the size of views and batches
             valid_pct:float=.05,  # share of the images kept for validation
             seed:int=0,           # of that split
@@ -127,7 +128,8 @@ def run_dls(data:str|Path|list,   # folder of images, image files, or name of a 
             labels:bool=False,    # with labels? Training ignores them, an evaluation may use them
             in_memory:bool=False, # read all files now, once, and keep the images on the device?
             root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
-            download:bool=False   # fetch a data set that is not there?
+            download:bool=False,  # fetch a data set that is not there?
+            column:str=None       # of the paths in a table
            )->DataLoaders:
     "The images of a run"
     args = dict(bs=recipe.bs//max(1, num_distrib()), valid_pct=valid_pct, seed=seed)
@@ -137,12 +139,12 @@ def run_dls(data:str|Path|list,   # folder of images, image files, or name of a 
         args |= dict(root=root, labels=labels, download=download)
         return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
     check_no_root(data, root, download)
-    files = image_files(data) if isinstance(data, (str, Path)) else data
-    side,n_in = size_and_channels(files)
+    source = ImageSource(*files_and_labels(data, labels, column))
+    side,n_in = size_and_channels(source.files)
     size = kept_size(recipe.size, side)
     if not in_memory:
-        return unlabelled_dls(files, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
-    files,y,vocab = files_and_labels(files, labels)
+        return unlabelled_dls(source, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
+    files,y,vocab = source
     x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
     return tensor_dls(x, y, vocab=vocab, **args)
 
@@ -216,8 +218,8 @@ def moved_data(file:Path, # of a run's settings
                data:str   # name or folder of its images
               )->str:     # the same
     "Raise `ValueError` if the folder is no longer there"
-    if os.path.isabs(data) and not os.path.isdir(data) and not has_ended(file.parent):
-        raise ValueError(f"{data}, which holds the images of the run in {file.parent}, is no longer a folder: if it "
+    if os.path.isabs(data) and not is_there(data) and not has_ended(file.parent):
+        raise ValueError(f"{data}, which holds the images of the run in {file.parent}, is no longer there: if it "
                          "was moved, pass its new place as data together with resume=True")
     return data
 
@@ -244,7 +246,8 @@ def read_settings(file:Path # a run.json
         for name,kind in SETTINGS.items():
             if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
         check_choice("bad", saved["bad"], ("skip", "raise"))
-        if not isinstance(saved.get("root"), (str, type(None))): raise ValueError(f"root is {saved['root']!r}")
+        for name in ("root", "column"):
+            if not isinstance(saved.get(name), (str, type(None))): raise ValueError(f"{name} is {saved[name]!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
@@ -295,12 +298,13 @@ def run_lock(out:Path # folder of a run; it is made
         finally: file.unlink(missing_ok=True)
 
 # %% ../nbs/50_runs.ipynb #4f164c2f
-def file_digest(file:str|Path # image file
+def file_digest(file # image file, on a disk or inside a shard
                )->int:        # 64 bits, 0 for a file that cannot be read
     "A digest of the size of a file, and of its first and last 4 kB"
     try:
-        with open(file, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
+        with open_bytes(file) as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(0)
             h = blake2b(f"{size} ".encode() + f.read(4096), digest_size=8)
             f.seek(max(4096, size - 4096))
             h.update(f.read(4096))
@@ -537,7 +541,7 @@ def write_csv(table,     # with a method `to_csv`
     with whole_file(file) as part: table.to_csv(part, **kwargs)
 
 # %% ../nbs/50_runs.ipynb #f9276b68
-def pretrain(data:str|Path=None,   # folder of images, or name of a data set; not needed to resume
+def pretrain(data:str|Path=None,   # folder, pattern, table, shards, or name of a data set; not needed to resume
              recipe:str=None,      # name, one of `RECIPES`; "cifar" if not given
              out:str|Path="runs/pretrain", # folder of the run
              resume:bool=False,    # resume the run in `out`, if there is one?
@@ -550,6 +554,7 @@ def pretrain(data:str|Path=None,   # folder of images, or name of a data set; no
              half:bool=None,       # bfloat16 in the model?
              root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
              download:bool=False,  # fetch a data set that is not there?
+             column:str=None,      # of the paths in a table; guessed by its name if not given
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # the content of results.json
@@ -559,12 +564,12 @@ def pretrain(data:str|Path=None,   # folder of images, or name of a data set; no
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
     s = run_settings(out, resume, data=data and as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
-                     half=half, root=root and os.path.abspath(root), changes=kwargs)
+                     half=half, root=root and os.path.abspath(root), column=column, changes=kwargs)
     if resume and not data and has_ended(out): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     set_seed(s["seed"])
     dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
-                  s.get("root"), download)
+                  s.get("root"), download, s.get("column"))
     with run_lock(out):
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out): return ended_results(out)
@@ -704,13 +709,13 @@ def test_indices(n:int,                # images
     candidates = unseen if len(unseen) >= ENOUGH else shuffled
     return candidates[:round(n*share)].sort()[0]
 
-def evaluation_dls(folder:str|Path,      # one folder of images per class
+def evaluation_dls(folder,               # class folders, or another source with labels
                    run:str|Path,         # folder of a run, or a file from `save_encoder`
                    size:int,             # height and width, pixels
                    n_in:int,             # channels
                    num_workers:int=None  # worker processes
                   )->DataLoaders:        # images to learn from, and images to test on
-    "The images of a folder, divided into some to learn from and some to test on"
+    "The images of a source, divided into some to learn from and some to test on"
     dl = labelled_dls(folder, size, n_in, valid_pct=0, num_workers=num_workers).train
     ds = dl.dataset
     test = test_indices(len(ds), seen_in_training(run, ds.files, num_workers))
@@ -745,11 +750,12 @@ def evaluation_table(rows:dict # name of a data set -> way of encoding -> column
     return pd.DataFrame(named.values(), index=list(named))
 
 # %% ../nbs/50_runs.ipynb #b7d2e114
-def folder_evaluation(folder, run, size, n_in, test, num_workers)->tuple: # `dls`, number of test images that were seen
-    "The images of a folder for `evaluate`"
-    kept = kept_size(size, size_and_channels(image_files(folder))[0])
-    if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers)
-    else: dls = evaluation_dls(folder, run, kept, n_in, num_workers)
+def folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column)->tuple: # `dls`, how many were seen
+    "The images of a folder, or another source with labels, for `evaluate`"
+    source = ImageSource(*files_and_labels(folder, labels, column))
+    kept = kept_size(size, size_and_channels(source.files)[0])
+    if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers, labels=labels, column=column)
+    else: dls = evaluation_dls(source, run, kept, n_in, num_workers)
     return dls,number_seen(run, dls, num_workers)
 
 def number_seen(run, dls, num_workers): # "not known" if the run does not say it
@@ -770,14 +776,16 @@ def named_evaluation(name, run, size, n_in, test, num_workers, root, download)->
 
 # %% ../nbs/50_runs.ipynb #449a25e8
 def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` reads
-             data:str|Path|list,  # folder with one folder of images per class, or name of a data set; several in a list
+             data:str|Path|list,  # class folders, another source with labels, or name of a data set; several in a list
              protocols:tuple=("knn", "linear"), # of "knn", "linear", "semi-supervised", "transfer"
              test:str|Path=None,  # folder of test images; a fifth of `data` is held out if not given
              k:int=20,            # neighbours that vote
              num_workers:int=None, # worker processes that read files
              root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
              download:bool=False, # fetch a data set that is not there?
-             processed:bool=False # more rows: whitened on the images to learn from, averaged over flips, and both?
+             processed:bool=False, # more rows: whitened on the images to learn from, averaged over flips, and both?
+             labels:bool|str=True, # which: as for `unlabelled_dls`
+             column:str=None      # of the paths in a table
             )->pd.DataFrame:      # one row per data set, then those of `processed`, percent
     "Accuracy of an encoder on labelled images, and how many of the test images it was trained on without labels"
     for p in protocols: check_choice("protocol", p, EVALUATIONS)
@@ -794,7 +802,7 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
         if named_data(folder): dls,n_seen = named_evaluation(folder, run, size, n_in, test, num_workers, root, download)
         else:
             check_no_root(folder, root, download)
-            dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers)
+            dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column)
         rows[name] = evaluate_on(encoder, dls, protocols, k, name, n_seen, processed)
     return evaluation_table(rows)
 
@@ -890,7 +898,7 @@ def measured_row(name, row): # of evaluation.json; the same without what was not
 class ShortRun(NamedTuple):
     "Images and settings of a short run"
     data:str       # name of a data set or a folder, as it was given
-    images:str|list # the name, or the folder's image files
+    images:str|ImageSource # the name, or the readable images
     n:int          # number of images
     n_test:int     # how many are held out
     labels:bool    # are there labels to test with?
@@ -903,6 +911,7 @@ class ShortRun(NamedTuple):
 def short_run(data:str|Path="digits", # folder of images, or name of a data set
               labels:bool=True,       # use class folders as labels for testing?
               root:str|Path=None,     # folder that holds data sets; fastai's data folder if not given
+              column:str=None,        # of the paths in a table
               **kwargs                # settings of the recipe to replace, e.g. `epochs=20`; `None` for not given
              )->ShortRun:             # raises `OSError` or `ValueError`
     "Images, and settings for their size and number"
@@ -911,7 +920,7 @@ def short_run(data:str|Path="digits", # folder of images, or name of a data set
     if not name: check_no_root(data, root, False)
     if name == "digits": run = digits_run(labels)
     elif name: run = named_run(name, labels, kwargs.get("size"), root)
-    else: run = folder_run(str(data), labels, kwargs.get("size"))
+    else: run = folder_run(str(data), labels, kwargs.get("size"), column)
     return run._replace(recipe=run.recipe.changed(**kwargs))
 
 # %% ../nbs/50_runs.ipynb #527e9ebd
@@ -922,23 +931,36 @@ def digits_run(labels:bool # use the labels to test with?
     about = f"{n:,} handwritten digits of 8x8 pixels (shipped with scikit-learn)"
     return ShortRun("digits", "digits", n, 500, labels, get_recipe("digits"), about)
 
-def folder_run(folder:str,    # folder of images
+def readable_source(data:str,    # as for `unlabelled_dls`
+                    labels:bool, # with labels, if there are any?
+                    column:str   # of the paths in a table
+                   )->tuple:     # `ImageSource`, names of the classes or `None`, number of broken files
+    "The images of a source that can be read"
+    try: source = image_source(data, labels, column)
+    except NoLabels: source = image_source(data, column=column)
+    checked = check_images(source.files, full=True)
+    good = taken_from(source, (checked.codes == 0).nonzero()[:,0])
+    if not len(good.files): size_and_channels(source.files)   # says so
+    if not labels or good.y is not None: return good,good.vocab,len(checked)
+    files,classes = class_folders(good.files)
+    return ImageSource(files),classes,len(checked)
+
+def folder_run(folder:str,    # images as `unlabelled_dls` takes them
                labels:bool,   # use class folders as labels to test with?
-               size:int=None  # of the views, pixels; 32 for images up to 48 pixels and 64 for larger ones if not given
+               size:int=None, # of the views, pixels; 32 for images up to 48 pixels and 64 for larger ones if not given
+               column:str=None # of the paths in a table
               )->ShortRun:    # raises `OSError` or `ValueError`
     "The readable images of a folder, and settings for them"
-    checked = check_images(folder, full=True)
-    files = checked.good
-    side,_ = size_and_channels(files or checked.names)
-    files,classes = class_folders(files) if labels else (files, None)
-    n = len(files)
+    source,classes,n_bad = readable_source(folder, labels, column)
+    side,_ = size_and_channels(source.files)
+    n = len(source.files)
     if n < 20:
         raise ValueError(f"{folder} holds {n} image(s), at least 20 are needed to train on some and test on others")
     n_test = min(2000, n//5)
     recipe = short_recipe("folder", n, n_test, side, size)
     about = f"{n:,} images of {folder}" + (f" in {len(classes)} class folders" if classes else ", without labels")
-    if len(checked): about += f"; {len(checked)} broken file(s) left out"
-    return ShortRun(folder, files, n, n_test, bool(classes), recipe, about)
+    if n_bad: about += f"; {n_bad} broken file(s) left out"
+    return ShortRun(folder, source, n, n_test, bool(classes), recipe, about)
 
 # %% ../nbs/50_runs.ipynb #e60acbd2
 def short_recipe(name:str,   # of the recipe
@@ -1089,8 +1111,8 @@ def save_short_run(run:ShortRun,        # from `short_run`
     "Write the files of a run, the table, the pictures and the report, which is the last of the files returned"
     out.mkdir(parents=True, exist_ok=True)
     save_results(compared.learn, out, dict(data=as_data(run.data), seed=seed), "demo")
-    if isinstance(run.images, list):
-        save_digests(out, [run.images[i] for i in split_indices(run.n, run.n_test/run.n, seed)[0]])
+    if isinstance(run.images, ImageSource):
+        save_digests(out, run.images.files.take(split_indices(run.n, run.n_test/run.n, seed)[0]))
     pictures = save_pictures(compared, out)
     write_csv(compared.table, out/"table.csv")
     said = table_verdict(compared.table, run.n_test)
@@ -1106,6 +1128,6 @@ def diagnose_short_run(run:ShortRun,  # from `short_run`
                       )->Diagnosis:
     "Run a few batches with the settings of a short run, and list the problems found"
     set_seed(seed)
-    all_now = isinstance(run.images, list)   # of a data set only the batches that are needed
+    all_now = isinstance(run.images, ImageSource)   # of a data set only the batches that are needed
     dls = run_dls(run.images, run.recipe, valid_pct=0, in_memory=all_now, root=run.root)
     return diagnose(bt_learner(dls, recipe=run.recipe), batches, run.recipe.lr)

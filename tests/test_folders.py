@@ -26,7 +26,6 @@ from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.classifiers import classifier_learner
 from self_supervised_bt.data import BadImage, image_files, load_images, read_image, tensor_dls
 from self_supervised_bt.folders import (
-    FileNames,
     bad_images,
     check_images,
     class_folders,
@@ -36,6 +35,7 @@ from self_supervised_bt.folders import (
     size_and_channels,
     unlabelled_dls,
 )
+from self_supervised_bt.sources import FileNames
 
 
 def saved(im, kind):
