@@ -645,6 +645,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics._log_figure': ( 'diagnostics.html#_log_figure',
                                                                                                 'self_supervised_bt/diagnostics.py'),
+                                                'self_supervised_bt.diagnostics._log_scale': ( 'diagnostics.html#_log_scale',
+                                                                                               'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics._off_diagonal_rms': ( 'diagnostics.html#_off_diagonal_rms',
                                                                                                       'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics._reducer': ( 'diagnostics.html#_reducer',
