@@ -16,6 +16,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from .core import check_choice, check_number, check_positive_int, undisturbed
@@ -56,18 +57,26 @@ def _axis(ax, width, height):
     "The axis, or that of a new figure (inches)"
     return ax or plt.subplots(figsize=(width, height), layout="constrained")[1]
 
+def _log_scale(ax):
+    "A logarithmic vertical axis with plain numbers: 200, not 2 x 10²"
+    ax.set_yscale("log")
+    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): set_formatter(LogFormatter())
+
 def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.losses`
                 expected:tuple=None, # what `expected_losses` returns, shown as lines
                 ax:Axes=None         # axis to draw on
                )->Axes:
     "The loss over the steps, on a logarithmic scale"
     ax = _axis(ax, 5, 3)
-    ax.plot([float(loss) for loss in losses], label="training loss (smoothed)")
-    lines = ("independent views", "--"), ("identical views, random batch", ":")
-    for value,(label,style) in zip(expected or (), lines):
-        if value > 0: ax.axhline(value, color="0.4", linestyle=style, label=label)   # the scale is logarithmic
-    ax.set(xlabel="step", ylabel="loss", yscale="log")
-    ax.legend(fontsize=8)
+    ax.plot([float(loss) for loss in losses])
+    lines = ("independent views", "--", -3, "top"), ("identical views, random batch", ":", 3, "bottom")
+    for value,(label,style,dy,va) in zip(expected or (), lines):
+        if value <= 0: continue   # the scale is logarithmic
+        ax.axhline(value, color="0.4", linestyle=style)
+        ax.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, dy), fontsize=8,
+                    textcoords="offset points", ha="right", va=va)
+    ax.set(xlabel="step", ylabel="training loss (smoothed)")
+    _log_scale(ax)
     return ax
 
 # %% ../nbs/32_diagnostics.ipynb #28644553
@@ -325,7 +334,8 @@ def plot_terms(table:pd.DataFrame, # the terms of `BarlowTwinsLoss`, indexed by 
     if axes is None: _,axes = plt.subplots(1, 2, figsize=(9,3), layout="constrained")
     axes[0].plot(table.index, table.invariance, label="invariance")
     axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} x redundancy")
-    axes[0].set(xlabel="step", ylabel="part of the loss", yscale="log")
+    axes[0].set(xlabel="step", ylabel="part of the loss")
+    _log_scale(axes[0])
     axes[1].plot(table.index, table.diagonal_mean, label="mean of the diagonal (aim: 1)")
     axes[1].plot(table.index, table.off_diagonal_rms, label="RMS of the rest (aim: 0)")
     axes[1].set(xlabel="step", ylabel="entries of c", ylim=(min(0, table.diagonal_mean.min()), 1))

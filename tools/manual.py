@@ -95,7 +95,7 @@ def shown_cell(cell, heading):
     marks = directives(cell["source"])
     if any(mark == "hide" or mark.startswith("default_exp") for mark in marks): return None
     source = without_directives(cell["source"])
-    if not source: return None
+    if not source.strip(): return None
     metadata = {"mystnb": {"image": {"alt": f"Figure of the section: {heading}"}}}
     if any(mark.startswith("export") for mark in marks):
         label = f"Source: {defined(source)}"
@@ -117,7 +117,8 @@ def shown_notebook(notebook, source, page, made, about=""):
         if cell: cells.append(cell)
         if len(cells) == 1 and about:
             cells.append({"id": "about", "cell_type": "markdown", "metadata": {}, "source": about})
-    return {**notebook, "cells": cells}
+    language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}   # some notebooks do not say it
+    return {**notebook, "metadata": notebook["metadata"] | language, "cells": cells}
 
 
 def title_and_summary(notebook):

@@ -4,6 +4,7 @@
 of the imported objects, so what `@delegates` adds is there too.
 """
 import argparse
+import ast
 import enum
 import inspect
 import re
@@ -13,6 +14,7 @@ from importlib import import_module
 import fastai.vision.all  # noqa: F401  what a user imports first: all patches of fastai are in place
 from fastcore.docments import docments
 from fastcore.script import anno_parser
+from house import decorated_patches
 
 PACKAGE = "self_supervised_bt"
 EMPTY = inspect.Parameter.empty
@@ -160,9 +162,7 @@ def object_text(name, o):
 
 def new_methods(name):
     "Methods that a module adds to a class of fastai: ('Learner.fit_recipe', function); wraps of existing ones left out"
-    from house import decorated_patches, modules
-    from manual import root
-    for dotted in decorated_patches({name: modules(root)[name]}[name]):
+    for dotted in decorated_patches(ast.parse(inspect.getsource(module(name)))):
         cls, method = dotted.split(".")
         target = getattr(fastai.vision.all, cls, None)
         f = getattr(target, method, None)

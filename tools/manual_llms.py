@@ -38,8 +38,8 @@ def plain_markdown(text):
         text = re.sub(r"^`{3,}$\n?", "", text, flags=re.M)
         text = re.sub(r"^`{3,}\{py:\w+\} (.*)$", r"### `\1`", text, flags=re.M)
     text = re.sub(r"^```\{glossary\}\n|^:::+.*\n|^:::+$|^\(\w+\)=\n", "", text, flags=re.M)
-    text = re.sub(r"\{doc\}`([^`<]*) <([^`>]*)>`", r"[\1](\2.html.md)", text)
     text = re.sub(r"\]\((?!\w+:)([^)#\s]+)\.(?:md|ipynb)(#[^)]*)?\)", r"](\1.html.md\2)", text)
+    text = re.sub(r"\{doc\}`([^`<]*) <([^`>]*)>`", r"[\1](\2.html.md)", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -62,7 +62,7 @@ def contents(texts):
     parts = [f"# {title}", f"> {summary}"]
     for folder, heading in PARTS.items():
         own = {name: text for name, text in texts.items() if name.rpartition("/")[0] == folder and name != "index"}
-        rows = ["- [{}]({}.html.md): {}".format(title_and_line(text)[0], name, title_and_line(text)[1])
+        rows = [f"- [{title_and_line(text)[0]}]({name}.html.md): {title_and_line(text)[1]}"
                 for name, text in own.items() if not name.endswith("/index")]
         if rows: parts += [f"## {heading}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
