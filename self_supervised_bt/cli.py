@@ -150,6 +150,15 @@ def bt_diagnose(data:str="",    # images as for bt_pretrain; the embedded digits
     if not found.ok: raise SystemExit(1)
 
 # %% ../nbs/52_cli.ipynb #6de4e856
+def as_range(text:str # "0,4095", "4095" or `None`
+            ):        # raises `ValueError`
+    "Black and white, or white, as numbers"
+    if text is None: return None
+    try: numbers = [float(part) for part in text.split(",")]
+    except ValueError: numbers = []
+    if len(numbers) in (1, 2): return numbers[0] if len(numbers) == 1 else numbers
+    raise ValueError(f"value_range must be black,white or white, got {text!r}")
+
 def resume_command(out:str, # folder of the run
                    **kwargs # options that are not kept with the run; `None` for not given
                   )->str:   # for the shell
@@ -204,7 +213,8 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 half:bool=False,  # bfloat16 in the model
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 download:bool=False, # fetch a data set that is not there
-                column:str=None   # of the paths in a table; guessed by its name if not given
+                column:str=None,  # of the paths in a table; guessed by its name if not given
+                value_range:str=None # black,white or white of images of more than 8 bits, e.g. 0,4095; found if not given
                ):
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
@@ -218,7 +228,7 @@ runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on f
         other_map = (arch or size) and not resume   # of another height and width than the recipe's
         if other_map and get_recipe(recipe or "cifar").pool_type == "catavgmax": changes["pool_type"] = None
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
-                           root, download, column, resume_with=again, **changes)
+                           root, download, column, None, as_range(value_range), resume_with=again, **changes)
     print_results(out, results)
 
 # %% ../nbs/52_cli.ipynb #4fe760c9

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_sources.ipynb #6b1d0004
+import errno
 import glob
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import tarfile
 import warnings
 from collections import defaultdict
+from copy import copy
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -22,11 +24,21 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.transforms import CategoryMap
+from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/01_sources.ipynb #6b1d0005
 from .core import check_positive_int, whole_file
-from .data import IMAGE_ENDINGS, image_names, in_chunks, on_disk, open_bytes, some_names
+from self_supervised_bt.data import (
+    IMAGE_ENDINGS,
+    digest,
+    evenly_spaced,
+    image_names,
+    in_chunks,
+    on_disk,
+    open_bytes,
+    some_names,
+)
 
 # %% ../nbs/01_sources.ipynb #6b1d0009
 class Listing:
@@ -61,6 +73,27 @@ def image_list(files # a `Listing`, or a list
     files = list(files)
     return FileNames(files) if all(map(on_disk, files)) else ImageList(files)
 
+class Joined(Listing):
+    "Several listings, one after the other"
+    def __init__(self, parts:list):
+        self.parts,self.ends = parts,np.cumsum([len(p) for p in parts])
+    def __len__(self): return int(self.ends[-1])
+    def place(self, i:int)->tuple: # the listing, and the place in it
+        k = int(np.searchsorted(self.ends, i, "right"))
+        return self.parts[k],i - (int(self.ends[k - 1]) if k else 0)
+    def __getitem__(self, i):
+        if not 0 <= i < len(self): raise IndexError(i)
+        part,k = self.place(i)
+        return part[k]
+    def name(self, i)->str: return name_in(*self.place(i))
+    def take(self, idxs): return image_list([self[int(i)] for i in np.asarray(idxs)])
+
+def name_in(files, # a `Listing` or a list
+            i:int  # which image
+           )->str:
+    "The name of an image, which is not read for it"
+    return files.name(i) if hasattr(files, "name") else str(files[i])
+
 class ImageSource(NamedTuple):
     "The images of a source, and their labels if there are any"
     files:Listing          # the images
@@ -87,7 +120,8 @@ class NoLabels(ValueError):
 
 def with_labels(source:ImageSource, # without labels
                 labels:list,        # one of each image; `None`, NaN or an empty text where it is missing
-                where:str           # they come from
+                where:str,          # they come from
+                classes:list=None   # their names in their order, if that is known
                )->ImageSource:      # raises `ValueError`
     "The images that have a label, and their labels as numbers"
     known = [i for i,label in enumerate(labels) if not is_missing(label)]
@@ -96,7 +130,7 @@ def with_labels(source:ImageSource, # without labels
         first = [source.files[i] for i in sorted(set(range(len(labels))) - set(known))[:4]]
         warnings.warn(f"{lost:,} of {len(labels):,} images of {where} have no label and are left out: "
                       f"{some_names(first)}")
-    classes = in_order({labels[i] for i in known})
+    if classes is None or not known: classes = in_order({labels[i] for i in known})
     if len(classes) < 2:
         raise NoLabels(f"the images of {where} have {len(classes)} class(es), at least two are needed: choose the "
                          "labels with labels='name', or leave labels out")
@@ -129,10 +163,9 @@ def expand_braces(pattern:str # e.g. "{a,b}/{00..11}.tar"
     "The names that a pattern stands for, in its order, as in bash"
     m = re.search(r"\{([^{}]*)\}", pattern)
     if m is None: return [pattern]
-    out = [pattern[:m.start()] + choice + rest for choice in brace_choices(m[1], pattern)
-           for rest in expand_braces(pattern[m.end():])]
-    if len(out) > MOST: raise ValueError(f"{pattern!r} stands for more than {MOST:,} names")
-    return out
+    choices,rests = brace_choices(m[1], pattern),expand_braces(pattern[m.end():])
+    if len(choices)*len(rests) > MOST: raise ValueError(f"{pattern!r} stands for more than {MOST:,} names")
+    return [pattern[:m.start()] + choice + rest for choice in choices for rest in rests]
 
 # %% ../nbs/01_sources.ipynb #6b1d0012
 def is_pattern(text)->bool: # a name that exists is none
@@ -268,17 +301,14 @@ def table_source(items,                # a table as a file or a DataFrame, whose
 
 # %% ../nbs/01_sources.ipynb #6b1d001b
 @lru_cache(64)
-def opened(path:str,  # a shard
-           stamp:tuple # size and time of its last change
-          ):          # open file; raises `OSError` if the shard has changed
-    "A shard, kept open in this process"
-    f = open(path, "rb", buffering=0)
-    if stamp_of(path) == stamp: return f
-    f.close()
-    raise OSError(f"{path} has changed since it was listed: make the dls again")
+def opened(path:str,   # a shard
+           stamp:tuple # so that one that was changed is opened again
+          ): return open(path, "rb", buffering=0)   # kept open in this process
 
-def stamp_of(path)->tuple: # raises `OSError`
-    stat = os.stat(path)
+def stamp_of(file # path or number of an open file
+            )->tuple: # raises `OSError`
+    "Size and time of the last change"
+    stat = os.stat(file)
     return stat.st_size,stat.st_mtime_ns
 
 def bytes_at(f, offset:int, size:int)->bytes: # of an open file
@@ -292,7 +322,10 @@ class Member:
     "A file inside a shard, opened like a `Path`"
     def __init__(self, path:str, stamp:tuple, name:str, offset:int, size:int):
         self.path,self.stamp,self.name,self.offset,self.size = path,stamp,name,offset,size
-    def open(self, mode:str="rb"): return BytesIO(bytes_at(opened(self.path, self.stamp), self.offset, self.size))
+    def open(self, mode:str="rb"):
+        f = opened(self.path, self.stamp)
+        if stamp_of(f.fileno()) != self.stamp: raise OSError(errno.EINVAL, "the shard has changed since it was listed")
+        return BytesIO(bytes_at(f, self.offset, self.size))
     def __str__(self): return f"{self.path}/{self.name}"
     __repr__ = __str__
     def __eq__(self, other): return isinstance(other, Member) and str(self) == str(other)
@@ -326,8 +359,8 @@ def tar_members(path:str,     # a tar file
             if m is None: break
             if m.offset_data + m.size > size: break
             if m.isreg() and not m.issparse(): yield m
-        with open(path, "rb") as f: ended = not any(bytes_at(f, tar.offset, 512) or b"x")
-    if m is not None or not ended: problems.append("is cut off or damaged")
+        with open(path, "rb") as f: end = bytes_at(f, tar.offset, 512)
+    if m is not None or end != bytes(512): problems.append("is cut off or damaged")
 
 # %% ../nbs/01_sources.ipynb #6b1d001d
 def key_of(name:str # of a member
@@ -489,6 +522,236 @@ def write_shards(items,              # what `unlabelled_dls` takes: a folder, a 
     return shards
 
 # %% ../nbs/01_sources.ipynb #6b1d0025
+class Content:
+    "The bytes of an image that lies in a data set"
+    def __init__(self, name:str, content:bytes): self.name,self.content,self.size = name,content,len(content)
+    def open(self, mode:str="rb"): return BytesIO(self.content)
+    def __str__(self): return self.name
+
+class Pixels:
+    "An image that a data set gives decoded"
+    def __init__(self, name:str, read:callable): self.name,self.decoded = name,read
+    def open(self, mode:str="rb"): raise OSError(errno.ENOTSUP, "a decoded image has no bytes")
+    def __str__(self): return self.name
+
+def as_pillow(item # of a data set: an image, or a tuple that begins with one
+             )->Image.Image: # raises `ValueError`
+    "The image of an item"
+    image = item[0] if isinstance(item, (tuple, list)) else item
+    if isinstance(image, Image.Image): return image.copy()
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3):
+        if image.is_floating_point(): image = (image*255).round().clamp(0, 255).byte()
+        image = image.as_subclass(Tensor).permute(1, 2, 0).cpu().numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        if image.ndim == 3 and image.shape[-1] == 1: image = image[...,0]
+        if image.ndim == 2 or image.shape[-1] in (3, 4): return Image.fromarray(image)
+    shape = f" of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else ""
+    raise ValueError(f"an item of the data set must be an image, or a tuple that begins with one (of Pillow, an array of "
+                     f"bytes or a tensor (C,H,W)), got a {type(image).__name__}{shape}")
+
+# %% ../nbs/01_sources.ipynb #6b1d0026
+class DatasetImages(Listing):
+    "The images of a map-style data set"
+    def __init__(self,
+                 dataset,        # with a length and items
+                 read:callable,  # an item and its name to a file
+                 idxs=None       # which items
+                ):
+        self.dataset,self.read = dataset,read
+        self.idxs = np.arange(len(dataset)) if idxs is None else idxs
+    def __len__(self): return len(self.idxs)
+    def __getitem__(self, i): return self.read(self.dataset, int(self.idxs[i]))
+    def take(self, idxs): return DatasetImages(self.dataset, self.read, self.idxs[np.asarray(idxs)])
+    def lines(self): # yields bytes
+        "Their number, and what 64 of them are"
+        yield f"{len(self)}\n".encode()
+        for f in evenly_spaced(self, 64):
+            yield f.decoded().tobytes() if isinstance(f, Pixels) else open_bytes(f).read()
+
+def row_image(row, i:int): # a path, or `Content`
+    "An image as Hugging Face's `datasets` keep it"
+    path,content = (row or {}).get("path"),(row or {}).get("bytes")
+    if content is None and path: return path
+    return Content(f"row {i}" + (f" ({path})" if path else ""), content or b"")
+
+def read_row(dataset, i:int): return row_image(*dataset[i].values(), i)
+
+def read_item(dataset, i:int): return Pixels(f"item {i}", lambda: as_pillow(dataset[i]))
+
+# %% ../nbs/01_sources.ipynb #6b1d0027
+def comes_from(items, package:str)->bool: return type(items).__module__.partition(".")[0] == package
+
+def column_of_type(features, given, kind:str, argument:str, where:str): # raises `ValueError`
+    "The column that holds images or classes, `None` if there is none"
+    if given is not None and given not in features:
+        raise ValueError(f"{argument}={given!r} is no column: {where} has {', '.join(map(repr, features))}")
+    return given or next((name for name,f in features.items() if type(f).__name__ == kind), None)
+
+def undecoded(dataset, column, where:str): # a data set with one column; raises `ValueError`
+    "The images of Hugging Face's `datasets` as bytes or paths"
+    from datasets import Image as ImageFeature
+    features = dataset.features or {}
+    name = column_of_type(features, column, "Image", "column", where)
+    if name is None: name = next((n for n,f in features.items() if isinstance(f, dict) and "bytes" in f), None)
+    as_kept = isinstance(features.get(name), dict) and "bytes" in features[name]
+    if not as_kept and type(features.get(name)).__name__ != "Image":
+        raise ValueError(f"{where} has no column of images, its columns are {', '.join(features) or 'not known'}: make "
+                         "one with dataset.cast_column(name, datasets.Image())")
+    one = dataset.select_columns([name])
+    return one if as_kept else one.cast_column(name, ImageFeature(decode=False))
+
+def huggingface_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `ValueError`
+    "The images of a map-style data set of Hugging Face"
+    if hasattr(dataset, "keys"):
+        raise ValueError(f"the data set has the splits {', '.join(dataset.keys())}: pass one of them, e.g. "
+                         f"dataset[{next(iter(dataset))!r}]")
+    where = "the data set"
+    if not len(dataset): raise ValueError("the data set holds no images")
+    source = ImageSource(DatasetImages(undecoded(dataset, column, where), read_row))
+    if not labels or labels in LEVELS: return source
+    features = dataset.features
+    name = column_of_type(features, None if labels is True else labels, "ClassLabel", "labels", where)
+    if name is None: name = next((c for c in features if c.lower() in LABEL_COLUMNS), None)
+    if name is None:
+        raise NoLabels(f"{where} has no column of labels, its columns are {', '.join(features)}: name one with "
+                       "labels='name'")
+    names = getattr(features[name], "names", None)
+    values = list(dataset[name])
+    if names: values = [None if v is None or v < 0 else names[v] for v in values]   # -1 is unknown there
+    return with_labels(source, values, where, names)
+
+# %% ../nbs/01_sources.ipynb #6b1d0028
+def torch_labels(dataset)->list: # one per item; raises `NoLabels`
+    "Labels of a PyTorch data set: from its list, or item by item"
+    for name in ("targets", "labels", "_labels"):
+        found = getattr(dataset, name, None)
+        if found is not None and len(found) == len(dataset): return torch.as_tensor(np.asarray(found)).tolist()
+    items = [dataset[i] for i in range(len(dataset))]
+    if all(isinstance(o, (tuple, list)) and len(o) > 1 for o in items): return [int(o[1]) for o in items]
+    raise NoLabels("the items of the data set hold no label: let them be (image, class index), or leave labels out")
+
+def torch_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `ValueError`
+    "The images of a map-style data set of PyTorch"
+    if column is not None: raise ValueError(f"column={column!r} has no meaning for a {type(dataset).__name__}: leave it out")
+    if not len(dataset): raise ValueError(f"the {type(dataset).__name__} holds no images")
+    as_files = hasattr(dataset, "samples") and hasattr(dataset, "loader") and getattr(dataset, "transform", 1) is None
+    if as_files: files = FileNames([path for path,*_ in dataset.samples])
+    else:
+        as_pillow(dataset[0])   # raises for what is no image
+        files = DatasetImages(dataset, read_item)
+    source = ImageSource(files)
+    if not labels or labels in LEVELS: return source
+    if labels is not True: raise ValueError(f"labels={labels!r} has no meaning for a {type(dataset).__name__}: labels=True")
+    names = [str(c) for c in getattr(dataset, "classes", ())]
+    values = torch_labels(dataset)
+    if names: values = [None if v < 0 else names[v] for v in values]
+    return with_labels(source, values, "the data set", names or None)
+
+# %% ../nbs/01_sources.ipynb #6b1d002a
+class StreamImages(Listing):
+    "The first `n` images of a stream, which are asked for nearly in their order"
+    def __init__(self,
+                 stream,          # can be iterated from the start, again and again
+                 n:int,           # images to take
+                 buffer:int=BUFFER # images among which the next one is chosen at random
+                ):
+        self.stream,self.n,self.buffer = stream,n,buffer
+        self.idxs,self.reader,self.wanted,self.held,self.position = np.arange(n),None,set(),{},0
+    def __len__(self): return len(self.idxs)
+    def take(self, idxs): # which ones
+        new = copy(self)
+        new.idxs = self.idxs[np.asarray(idxs)]
+        return new
+    def expect(self, idxs): # the images that will be asked for, each once
+        "Read from the start, and keep these alone"
+        self.expect_places({int(self.idxs[i]) for i in idxs})
+    def expect_places(self, places:set):
+        self.wanted,self.held,self.reader,self.position = places,{},enumerate(self.stream),0
+    def __getitem__(self, i):
+        place = int(self.idxs[i])
+        if place not in self.held: self.read_to(place)
+        self.wanted.discard(place)
+        return self.stream.file(self.held.pop(place), place)
+    def read_to(self, place:int):
+        "Read on, or again from the start if the image was passed over; keep what will be asked for"
+        if self.reader is None or place < self.position: self.expect_places(self.wanted)
+        for k,row in self.reader:
+            self.position = k + 1
+            if k == place or k in self.wanted: self.held[k] = row
+            if k == place: return
+        raise RuntimeError(f"the stream ended after {self.position} images, and n={self.n} was given: pass the number "
+                           "of its images as n")
+    def name(self, i)->str: return f"image {int(self.idxs[i])} of the stream"
+    def at_the_start(self, n:int)->list: # images
+        "The first ones"
+        return [self.stream.file(row, k) for k,row in zip(range(min(n, self.n)), self.stream)]
+    def shuffled(self, idxs:list, rng)->list: return mixed_order(sorted(idxs), self.buffer, rng)
+    def lines(self): # yields bytes
+        yield f"{self.n} {digest(self.idxs.tobytes())}\n".encode()
+        for f in self.at_the_start(16): yield f.decoded().tobytes() if isinstance(f, Pixels) else open_bytes(f).read()
+    def __getstate__(self): return {**vars(self), "reader": None, "wanted": set(), "held": {}}
+
+# %% ../nbs/01_sources.ipynb #6b1d002b
+class HuggingFaceStream:
+    "The images of an `IterableDataset` of Hugging Face, undecoded, all of them in every worker process"
+    def __init__(self, dataset, column:str): self.dataset = undecoded(dataset, column, "the stream")
+    def __iter__(self): # `iter`, unlike the plain iteration, does not divide the stream among workers
+        for batch in self.dataset.iter(16):
+            for rows in batch.values(): yield from rows
+    def file(self, row, place:int): return row_image(row, place)
+
+class TorchStream:
+    "The images of a PyTorch `IterableDataset`, which must not divide itself among workers"
+    def __init__(self, dataset): self.dataset = dataset
+    def __iter__(self): return iter(self.dataset)
+    def file(self, item, place:int): return Pixels(f"item {place}", partial(as_pillow, item))
+
+def stream_source(dataset, labels:bool|str, column:str, buffer:int, n:int)->ImageSource: # raises `ValueError`
+    "The images of a stream"
+    if labels: raise ValueError(f"labels={labels!r} has no meaning for a stream, whose labels are not known beforehand: "
+                                "leave it out, or use a map-style data set")
+    if n is None: raise ValueError("n is missing: a stream does not say how many images it has, pass their number as n, "
+                                   "e.g. n=sum(1 for _ in dataset)")
+    check_positive_int("n", n)
+    check_positive_int("buffer", buffer or BUFFER)
+    own = comes_from(dataset, "datasets")
+    stream = HuggingFaceStream(dataset, column) if own else TorchStream(dataset)
+    return ImageSource(StreamImages(stream, n, buffer or BUFFER))
+
+# %% ../nbs/01_sources.ipynb #6b1d002c
+def object_source(items, labels, column, buffer, n)->ImageSource: # `None` for what is no data set; raises `ValueError`
+    "The images of a data set of another library"
+    if comes_from(items, "datasets") and not isinstance(items, (list, tuple)):
+        if hasattr(items, "iter") and not hasattr(items, "__len__"): return stream_source(items, labels, column, buffer, n)
+        return huggingface_source(items, labels, column)
+    if isinstance(items, torch.utils.data.IterableDataset): return stream_source(items, labels, column, buffer, n)
+    if isinstance(items, torch.utils.data.Dataset): return torch_source(items, labels, column)
+
+SAVED = ("state.json", "dataset_dict.json")
+
+def saved_dataset(path)->bool: # by Hugging Face's `save_to_disk`
+    return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
+
+def need_datasets(path): # the library; raises `ImportError`
+    "Hugging Face's `datasets`"
+    try: import datasets
+    except ImportError as e:
+        raise ImportError(f"{path} needs the library datasets: pip install 'self_supervised_bt[sources]'") from e
+    return datasets
+
+def parquet_images(paths:list, # Parquet files
+                   column:str  # of the images, or `None`
+                  ):           # a data set of Hugging Face, `None` if they hold no images; raises `ImportError`
+    "Parquet files with the images inside, as Hugging Face has them; their content is read into memory"
+    try: import pyarrow.parquet as pq
+    except ImportError: return None   # `read_table` says it
+    try: schema = pq.read_schema(paths[0])
+    except Exception: return None     # `read_table` says it
+    inside = [f.name for f in schema if hasattr(f.type, "fields") and "bytes" in [o.name for o in f.type.fields]]
+    if not inside or column is not None and column not in inside: return None
+    return need_datasets(paths[0]).Dataset(pq.read_table(paths))
+
+# %% ../nbs/01_sources.ipynb #6b1d002e
 def tars_in(folder)->list: # names of the shards right in a folder, sorted
     with os.scandir(folder) as entries:
         return sorted(e.path for e in entries if e.name.lower().endswith(".tar") and not e.name.startswith("."))
@@ -504,31 +767,45 @@ def folder_source(folder:str|Path, **kwargs)->ImageSource: # raises `OSError` or
                            f"pass '{folder}/*.tar' for the images inside")
     return ImageSource(FileNames(files))
 
+def tables_source(paths:list, labels, column, check)->ImageSource: # raises `OSError` or `ValueError`
+    "The images of a table of paths, or of Parquet files that hold them"
+    parquet = all(on_disk(p) and Path(p).suffix.lower() == ".parquet" for p in paths)
+    images = parquet_images([str(p) for p in paths], column) if parquet else None
+    if images is not None: return huggingface_source(images, labels, column)
+    if len(paths) == 1: return table_source(paths[0], labels, column, check)
+    raise ValueError(f"{len(paths)} tables were named, e.g. {paths[0]}: pass one table of paths")
+
 def path_source(items, labels, column, buffer, check)->ImageSource: # raises `OSError` or `ValueError`
-    "The images of a folder, a pattern, a table or a shard"
-    if is_table(items): return table_source(items, labels, column, check)
+    "The images of a folder, a pattern, a table, a shard or a saved data set"
+    if is_table(items) and not is_pattern(items): return tables_source([items], labels, column, check)
+    if saved_dataset(items): return huggingface_source(need_datasets(items).load_from_disk(str(items)), labels, column)
+    paths = matching(items) if is_pattern(items) else [items]
+    if is_pattern(items) and all(map(is_table, paths)): return tables_source(paths, labels, column, check)
     if column is not None: raise ValueError(f"column={column!r} is for tables and data sets, and {items} is none: "
                                             "leave it out")
     kwargs = dict(labels=labels, buffer=buffer)
     if not is_pattern(items) and not str(items).lower().endswith(".tar"): return folder_source(items, **kwargs)
-    paths = matching(items) if is_pattern(items) else [items]
     tars = [p for p in paths if str(p).lower().endswith(".tar")]
     if len(tars) == len(paths): return shard_source(tars, where=str(items), **kwargs)
     if tars: raise ValueError(f"{items!r} stands for {len(tars)} .tar files and {len(paths) - len(tars)} others, e.g. "
                               f"{next(p for p in paths if p not in tars)}: pass one kind")
     return ImageSource(FileNames(matching_images(paths, items)))
 
-# %% ../nbs/01_sources.ipynb #6b1d0026
+# %% ../nbs/01_sources.ipynb #6b1d002f
 def image_source(items,                # as for `unlabelled_dls`
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of a table or a data set
-                 buffer:int=None,      # of shards
-                 check:bool=True       # leave out paths of a table that do not exist?
+                 buffer:int=None,      # of shards and streams
+                 check:bool=True,      # leave out paths of a table that do not exist?
+                 n:int=None            # images of a stream
                 )->ImageSource:        # labels are `None` where folders may name the classes; raises `ValueError`
     "The images of any source"
     if isinstance(items, ImageSource): return items
     if isinstance(items, Listing): return ImageSource(items)
-    if on_disk(items) or is_table(items): return path_source(items, labels, column, buffer, check)
+    if isinstance(items, pd.DataFrame): return table_source(items, labels, column, check)
+    if on_disk(items): return path_source(items, labels, column, buffer, check)
+    source = object_source(items, labels, column, buffer, n)
+    if source is not None: return source
     files = image_list(items)
     if not len(files): raise ValueError("items holds no images: pass a folder, a table or image files")
     tars = [str(f).lower().endswith(".tar") for f in files]
@@ -536,7 +813,7 @@ def image_source(items,                # as for `unlabelled_dls`
     if any(tars): raise ValueError(f"items holds {sum(tars)} .tar files and {len(tars) - sum(tars)} others: pass one kind")
     return ImageSource(files)
 
-# %% ../nbs/01_sources.ipynb #6b1d002a
+# %% ../nbs/01_sources.ipynb #6b1d0033
 def is_there(data:str # as for `image_source`, a path or a pattern
             )->bool:
     "Is there anything of this name? It may be on a disk that is away"
