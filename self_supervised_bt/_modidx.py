@@ -307,6 +307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised_bt.cli.bt_export': ('cli.html#bt_export', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.bt_pretrain': ('cli.html#bt_pretrain', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.bt_transfer': ('cli.html#bt_transfer', 'self_supervised_bt/cli.py'),
+                                        'self_supervised_bt.cli.given': ('cli.html#given', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.in_shell': ('cli.html#in_shell', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.one_line_errors': ('cli.html#one_line_errors', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.own_message': ('cli.html#own_message', 'self_supervised_bt/cli.py'),

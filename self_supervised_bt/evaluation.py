@@ -456,8 +456,9 @@ def warn_of_other_range(encoder, data)->None:
     trained,ds = getattr(encoder, "value_range", None),getattr(data, "dataset", None)
     if trained is None or not hasattr(ds, "value_range"): return
     now = list(ds.value_range) if isinstance(ds.value_range, tuple) else ds.value_range
-    if now != trained: warnings.warn(f"the encoder was trained on images with value_range={trained}, and these are read "
-                                     f"with value_range={now}: pass the same, or numbers mean something else")
+    if now != trained:
+        warnings.warn(f"the encoder was trained on images with value_range={trained}, and these are read with "
+                      f"value_range={now}: pass the same, or numbers mean something else")
 
 # %% ../nbs/30_evaluation.ipynb #b79220b7
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder

@@ -58,6 +58,8 @@ from self_supervised_bt.data import (
     warn_of_empty_images,
     white_of,
 )
+
+# %% ../nbs/02_folders.ipynb #5b01c449
 from self_supervised_bt.sources import (
     LEVELS,
     ImageSource,
@@ -110,6 +112,7 @@ def size_and_channels(files:list # image files
     n_in = next(iter(arrays)) if arrays else 1 if modes <= GREY_MODES else 3
     return sorted(sides)[len(sides)//2],n_in
 
+# %% ../nbs/02_folders.ipynb #5b0203c6
 def kept_size(size:int, # of the views, pixels; `None` for that of the images
               side:int  # median of the images' shorter sides, pixels
              )->int:    # pixels
@@ -273,8 +276,6 @@ class ImageFiles:
     def shuffled(self): return getattr(self.files, "shuffled", None)   # the order of an epoch, if shards have one
     def expect(self, idxs): # what a loader will ask for, in its order
         if hasattr(self.files, "expect"): self.files.expect(idxs)
-    @contextmanager
-    def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
@@ -287,6 +288,11 @@ class ImageFiles:
             used.append(j)
         x = self.kind(x[:len(used)])
         return (x,) if self.y is None else (x, self.y[used])
+
+# %% ../nbs/02_folders.ipynb #5b03bebf
+@patch
+@contextmanager
+def set_split_idx(self:ImageFiles, i): yield from replacing_yield(self, "split_idx", i)
 
 # %% ../nbs/02_folders.ipynb #fe9369a8
 @patch
@@ -309,8 +315,8 @@ def warn_of_broken_files(self:ImageFiles)->None:
     if self.said or n < max(20, len(self)/50): return
     self.said = True
     last = int(self.codes.nonzero()[-1])
-    warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. {name_in(self.files, last)} "
-                  f"({REASONS[self.codes[last] - 1]})")
+    warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. "
+                  f"{name_in(self.files, last)} ({REASONS[self.codes[last] - 1]})")
 
 @patch
 def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index, or (None, None); raises `BadImage`

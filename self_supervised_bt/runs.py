@@ -239,8 +239,8 @@ def moved_data(file:Path, # of a run's settings
     "Raise `ValueError` if the folder is no longer there"
     if has_ended(file.parent): return data
     if data.startswith("<"):
-        raise ValueError(f"the images of the run in {file.parent} are an object, {data}: pass it again as data together "
-                         "with resume=True")
+        raise ValueError(f"the images of the run in {file.parent} are an object, {data}: pass it again as data "
+                         "together with resume=True")
     if os.path.isabs(data) and not is_there(data):
         raise ValueError(f"{data}, which holds the images of the run in {file.parent}, is no longer there: if it "
                          "was moved, pass its new place as data together with resume=True")
@@ -507,7 +507,8 @@ def begin_run(out:Path,        # folder of the run
     if not resuming: check_free(out)
     write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
     files = getattr(dls.train.dataset, "files", None)
-    if files is not None and not isinstance(files, StreamImages) and not (resuming and (out/"trained_on.npy").exists()): save_digests(out, files)
+    known = resuming and (out/"trained_on.npy").exists() or isinstance(files, StreamImages)   # it is read once per epoch
+    if files is not None and not known: save_digests(out, files)
     return s
 
 # %% ../nbs/50_runs.ipynb #71175e22
@@ -754,6 +755,7 @@ def test_indices(n:int,                # images
     candidates = unseen if len(unseen) >= ENOUGH else shuffled
     return candidates[:round(n*share)].sort()[0]
 
+# %% ../nbs/50_runs.ipynb #5b01b603
 def evaluation_dls(folder,               # class folders, or another source with labels
                    run:str|Path,         # folder of a run, or a file from `save_encoder`
                    size:int,             # height and width, pixels

@@ -73,6 +73,7 @@ def image_list(files # a `Listing`, or a list
     files = list(files)
     return FileNames(files) if all(map(on_disk, files)) else ImageList(files)
 
+# %% ../nbs/01_sources.ipynb #6b1d000c
 class Joined(Listing):
     "Several listings, one after the other"
     def __init__(self, parts:list):
@@ -94,6 +95,7 @@ def name_in(files, # a `Listing` or a list
     "The name of an image, which is not read for it"
     return files.name(i) if hasattr(files, "name") else str(files[i])
 
+# %% ../nbs/01_sources.ipynb #6b1d000d
 class ImageSource(NamedTuple):
     "The images of a source, and their labels if there are any"
     files:Listing          # the images
@@ -104,9 +106,10 @@ def taken_from(source:ImageSource, # any
                idxs                # which ones
               )->ImageSource:
     "Some of the images"
-    return source._replace(files=source.files.take(idxs), y=None if source.y is None else source.y[torch.as_tensor(idxs)])
+    y = None if source.y is None else source.y[torch.as_tensor(idxs)]
+    return source._replace(files=source.files.take(idxs), y=y)
 
-# %% ../nbs/01_sources.ipynb #6b1d000d
+# %% ../nbs/01_sources.ipynb #6b1d000f
 def is_missing(label)->bool: return label is None or label != label or isinstance(label, str) and not label.strip()
 
 def in_order(names:set # labels
@@ -138,7 +141,7 @@ def with_labels(source:ImageSource, # without labels
     y = torch.tensor([index[labels[i]] for i in known])
     return taken_from(source, known)._replace(y=y, vocab=CategoryMap([str(c) for c in classes], sort=False))
 
-# %% ../nbs/01_sources.ipynb #6b1d0010
+# %% ../nbs/01_sources.ipynb #6b1d0012
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 MOST = 1_000_000   # names from one pattern
 
@@ -149,8 +152,8 @@ def brace_choices(inner:str,  # what stands between two braces
     m = RANGE.fullmatch(inner)
     if m is None:
         if "," in inner: return inner.split(",")
-        raise ValueError(f"{{{inner}}} in {pattern!r} stands for nothing: write a range as {{0000..0999}}, or a list as "
-                         "{a,b}")
+        raise ValueError(f"{{{inner}}} in {pattern!r} stands for nothing: write a range as {{0000..0999}}, or a list "
+                         "as {a,b}")
     first,last,step = int(m[1]),int(m[2]),max(1, int(m[3] or 1))
     if abs(last - first)//step >= MOST: raise ValueError(f"{pattern!r} stands for more than {MOST:,} names")
     padded = any(re.match(r"-?0\d", end) for end in m.groups()[:2])
@@ -167,7 +170,7 @@ def expand_braces(pattern:str # e.g. "{a,b}/{00..11}.tar"
     if len(choices)*len(rests) > MOST: raise ValueError(f"{pattern!r} stands for more than {MOST:,} names")
     return [pattern[:m.start()] + choice + rest for choice in choices for rest in rests]
 
-# %% ../nbs/01_sources.ipynb #6b1d0012
+# %% ../nbs/01_sources.ipynb #6b1d0014
 def is_pattern(text)->bool: # a name that exists is none
     return isinstance(text, str) and any(c in text for c in "{*?[") and not os.path.lexists(text)
 
@@ -187,14 +190,15 @@ def matching_images(paths:list, # from `matching`: folders and image files
                    )->list:     # file names; raises `ValueError`
     "All images of the folders, and the files"
     absent = [p for p in paths if not os.path.lexists(p)]
-    if absent: warnings.warn(f"{len(absent)} of the {len(paths)} names of {pattern!r} do not exist: {some_names(absent)}")
+    if absent:
+        warnings.warn(f"{len(absent)} of the {len(paths)} names of {pattern!r} do not exist: {some_names(absent)}")
     folders = [p for p in paths if os.path.isdir(p)]
     files = [p for p in paths if p.lower().endswith(IMAGE_ENDINGS) and os.path.isfile(p)]
     files += [f for p in folders for f in image_names(p)]
     if files: return list(dict.fromkeys(files))
     raise ValueError(f"none of the {len(paths)} names of {pattern!r} is an image, a folder or a .tar, e.g. {paths[0]}")
 
-# %% ../nbs/01_sources.ipynb #6b1d0014
+# %% ../nbs/01_sources.ipynb #6b1d0016
 TABLES = (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
                 "img", "img_path", "image_name")
@@ -212,13 +216,14 @@ def read_table(path:str|Path    # .csv, .tsv or .parquet
     try:
         if kind == ".parquet": return pd.read_parquet(path)
         return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False, na_values=[""])
-    except ImportError as e: raise ImportError(f"{path} needs pyarrow: pip install 'self_supervised_bt[sources]'") from e
+    except ImportError as e:
+        raise ImportError(f"{path} needs pyarrow: pip install 'self_supervised_bt[sources]'") from e
     except OSError: raise
     except Exception as e:   # pandas and pyarrow have many
         raise ValueError(f"{path} cannot be read as a table ({' '.join(str(e).split())[:200]}): save it as CSV with a "
                          "header line, in UTF-8, or as Parquet") from e
 
-# %% ../nbs/01_sources.ipynb #6b1d0015
+# %% ../nbs/01_sources.ipynb #6b1d0017
 def chosen_column(table:pd.DataFrame, # any
                   given:str,          # its name, or `None`
                   guesses:tuple,      # names to look for if it is not given
@@ -250,7 +255,7 @@ def absent_files(files:list # of paths
     return [f for folder,part in folders.items() for there in [names(folder)] for f in part
             if os.path.basename(f) not in there]
 
-# %% ../nbs/01_sources.ipynb #6b1d0016
+# %% ../nbs/01_sources.ipynb #6b1d0018
 def table_paths(table:pd.DataFrame, # from `read_table`
                 column:str,         # of the paths
                 folder:str,         # that relative paths start from
@@ -281,7 +286,7 @@ def without_absent(paths:list, rows:list, where:str)->tuple: # paths and rows; r
                       f"{some_names(sorted(absent))}; check_images lists them")
     return [paths[i] for i in kept],[rows[i] for i in kept]
 
-# %% ../nbs/01_sources.ipynb #6b1d0017
+# %% ../nbs/01_sources.ipynb #6b1d0019
 def table_source(items,                # a table as a file or a DataFrame, whose relative paths start here
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of the paths
@@ -299,7 +304,7 @@ def table_source(items,                # a table as a file or a DataFrame, whose
     cells = list(table[name])
     return with_labels(source, [cells[i] for i in rows], where)
 
-# %% ../nbs/01_sources.ipynb #6b1d001b
+# %% ../nbs/01_sources.ipynb #6b1d001d
 @lru_cache(64)
 def opened(path:str,   # a shard
            stamp:tuple # so that one that was changed is opened again
@@ -331,7 +336,7 @@ class Member:
     def __eq__(self, other): return isinstance(other, Member) and str(self) == str(other)
     def __hash__(self): return hash(str(self))
 
-# %% ../nbs/01_sources.ipynb #6b1d001c
+# %% ../nbs/01_sources.ipynb #6b1d001e
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 class ShardIndex(NamedTuple):
@@ -362,7 +367,7 @@ def tar_members(path:str,     # a tar file
         with open(path, "rb") as f: end = bytes_at(f, tar.offset, 512)
     if m is not None or end != bytes(512): problems.append("is cut off or damaged")
 
-# %% ../nbs/01_sources.ipynb #6b1d001d
+# %% ../nbs/01_sources.ipynb #6b1d001f
 def key_of(name:str # of a member
           )->tuple: # up to the first dot of the file's own name, and what follows
     "Members with one key belong together, as WebDataset has it"
@@ -382,7 +387,7 @@ def label_in(ending:str, content:bytes, wanted:str): # `None` without
     if ending == "json": return json_field(content, wanted)
     return content.decode("utf-8", "replace").strip() or None
 
-# %% ../nbs/01_sources.ipynb #6b1d001e
+# %% ../nbs/01_sources.ipynb #6b1d0020
 def is_image_name(name)->bool: # not hidden
     return name.lower().endswith(IMAGE_ENDINGS) and not name.rpartition("/")[2].startswith(".")
 
@@ -408,7 +413,7 @@ def shard_index(path:str,        # a tar file
     found = [labels.get(k) for k in keys] if labels else None
     return ShardIndex(path, stamp, names, offsets, sizes, found, " ".join(problems))
 
-# %% ../nbs/01_sources.ipynb #6b1d001f
+# %% ../nbs/01_sources.ipynb #6b1d0021
 BUFFER = 4096   # images
 
 def mixed_order(idxs:list,  # in sequence
@@ -424,6 +429,7 @@ def mixed_order(idxs:list,  # in sequence
     rng.shuffle(waiting)
     return out + waiting
 
+# %% ../nbs/01_sources.ipynb #6b1d0022
 class ShardFiles(Listing):
     "Images in shards"
     def __init__(self,
@@ -455,12 +461,13 @@ class ShardFiles(Listing):
         bases = [os.path.basename(path) for path,_ in self.shards]
         for i in range(len(self)): yield os.fsencode(f"{bases[self.shard[i]]}/{self.inside[i]}\0{self.sizes[i]}\n")
 
-# %% ../nbs/01_sources.ipynb #6b1d0020
+# %% ../nbs/01_sources.ipynb #6b1d0023
 def shard_indices(paths:list, wanted=None): return [shard_index(p, wanted) for p in paths]
 
 def warn_of_shards(indices:list, where:str)->None:
     "Name the shards that cannot be read to their end"
-    bad = [f"{i.path} {i.problem}" + (f" after {len(i.names):,} image(s)" if i.names else "") for i in indices if i.problem]
+    def said(i): return f"{i.path} {i.problem}" + (f" after {len(i.names):,} image(s)" if i.names else "")
+    bad = [said(i) for i in indices if i.problem]
     if bad: warnings.warn(f"{len(bad):,} of {len(indices):,} shards of {where}: {'; '.join(bad[:4])}"
                           f"{'; ...' if len(bad) > 4 else ''}. All other images are used")
 
@@ -488,7 +495,7 @@ def shard_source(paths:list,            # tar files
         return source   # the folders inside may name the classes
     return with_labels(source, [label for i in kept for label in i.labels or [None]*len(i.names)], where)
 
-# %% ../nbs/01_sources.ipynb #6b1d0022
+# %% ../nbs/01_sources.ipynb #6b1d0025
 def folder_of_all(files # file names
                  )->str: # with a separator at the end, or empty
     "The folder that all files have in common"
@@ -501,7 +508,7 @@ def add_member(tar, name:str, content:bytes)->None:
     info.size = len(content)
     tar.addfile(info, BytesIO(content))
 
-# %% ../nbs/01_sources.ipynb #6b1d0023
+# %% ../nbs/01_sources.ipynb #6b1d0026
 def write_shards(items,              # what `unlabelled_dls` takes: a folder, a table, image files, ...
                  out:str|Path,       # folder for the shards, which holds none yet
                  per_shard:int=2000, # images in each
@@ -521,7 +528,7 @@ def write_shards(items,              # what `unlabelled_dls` takes: a folder, a 
                 with open_bytes(files[i]) as f: add_member(tar, names[i][start:].replace(os.sep, "/"), f.read())
     return shards
 
-# %% ../nbs/01_sources.ipynb #6b1d0025
+# %% ../nbs/01_sources.ipynb #6b1d0028
 class Content:
     "The bytes of an image that lies in a data set"
     def __init__(self, name:str, content:bytes): self.name,self.content,self.size = name,content,len(content)
@@ -546,10 +553,10 @@ def as_pillow(item # of a data set: an image, or a tuple that begins with one
         if image.ndim == 3 and image.shape[-1] == 1: image = image[...,0]
         if image.ndim == 2 or image.shape[-1] in (3, 4): return Image.fromarray(image)
     shape = f" of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else ""
-    raise ValueError(f"an item of the data set must be an image, or a tuple that begins with one (of Pillow, an array of "
-                     f"bytes or a tensor (C,H,W)), got a {type(image).__name__}{shape}")
+    raise ValueError(f"an item of the data set must be an image, or a tuple that begins with one (of Pillow, an array "
+                     f"of bytes or a tensor (C,H,W)), got a {type(image).__name__}{shape}")
 
-# %% ../nbs/01_sources.ipynb #6b1d0026
+# %% ../nbs/01_sources.ipynb #6b1d0029
 class DatasetImages(Listing):
     "The images of a map-style data set"
     def __init__(self,
@@ -578,7 +585,7 @@ def read_row(dataset, i:int): return row_image(*dataset[i].values(), i)
 
 def read_item(dataset, i:int): return Pixels(f"item {i}", lambda: as_pillow(dataset[i]))
 
-# %% ../nbs/01_sources.ipynb #6b1d0027
+# %% ../nbs/01_sources.ipynb #6b1d002a
 def comes_from(items, package:str)->bool: return type(items).__module__.partition(".")[0] == package
 
 def column_of_type(features, given, kind:str, argument:str, where:str): # raises `ValueError`
@@ -620,7 +627,7 @@ def huggingface_source(dataset, labels:bool|str, column:str)->ImageSource: # rai
     if names: values = [None if v is None or v < 0 else names[v] for v in values]   # -1 is unknown there
     return with_labels(source, values, where, names)
 
-# %% ../nbs/01_sources.ipynb #6b1d0028
+# %% ../nbs/01_sources.ipynb #6b1d002b
 def torch_labels(dataset)->list: # one per item; raises `NoLabels`
     "Labels of a PyTorch data set: from its list, or item by item"
     for name in ("targets", "labels", "_labels"):
@@ -632,8 +639,9 @@ def torch_labels(dataset)->list: # one per item; raises `NoLabels`
 
 def torch_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `ValueError`
     "The images of a map-style data set of PyTorch"
-    if column is not None: raise ValueError(f"column={column!r} has no meaning for a {type(dataset).__name__}: leave it out")
-    if not len(dataset): raise ValueError(f"the {type(dataset).__name__} holds no images")
+    kind = type(dataset).__name__
+    if column is not None: raise ValueError(f"column={column!r} has no meaning for a {kind}: leave it out")
+    if not len(dataset): raise ValueError(f"the {kind} holds no images")
     as_files = hasattr(dataset, "samples") and hasattr(dataset, "loader") and getattr(dataset, "transform", 1) is None
     if as_files: files = FileNames([path for path,*_ in dataset.samples])
     else:
@@ -641,13 +649,13 @@ def torch_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `V
         files = DatasetImages(dataset, read_item)
     source = ImageSource(files)
     if not labels or labels in LEVELS: return source
-    if labels is not True: raise ValueError(f"labels={labels!r} has no meaning for a {type(dataset).__name__}: labels=True")
+    if labels is not True: raise ValueError(f"labels={labels!r} has no meaning for a {kind}: pass labels=True")
     names = [str(c) for c in getattr(dataset, "classes", ())]
     values = torch_labels(dataset)
     if names: values = [None if v < 0 else names[v] for v in values]
     return with_labels(source, values, "the data set", names or None)
 
-# %% ../nbs/01_sources.ipynb #6b1d002a
+# %% ../nbs/01_sources.ipynb #6b1d002d
 class StreamImages(Listing):
     "The first `n` images of a stream, which are asked for nearly in their order"
     def __init__(self,
@@ -662,8 +670,7 @@ class StreamImages(Listing):
         new = copy(self)
         new.idxs = self.idxs[np.asarray(idxs)]
         return new
-    def expect(self, idxs): # the images that will be asked for, each once
-        "Read from the start, and keep these alone"
+    def expect(self, idxs): # the images that will be asked for, each once; only these are kept
         self.expect_places({int(self.idxs[i]) for i in idxs})
     def expect_places(self, places:set):
         self.wanted,self.held,self.reader,self.position = places,{},enumerate(self.stream),0
@@ -683,7 +690,6 @@ class StreamImages(Listing):
                            "of its images as n")
     def name(self, i)->str: return f"image {int(self.idxs[i])} of the stream"
     def at_the_start(self, n:int)->list: # images
-        "The first ones"
         return [self.stream.file(row, k) for k,row in zip(range(min(n, self.n)), self.stream)]
     def shuffled(self, idxs:list, rng)->list: return mixed_order(sorted(idxs), self.buffer, rng)
     def lines(self): # yields bytes
@@ -691,7 +697,7 @@ class StreamImages(Listing):
         for f in self.at_the_start(16): yield f.decoded().tobytes() if isinstance(f, Pixels) else open_bytes(f).read()
     def __getstate__(self): return {**vars(self), "reader": None, "wanted": set(), "held": {}}
 
-# %% ../nbs/01_sources.ipynb #6b1d002b
+# %% ../nbs/01_sources.ipynb #6b1d002e
 class HuggingFaceStream:
     "The images of an `IterableDataset` of Hugging Face, undecoded, all of them in every worker process"
     def __init__(self, dataset, column:str): self.dataset = undecoded(dataset, column, "the stream")
@@ -708,22 +714,25 @@ class TorchStream:
 
 def stream_source(dataset, labels:bool|str, column:str, buffer:int, n:int)->ImageSource: # raises `ValueError`
     "The images of a stream"
-    if labels: raise ValueError(f"labels={labels!r} has no meaning for a stream, whose labels are not known beforehand: "
-                                "leave it out, or use a map-style data set")
-    if n is None: raise ValueError("n is missing: a stream does not say how many images it has, pass their number as n, "
-                                   "e.g. n=sum(1 for _ in dataset)")
+    if labels:
+        raise ValueError(f"labels={labels!r} has no meaning for a stream, whose labels are not known beforehand: leave "
+                         "it out, or use a map-style data set")
+    if n is None:
+        raise ValueError("n is missing: a stream does not say how many images it has, pass their number as n, e.g. "
+                         "n=sum(1 for _ in dataset)")
     check_positive_int("n", n)
     check_positive_int("buffer", buffer or BUFFER)
     own = comes_from(dataset, "datasets")
     stream = HuggingFaceStream(dataset, column) if own else TorchStream(dataset)
     return ImageSource(StreamImages(stream, n, buffer or BUFFER))
 
-# %% ../nbs/01_sources.ipynb #6b1d002c
+# %% ../nbs/01_sources.ipynb #6b1d002f
 def object_source(items, labels, column, buffer, n)->ImageSource: # `None` for what is no data set; raises `ValueError`
     "The images of a data set of another library"
     if comes_from(items, "datasets") and not isinstance(items, (list, tuple)):
-        if hasattr(items, "iter") and not hasattr(items, "__len__"): return stream_source(items, labels, column, buffer, n)
-        return huggingface_source(items, labels, column)
+        is_stream = hasattr(items, "iter") and not hasattr(items, "__len__")
+        if not is_stream: return huggingface_source(items, labels, column)
+        return stream_source(items, labels, column, buffer, n)
     if isinstance(items, torch.utils.data.IterableDataset): return stream_source(items, labels, column, buffer, n)
     if isinstance(items, torch.utils.data.Dataset): return torch_source(items, labels, column)
 
@@ -751,7 +760,7 @@ def parquet_images(paths:list, # Parquet files
     if not inside or column is not None and column not in inside: return None
     return need_datasets(paths[0]).Dataset(pq.read_table(paths))
 
-# %% ../nbs/01_sources.ipynb #6b1d002e
+# %% ../nbs/01_sources.ipynb #6b1d0031
 def tars_in(folder)->list: # names of the shards right in a folder, sorted
     with os.scandir(folder) as entries:
         return sorted(e.path for e in entries if e.name.lower().endswith(".tar") and not e.name.startswith("."))
@@ -791,7 +800,7 @@ def path_source(items, labels, column, buffer, check)->ImageSource: # raises `OS
                               f"{next(p for p in paths if p not in tars)}: pass one kind")
     return ImageSource(FileNames(matching_images(paths, items)))
 
-# %% ../nbs/01_sources.ipynb #6b1d002f
+# %% ../nbs/01_sources.ipynb #6b1d0032
 def image_source(items,                # as for `unlabelled_dls`
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of a table or a data set
@@ -810,10 +819,11 @@ def image_source(items,                # as for `unlabelled_dls`
     if not len(files): raise ValueError("items holds no images: pass a folder, a table or image files")
     tars = [str(f).lower().endswith(".tar") for f in files]
     if all(tars): return shard_source(files, labels, buffer)
-    if any(tars): raise ValueError(f"items holds {sum(tars)} .tar files and {len(tars) - sum(tars)} others: pass one kind")
+    if any(tars):
+        raise ValueError(f"items holds {sum(tars)} .tar files and {len(tars) - sum(tars)} others: pass one kind")
     return ImageSource(files)
 
-# %% ../nbs/01_sources.ipynb #6b1d0033
+# %% ../nbs/01_sources.ipynb #6b1d0036
 def is_there(data:str # as for `image_source`, a path or a pattern
             )->bool:
     "Is there anything of this name? It may be on a disk that is away"

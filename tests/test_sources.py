@@ -793,7 +793,7 @@ def test_arrays_of_many_channels(tmp_path, kind):
     dls = unlabelled_dls(tmp_path/"tiles", 10, n_in=5, value_range=10_000, **args)
     dls.train.shuffle = False
     x = torch.cat([b[0] for b in dls.train])*255
-    expected = np.stack([np.moveaxis(a[1:11], -1, 0)*255/10_000 for a in arrays])
+    expected = np.stack([np.moveaxis(a[1:11], -1, 0)*(255/10_000) for a in arrays])
     assert np.abs(x.numpy() - expected).max() <= .5 + 1e-3
     stats = folders.image_stats(dls, num_workers=0)
     np.testing.assert_allclose(stats[0], expected.round().mean((0, 2, 3))/255, atol=1e-4)
