@@ -507,7 +507,7 @@ def begin_run(out:Path,        # folder of the run
     if not resuming: check_free(out)
     write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
     files = getattr(dls.train.dataset, "files", None)
-    known = resuming and (out/"trained_on.npy").exists() or isinstance(files, StreamImages)   # it is read once per epoch
+    known = resuming and (out/"trained_on.npy").exists() or isinstance(files, StreamImages)
     if files is not None and not known: save_digests(out, files)
     return s
 
