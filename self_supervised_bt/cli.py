@@ -150,11 +150,22 @@ def bt_diagnose(data:str="",    # images as for bt_pretrain; the embedded digits
     if not found.ok: raise SystemExit(1)
 
 # %% ../nbs/52_cli.ipynb #6de4e856
+def as_range(text:str # "0,4095", "4095" or `None`
+            ):        # raises `ValueError`
+    "Black and white, or white, as numbers"
+    if text is None: return None
+    try: numbers = [float(part) for part in text.split(",")]
+    except ValueError: numbers = []
+    if len(numbers) in (1, 2): return numbers[0] if len(numbers) == 1 else numbers
+    raise ValueError(f"value_range must be black,white or white, got {text!r}")
+
+def given(**options)->dict: return {k: v for k,v in options.items() if v is not None}
+
 def resume_command(out:str, # folder of the run
                    **kwargs # options that are not kept with the run; `None` for not given
                   )->str:   # for the shell
     "The command that resumes a run"
-    options = [o for k,v in kwargs.items() if v is not None for o in (f"--{k}", str(v))]
+    options = [o for k,v in given(**kwargs).items() for o in (f"--{k}", str(v))]
     return shlex.join(["bt_pretrain", "--out", str(out), "--resume", *options])
 
 @contextmanager
@@ -204,28 +215,27 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 half:bool=False,  # bfloat16 in the model
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 download:bool=False, # fetch a data set that is not there
-                column:str=None   # of the paths in a table; guessed by its name if not given
+                column:str=None,  # of the paths in a table; guessed by its name if not given
+                value_range:str=None # black,white or white of images above 8 bits, e.g. 0,4095; found if not given
                ):
     "Train an encoder on images without labels. Examples: bt_pretrain photos --recipe small-gpu --epochs 100 --out \
 runs/photos; after an interruption: bt_pretrain --out runs/photos --resume; on four GPUs: torchrun --nproc-per-node 4 \
 --no-python bt_pretrain photos"
-    changes = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, method=method, lmb=lmb, hidden_size=width,
-                   projection_size=width, weights=weights, pretrained=pretrained or None)
-    changes = {k: v for k,v in changes.items() if v is not None}
+    changes = given(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, method=method, lmb=lmb, hidden_size=width,
+                    projection_size=width, weights=weights, pretrained=pretrained or None)
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep)
     with saying_how_to_resume(out, again):
         from self_supervised_bt.runs import get_recipe, pretrain
         other_map = (arch or size) and not resume   # of another height and width than the recipe's
         if other_map and get_recipe(recipe or "cifar").pool_type == "catavgmax": changes["pool_type"] = None
-        results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
-                           root, download, column, resume_with=again, **changes)
-    print_results(out, results)
+        print_results(out, pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
+                                    root, download, column, None, as_range(value_range), again, **changes))
 
 # %% ../nbs/52_cli.ipynb #4fe760c9
 @call_parse
 @one_line_errors
 def bt_evaluate(run:str,          # folder of a run; or file, URL or name of published weights
-                data:str,         # folder with one folder of images per class, table, shards, or name; several with commas
+                data:str,         # folder with one folder of images per class, table, shards, name; several with commas
                 protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
                 test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible
                 k:int=20,         # neighbours that vote

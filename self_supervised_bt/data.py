@@ -195,6 +195,8 @@ def patiently(batches,        # of a loader
 class BatchDL(TfmdDL):
     "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
     def create_batches(self, samps):
+        samps = list(samps)
+        if hasattr(self.dataset, "expect"): self.dataset.expect(samps)
         for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -347,8 +349,9 @@ def digits_dls(bs:int=256,        # images per batch
     return tensor_dls(x, y if labels else None, bs=bs, **kwargs)
 
 # %% ../nbs/01_data.ipynb #16993102
-NOT_EVERYWHERE = {".webp", ".avif", ".jp2"}   # fastai's list comes from the system, which may lack these
+NOT_EVERYWHERE = {".webp", ".avif", ".jp2", ".heic", ".heif"}   # fastai's list comes from the system, and may lack them
 IMAGE_ENDINGS = tuple({e.lower() for e in image_extensions} | NOT_EVERYWHERE)
+ARRAYS = (".npy",)   # taken for images where there are no others
 
 def is_folder(entry # of `os.scandir`
              )->bool: # also for a link to a folder
@@ -364,7 +367,8 @@ def holds_run(names:set # of the files in a folder
     return {"encoder.safetensors", "results.json"} <= names
 
 def walk_images(path:str|Path,  # folder
-                left_out:dict   # is filled: reason to folders
+                left_out:dict,  # is filled: reason to folders
+                endings:tuple=IMAGE_ENDINGS # of the names to look for
                ):               # yields file names as text; raises `OSError` if `path` itself cannot be read
     "Image files below a folder, in no particular order; linked folders come last, unless visited before"
     folders,links,seen = [str(path)],[],set()
@@ -383,7 +387,7 @@ def walk_images(path:str|Path,  # folder
         for e in entries:
             if e.name.startswith("."): continue
             if is_folder(e): (links if e.is_symlink() else folders).append(e.path)
-            elif e.name.lower().endswith(IMAGE_ENDINGS): yield e.path
+            elif e.name.lower().endswith(endings): yield e.path
 
 # %% ../nbs/01_data.ipynb #0342666a
 def entries_of(folder:str # folder
@@ -399,7 +403,8 @@ def image_names(path:str|Path # folder to search
         raise FileNotFoundError(f"{path} is not a folder: pass the folder that holds the images "
                                 "(known_dls takes the names of published data sets)")
     left_out = defaultdict(list)
-    files = sorted(walk_images(path, left_out), key=lambda f: f.replace(os.sep, "\0"))
+    found = list(walk_images(path, left_out)) or list(walk_images(path, defaultdict(list), ARRAYS))
+    files = sorted(found, key=lambda f: f.replace(os.sep, "\0"))
     for reason,folders in left_out.items():
         warnings.warn(f"{len(folders)} folder(s) below {path} {reason} and are left out: {some_names(sorted(folders))}")
     if files: return files
@@ -432,10 +437,13 @@ def size_in_bytes(file # as for `open_bytes`
     return os.path.getsize(file) if on_disk(file) else file.size
 
 # %% ../nbs/01_data.ipynb #771e72e9
-REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range")
+REASONS = ("cannot be opened", "empty file", "not an image", "too many pixels", "truncated", "damaged", "unknown range",
+           "other channels", "no decoder")
 ADVICE = {"cannot be opened": "check the name, the permissions and the disk",
           "too many pixels": "set PIL.Image.MAX_IMAGE_PIXELS higher if you trust the file, or save it smaller",
-          "unknown range": "pass value_range=(black, white), or save it with 8 or 16 bits per channel"}
+          "unknown range": "pass value_range=(black, white), or save it with 8 or 16 bits per channel",
+          "other channels": "pass the number of channels as n_in, and only files of one kind",
+          "no decoder": "pip install 'self_supervised_bt[sources]'"}
 
 class BadImage(ValueError):
     "A file that cannot be read as an image; `reason` is one of `REASONS`"
@@ -458,6 +466,7 @@ def reason_for(e:Exception,  # raised by Pillow
     if isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)): return "too many pixels"
     if isinstance(e, UnidentifiedImageError): return "not an image" if size_in_bytes(file) else "empty file"
     if isinstance(e, OSError) and e.errno: return "cannot be opened"
+    if isinstance(e, NoDecoder): return "no decoder"
     return "truncated" if "truncated" in str(e).lower() else "damaged"
 
 # %% ../nbs/01_data.ipynb #c2871eca
@@ -509,10 +518,23 @@ def without_notes(file:str|Path # PNG file
 # %% ../nbs/01_data.ipynb #40fe0bc9
 def notes_too_long(e)->bool: return isinstance(e, ValueError) and "MAX_TEXT" in str(e)
 
+HEIF = (".heic", ".heif")
+
+class NoDecoder(Exception):
+    "A library that decodes a format is not installed"
+
+def learn_heif(file)->None: # raises `NoDecoder`
+    "Let Pillow read HEIC, if this is one"
+    if not str(file).lower().endswith(HEIF): return
+    try: from pillow_heif import register_heif_opener
+    except ImportError as e: raise NoDecoder("HEIC needs pillow-heif") from e
+    register_heif_opener()
+
 def open_file(file:str|Path # image file
              )->Image.Image: # its header read; raises what Pillow raises
     "Open an image; a pipe or a device would wait for ever"
     if hasattr(file, "decoded"): return file.decoded()
+    learn_heif(file)
     if on_disk(file):
         mode = os.stat(file).st_mode
         if not (S_ISREG(mode) or S_ISDIR(mode)): raise OSError(errno.EINVAL, "not a regular file")
@@ -625,10 +647,11 @@ def square_tensor(im:Image.Image, # 8 bits per channel, any size
 # %% ../nbs/01_data.ipynb #b3e3e189
 def read_image(file:str|Path,         # image file
                size:int,              # height and width of the result, pixels
-               n_in:int=3,            # channels: 3 for RGB, 1 for grey
+               n_in:int=3,            # channels: 3 for RGB, 1 for grey, others for arrays
                value_range:tuple|int=None # (black, white) of grey above 8 bits, or white where the header has none
               )->Tensor:              # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
     "The centred square of an image, upright, resized"
+    if n_in not in (1, 3) or is_array(file): return read_array(file, size, n_in, value_range)
     with open_image(file, value_range) as im:
         im.draft("RGB" if n_in == 3 else "L", (size, size))
         return square_tensor(upright(im, file, value_range), size, n_in)
@@ -643,11 +666,71 @@ def upright(im:Image.Image,       # of `open_image`
     except Exception: pass   # damaged EXIF data does not harm the pixels
     return grey_bytes(im, file, value_range) if im.mode[0] in "IF" else im
 
+# %% ../nbs/01_data.ipynb #5a0c1e05
+def is_array(file)->bool: return str(file).lower().endswith(ARRAYS)
+
+def tiff_array(f # a stream of bytes
+              )->np.ndarray: # raises `NoDecoder`
+    "The numbers in a TIFF"
+    try: from tifffile import imread
+    except ImportError as e: raise NoDecoder("TIFF of other than 1 or 3 channels needs tifffile") from e
+    return imread(f)
+
+def array_of(file # .npy or TIFF, otherwise what Pillow reads
+            )->np.ndarray: # raises `BadImage`
+    "The numbers in a file"
+    try:
+        if hasattr(file, "decoded"): return np.asarray(file.decoded())
+        with with_patience(open_bytes, file) as f:
+            if is_array(file): return np.load(f, allow_pickle=False)
+            return tiff_array(f) if str(file).lower().endswith((".tif", ".tiff")) else np.asarray(Image.open(f))
+    except (MemoryError, FolderAway): raise
+    except Exception as e: raise bad_image(file, reason_for(e, file), e) from e
+
+def channels_of(a:np.ndarray # (H,W), (H,W,C) or (C,H,W)
+               )->int:       # the smaller of first and last length
+    "Number of channels that an array seems to have"
+    return 1 if a.ndim == 2 else min(a.shape[0], a.shape[-1])
+
+def channels_last(a:np.ndarray, # (H,W), (H,W,C) or (C,H,W)
+                  n_in:int,     # C
+                  file          # for the message
+                 )->np.ndarray: # (H,W,C); raises `BadImage`
+    "An array with its channels last"
+    if a.ndim == 2: a = a[...,None]
+    if a.ndim == 3 and a.shape[-1] == n_in: return a
+    if a.ndim == 3 and a.shape[0] == n_in: return np.moveaxis(a, 0, -1)
+    raise bad_image(file, "other channels", f"an array {a.shape}, n_in={n_in}")
+
+# %% ../nbs/01_data.ipynb #5a0c1e06
+def array_bytes(a:np.ndarray,         # numbers of any type
+                file,                 # for the message
+                value_range:tuple|int # as for `read_image`
+               )->np.ndarray:         # uint8; raises `BadImage`
+    "Black to white becomes 0 to 255; values outside are cut off"
+    if a.dtype == np.uint8 and value_range is None: return a
+    if value_range is None and a.dtype.kind != "u": raise bad_image(file, "unknown range", f"type {a.dtype}")
+    black,white = value_range if is_pair(value_range) else (0, value_range or np.iinfo(a.dtype).max)
+    scaled = (a.astype(np.float64 if a.dtype.itemsize > 2 else np.float32) - black)*(255/(white - black))
+    return np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).round().clip(0, 255).astype(np.uint8)
+
+def read_array(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
+    "The centred square of an array, resized"
+    a = channels_last(array_of(file), n_in, file)
+    m = min(a.shape[:2])
+    if not m: raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
+    top,left = (a.shape[0] - m)//2,(a.shape[1] - m)//2
+    square = array_bytes(a[top:top + m, left:left + m], file, value_range)
+    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(square, -1, 0)))
+    if m == size: return x
+    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+
 # %% ../nbs/01_data.ipynb #0c7ec39a
 def evenly_spaced(items:list,  # anything with a length
                   n:int        # the most to take
                  )->list:      # `items` if they are fewer
-    "Up to `n` items, evenly spaced from the first to the last"
+    "Up to `n` items, evenly spaced from the first to the last; of a stream the first ones"
+    if hasattr(items, "at_the_start"): return items.at_the_start(n)
     idxs = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
     return [items[int(i)] for i in idxs]
 
@@ -689,10 +772,12 @@ def in_chunks(f:callable,           # called with a list of items
     return progress_bar(dl, total=len(chunks)) if progress else dl
 
 def check_size(size, # height and width to check
-               n_in  # number of channels to check
+               n_in, # number of channels to check
+               arrays:bool=False # may it be any number, as in arrays?
               )->None: # raises `ValueError`
     "Raise unless `size` is a positive int and `n_in` is 1 or 3"
-    if n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
+    if arrays: check_positive_int("n_in", n_in, "1 (grey), 3 (RGB), or that of your arrays")
+    elif n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
     check_positive_int("size", size)
 
 def check_value_range(value_range # to check
@@ -703,26 +788,26 @@ def check_value_range(value_range # to check
     right = len(numbers) == 2 and all(isinstance(v, (int, float)) for v in numbers) and numbers[0] != numbers[1]
     if not right: raise ValueError(f"value_range must be (black, white) or white, got {value_range!r}")
 
-def read_images(files, size, n_in, value_range): # (len(files),n_in,size,size) uint8
-    "`read_image` of each file"
-    return torch.stack([read_image(f, size, n_in, value_range) for f in files])
+def read_images(files, idxs, size, n_in, value_range): # (len(idxs),n_in,size,size) uint8
+    "`read_image` of some files"
+    return torch.stack([read_image(files[i], size, n_in, value_range) for i in idxs])
 
 # %% ../nbs/01_data.ipynb #7eaa35e0
 def load_images(files:list,       # image files
                 size:int,         # height and width of the result, pixels
-                n_in:int=3,       # channels: 3 for RGB, 1 for grey
+                n_in:int=3,       # channels: 3 for RGB, 1 for grey, others for arrays
                 progress:bool=True, # show a progress bar?
                 num_workers:int=None, # worker processes; as many as cores if there are many files, 0 for none
                 value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
                )->Tensor:         # (N,n_in,size,size) uint8; raises `BadImage` naming the file
     "Read images into one tensor, upright, the centred square of each resized to `size`"
-    check_size(size, n_in)
+    check_size(size, n_in, arrays=True)
     check_value_range(value_range)
     if value_range is None: value_range = white_of(files)
     images = torch.empty(len(files), n_in, size, size, dtype=torch.uint8)
     done = 0
-    read = partial(read_images, size=size, n_in=n_in, value_range=value_range)
-    for x in in_chunks(read, files, num_workers, progress):
+    read = partial(read_images, files, size=size, n_in=n_in, value_range=value_range)
+    for x in in_chunks(read, range(len(files)), num_workers, progress):
         images[done:done+len(x)] = x
         done += len(x)
     return images

@@ -100,7 +100,7 @@ def _rank(group=None):
 def _is_stream(dl): return isinstance(getattr(dl, "dataset", None), IterableDataset)
 
 def patch_fastai():
-    "fastai's `DistributedDL` on any device, with the length it has, and not around a stream"
+    "fastai's `DistributedDL` on any device, with the length it has, also of no images, and not around a stream"
     try:
         from fastai.distributed import DistributedDL, DistributedTrainer
     except (ImportError, NameError): return   # without accelerate there is no DistributedDL
@@ -117,6 +117,10 @@ def patch_fastai():
         if n is None or self.bs is None: return self._orig___len__()
         own = -(-n//self.world_size)   # images of this rank, rounded up
         return own//self.bs if self.drop_last else -(-own//self.bs)
+
+    @patch
+    def get_idxs(self:DistributedDL): # of an empty validation set, which fastai divides by
+        return [] if getattr(self.dl, "n", None) == 0 else self._orig_get_idxs()
 
     @patch
     def __iter__(self:DistributedDL): return patiently(self._orig___iter__(), self.fake_l.num_workers)

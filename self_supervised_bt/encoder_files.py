@@ -28,6 +28,7 @@ from self_supervised_bt.core import (
     check_positive_int,
     unwrapped,
 )
+from .data import check_value_range
 from .fitting import random_states_kept
 from .fused import CentreResize, NormalizeViews
 from self_supervised_bt.layers import (
@@ -188,8 +189,9 @@ def check_input(described,     # from a file
                 n_in:int=None  # channels of the encoder
                )->None:        # raises `ValueError`
     "Raise `ValueError` unless `describe_input` could have written it"
-    if not isinstance(described, dict) or not described.keys() <= {"size", "stats"}:
+    if not isinstance(described, dict) or not described.keys() <= {"size", "stats", "value_range"}:
         raise ValueError(f"input must have size and stats, got {described!r:.80}")
+    check_value_range(described.get("value_range"))
     size,stats = described.get("size", [1, 1]),described.get("stats", [[0.], [1.]])
     if not isinstance(size, list) or len(size) != 2: raise ValueError(f"size must be two numbers, got {size!r:.80}")
     for pixels in size: check_positive_int("size", pixels)
@@ -487,6 +489,7 @@ def read_own_file(path:str|Path, # that this library wrote
     check_undamaged(path)
     for part,network in networks.items(): fill(network, tensors[part])
     networks["encoder"].clean_pipeline = restore_input(about["input"])
+    networks["encoder"].value_range = about["input"].get("value_range")
     networks["encoder"].whitening = restore_whitening(about.get("whitening"), whitening, path)
     classes = (parts or {}).get("head")
     return OwnFile(**{part: net.eval() for part,net in networks.items()}, classes=classes, recipe=about.get("recipe"))

@@ -450,6 +450,16 @@ def encode_rows(encoder:BatchEncoder,
                       "them), or the loader leaves them out")
     return h.rows(),y.rows()
 
+# %% ../nbs/30_evaluation.ipynb #9a0c1e01
+def warn_of_other_range(encoder, data)->None:
+    "Warn if images of more than 8 bits are read with another range than those that the encoder was trained on"
+    trained,ds = getattr(encoder, "value_range", None),getattr(data, "dataset", None)
+    if trained is None or not hasattr(ds, "value_range"): return
+    now = list(ds.value_range) if isinstance(ds.value_range, tuple) else ds.value_range
+    if now != trained:
+        warnings.warn(f"the encoder was trained on images with value_range={trained}, and these are read with "
+                      f"value_range={now}: pass the same, or numbers mean something else")
+
 # %% ../nbs/30_evaluation.ipynb #b79220b7
 def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
            data,              # a loader of images, with or without labels; images (N,C,H,W); or (images, labels)
@@ -461,6 +471,7 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
           )->tuple:           # h (N,F) float32 and y (N,) or `None`, both on the CPU
     "Representations of all images, in order, un-augmented, normalised as the encoder was trained to see them"
     net,clean = encoder_of(model)
+    warn_of_other_range(net, data)
     whitening = whitening_to_use(net, whiten)
     how = how_encoded(clean, size, tta, levels, whitening)
     encoder = BatchEncoder(model, **how)

@@ -33,6 +33,9 @@ from self_supervised_bt.data import (
     BadImage,
     BatchDL,
     ImageTensors,
+    array_of,
+    channels_last,
+    channels_of,
     check_size,
     check_value_range,
     decoded_label,
@@ -42,6 +45,7 @@ from self_supervised_bt.data import (
     image_names,
     images_and_labels,
     in_chunks,
+    is_array,
     items_of,
     labels_tensor,
     loss_for_labels,
@@ -54,27 +58,61 @@ from self_supervised_bt.data import (
     warn_of_empty_images,
     white_of,
 )
-from .sources import LEVELS, ImageSource, Listing, folder_of_all, image_list, image_source, tars_in
+
+# %% ../nbs/02_folders.ipynb #5b01c449
+from self_supervised_bt.sources import (
+    LEVELS,
+    ImageSource,
+    Joined,
+    Listing,
+    StreamImages,
+    absent_files,
+    folder_of_all,
+    image_list,
+    image_source,
+    is_table,
+    name_in,
+    tars_in,
+)
 
 # %% ../nbs/02_folders.ipynb #03c6d0fa
 GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"}   # Pillow's names
 
+def seen_in(file # image file
+           )->tuple: # shorter side, pixels; Pillow's mode, `None` for an array; its channels, `None` for no array
+    "What one file tells of the others; raises `BadImage`"
+    tiff = str(file).lower().endswith((".tif", ".tiff"))
+    if not is_array(file):
+        try:
+            with open_image(file, (0, 1)) as im: return min(im.size),im.mode,None   # whatever its range is
+        except BadImage as e:
+            if not tiff or e.reason != "not an image": raise   # Pillow reads no TIFF of five channels
+    a = array_of(file)
+    n_in = channels_of(a)
+    return min(channels_last(a, n_in, file).shape[:2]),None,n_in
+
 def size_and_channels(files:list # image files
                      )->tuple:   # median of the shorter sides, pixels; channels; raises `ValueError`
     "Size and channels of the images, from 200 files evenly spaced over the list: 1 if all are grey, otherwise 3"
-    sides,modes = [],set()
+    sides,modes,arrays = [],set(),{}
     for f in evenly_spaced(files, 200):
         try:
-            with open_image(f) as im:
-                sides.append(min(im.size))
-                modes.add(im.mode)
+            side,mode,channels = seen_in(f)
+            sides.append(side)
+            modes.add(mode)
+            if channels is not None: arrays.setdefault(channels, f)
         except BadImage: continue   # it will be in the list of broken files
+    if len(arrays) > 1 or arrays and modes != {None}:
+        raise ValueError("the files have different numbers of channels, "
+                         f"{', '.join(f'{n} in {f}' for n,f in sorted(arrays.items()))}"
+                         f"{' and others that are photographs' if modes != {None} else ''}: pass files of one kind")
     if not sides:
         raise ValueError(f"none of the {len(files)} files can be read as an image, e.g. {files[0]}: "
                          "pass a folder of images")
-    n_in = 1 if modes <= GREY_MODES else 3
+    n_in = next(iter(arrays)) if arrays else 1 if modes <= GREY_MODES else 3
     return sorted(sides)[len(sides)//2],n_in
 
+# %% ../nbs/02_folders.ipynb #5b0203c6
 def kept_size(size:int, # of the views, pixels; `None` for that of the images
               side:int  # median of the images' shorter sides, pixels
              )->int:    # pixels
@@ -146,7 +184,7 @@ class ImageReport:
         self.names,self.codes = names,codes
     @property
     def bad(self)->list: # (file, reason) pairs
-        return [(str(self.names[i]), REASONS[self.codes[i]-1]) for i in self.codes.nonzero()[:,0].tolist()]
+        return [(name_in(self.names, i), REASONS[self.codes[i]-1]) for i in self.codes.nonzero()[:,0].tolist()]
     @property
     def good(self): # the other files
         idxs = (self.codes == 0).nonzero()[:,0].tolist()
@@ -169,12 +207,17 @@ class ImageReport:
 
 # %% ../nbs/02_folders.ipynb #274bb9c8
 def check_chunk(files:list, # image files
+                idxs:list,  # which of them
                 full:bool,  # decode them?
-                value_range # as for `unlabelled_dls`
+                value_range, # as for `unlabelled_dls`
+                absent=()   # those that do not exist, as far as that is known
                )->Tensor:   # (N,) uint8, as in `ImageReport`
     "The reason for each file that cannot be read"
-    codes = torch.zeros(len(files), dtype=torch.uint8)
-    for i,f in enumerate(files):
+    codes = torch.zeros(len(idxs), dtype=torch.uint8)
+    for i,f in enumerate(files[k] for k in idxs):
+        if f in absent:
+            codes[i] = 1 + REASONS.index("cannot be opened")
+            continue
         try:
             if full: read_image(f, 8, value_range=value_range)   # the smallest scale at which a JPEG decodes
             else:
@@ -200,7 +243,9 @@ def check_images(items:str|Path|list,   # folder, pattern, table, shards or imag
                 )->ImageReport:
     "Find the files that cannot be read as images"
     files = listed_files(items, column)
-    codes = list(in_chunks(partial(check_chunk, full=full, value_range=value_range), files, num_workers, progress))
+    absent = frozenset(absent_files(files) if is_table(items) else ())
+    check = partial(check_chunk, files, full=full, value_range=value_range, absent=absent)
+    codes = list(in_chunks(check, range(len(files)), num_workers, progress))
     return ImageReport(files, torch.cat(codes) if codes else torch.zeros(0, dtype=torch.uint8))
 
 # %% ../nbs/02_folders.ipynb #bebfdd76
@@ -229,8 +274,8 @@ class ImageFiles:
         self.said = False   # that many files are broken
     @property
     def shuffled(self): return getattr(self.files, "shuffled", None)   # the order of an epoch, if shards have one
-    @contextmanager
-    def set_split_idx(self, i): yield from replacing_yield(self, "split_idx", i)
+    def expect(self, idxs): # what a loader will ask for, in its order
+        if hasattr(self.files, "expect"): self.files.expect(idxs)
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
@@ -244,6 +289,11 @@ class ImageFiles:
         x = self.kind(x[:len(used)])
         return (x,) if self.y is None else (x, self.y[used])
 
+# %% ../nbs/02_folders.ipynb #5b03bebf
+@patch
+@contextmanager
+def set_split_idx(self:ImageFiles, i): yield from replacing_yield(self, "split_idx", i)
+
 # %% ../nbs/02_folders.ipynb #fe9369a8
 @patch
 def usable(self:ImageFiles, i:int): # yields indices
@@ -253,8 +303,10 @@ def usable(self:ImageFiles, i:int): # yields indices
 @patch
 def names(self:ImageFiles, idxs:list)->list: # files
     "The files whose images are used at these indices"
-    if self.bad == "leave out": return [self.files[int(i)] for i in idxs if not self.codes[int(i)]]
-    return [self.files[next(self.usable(int(i)), i)] for i in idxs]
+    used = [int(i) for i in idxs if not self.codes[int(i)]]
+    if self.bad != "leave out": used = [next(self.usable(int(i)), int(i)) for i in idxs]
+    named = getattr(self.files, "name", self.files.__getitem__)   # a stream is not read for it
+    return [named(i) for i in used]
 
 @patch
 def warn_of_broken_files(self:ImageFiles)->None:
@@ -263,8 +315,8 @@ def warn_of_broken_files(self:ImageFiles)->None:
     if self.said or n < max(20, len(self)/50): return
     self.said = True
     last = int(self.codes.nonzero()[-1])
-    warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. {self.files[last]} "
-                  f"({REASONS[self.codes[last] - 1]})")
+    warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. "
+                  f"{name_in(self.files, last)} ({REASONS[self.codes[last] - 1]})")
 
 @patch
 def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index, or (None, None); raises `BadImage`
@@ -276,7 +328,8 @@ def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index,
             if self.bad == "raise": raise
             self.codes[j] = 1 + REASONS.index(e.reason)
     if self.bad == "leave out": return None,None
-    raise BadImage(f"none of the {len(self)} files can be read as an image, e.g. {self.files[i]}: pass image files")
+    raise BadImage(f"none of the {len(self)} files can be read as an image, e.g. {self.files[i]} "
+                   f"({REASONS[self.codes[i] - 1]}): pass image files")
 
 # %% ../nbs/02_folders.ipynb #eb6fcbbf
 @patch
@@ -354,12 +407,17 @@ def file_dls(files:list,          # image files
             )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over image files whose labels are known"
     names = image_list(files)
+    if isinstance(names, StreamImages) and bad == "skip": bad = "leave out"   # the next image has passed
     idxs = split_indices(len(names), valid_pct, seed)
     if len(idxs[0]) < bs:
         raise ValueError(f"bs={bs} is larger than the number of training files ({len(idxs[0])}): pass a smaller bs")
     device = device_or_default(device)
     if value_range is None: value_range = white_of(names)
-    warn_of_empty_images(some_images(names, size, n_in, value_range))
+    some = some_images(names, size, n_in, value_range)
+    if n_in not in (1, 3) and not len(some):
+        raise ValueError(f"n_in={n_in}, and no file that was looked at is an array of so many channels: pass 1 (grey) or "
+                         "3 (RGB) for photographs")
+    warn_of_empty_images(some)
     def make_dl(idx, split_idx, **kwargs):
         part_y = None if y is None else y[idx]
         ds = ImageFiles(names.take(idx), size, n_in, part_y, vocab, split_idx, bad, value_range)
@@ -369,36 +427,38 @@ def file_dls(files:list,          # image files
     return train_valid_dls(make_dl, idxs, device)
 
 # %% ../nbs/02_folders.ipynb #fb9d96a6
-def unlabelled_dls(items,               # folder, pattern, table of paths, tar shards, or image files
+def unlabelled_dls(items,               # folder, pattern, table of paths, tar shards, data set, or image files
                    size:int,            # height and width at which images are kept, pixels; views are crops of these
                    bs:int=256,          # images per batch
                    valid_pct:float=.1,  # share of the files kept for validation
                    seed:int=0,          # of the split
                    num_workers:int=None,# worker processes; one per core (at most 16 and one per batch) if not given
-                   n_in:int=3,          # channels: 3 for RGB, 1 for grey
+                   n_in:int=3,          # channels: 3 for RGB, 1 for grey, any number for arrays (.npy, .tif)
                    bad:str="skip",      # broken files: "skip" lists them and uses the next file, "raise" stops
                    labels:bool|str=False, # with labels? True, "outermost" or "innermost" folder, or name of a column
                    batch_tfms:list=None,# fastai transforms of the batch: for classifiers only
                    device=None,         # where batches go; fastai's default device if not given
                    value_range:tuple|int=None, # as for `read_image`; white in 16-bit files is found if not given
                    column:str=None,     # of the paths in a table; guessed by its name if not given
-                   buffer:int=None      # images of shards among which the next is chosen at random; 4096 if not given
+                   buffer:int=None,     # images of shards among which the next is chosen at random; 4096 if not given
+                   n:int=None           # images of a stream
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over images of any source, read as they are needed; with labels if `labels=True`"
-    check_size(size, n_in)
+    check_size(size, n_in, arrays=True)
     check_choice("bad", bad, ("skip", "raise"))
     check_value_range(value_range)
-    files,y,vocab = files_and_labels(items, labels, column, buffer)
+    files,y,vocab = files_and_labels(items, labels, column, buffer, n)
     return file_dls(files, y, vocab, size, bs, valid_pct, seed, num_workers, n_in, bad, batch_tfms, device, value_range)
 
 # %% ../nbs/02_folders.ipynb #c8bfe547
 def files_and_labels(items,           # as for `unlabelled_dls`
                      labels:bool|str, # as for `unlabelled_dls`
                      column:str=None, # of the paths in a table
-                     buffer:int=None  # of shards
+                     buffer:int=None, # of shards and streams
+                     n:int=None       # images of a stream
                     )->tuple:         # files, (N,) class indices and the classes' names; raises `ValueError`
     "Images, and labels if asked for"
-    source = image_source(items, labels, column, buffer)
+    source = image_source(items, labels, column, buffer, n=n)
     if not labels: return source.files,None,None
     if source.y is not None: return tuple(source)
     files,y,vocab = labelled_files(source.files, "outermost" if labels is True else labels)
@@ -425,7 +485,52 @@ def bad_images(dls:DataLoaders # from `unlabelled_dls`
     sets = [dl.dataset for dl in dls.loaders]
     if not all(hasattr(ds, "codes") for ds in sets):
         raise TypeError("dls must come from unlabelled_dls: other dls have no list of broken files")
-    return ImageReport([f for ds in sets for f in ds.files], torch.cat([ds.codes for ds in sets]))
+    return ImageReport(Joined([ds.files for ds in sets]), torch.cat([ds.codes for ds in sets]))
+
+# %% ../nbs/02_folders.ipynb #7c0c1e02
+class Moments:
+    "Mean and variance of channels over parts that come one after the other, in float64 (Chan et al. 1979)"
+    def __init__(self): self.n,self.mean,self.m2 = 0,0.,0.
+    def add(self, x:Tensor): # (N,C,H,W)
+        x = x.as_subclass(Tensor).transpose(0, 1).flatten(1).double()
+        part = Moments()
+        part.n,part.mean = x.shape[1],x.mean(1)
+        part.m2 = (x - part.mean[:,None]).square().sum(1)
+        self.merge(part)
+    def merge(self, part): # `Moments` of other images
+        if not part.n: return
+        total,delta = self.n + part.n,part.mean - self.mean
+        self.m2 = self.m2 + part.m2 + delta**2*(self.n*part.n/total)
+        self.mean = self.mean + delta*(part.n/total)
+        self.n = total
+    @property
+    def std(self)->Tensor: return (self.m2/self.n).sqrt()
+
+def moments_of(ds, idxs:list)->Moments: # of some images of a dataset
+    "Partial sums, made in a worker process"
+    m = Moments()
+    for part in range(0, len(idxs), 16):
+        x = ds[idxs[part:part + 16]][0]
+        if len(x): m.add(x)
+    return m
+
+# %% ../nbs/02_folders.ipynb #7c0c1e03
+def image_stats(data,                # `DataLoaders`, whose training images count; a loader, or images (N,C,H,W)
+                n:int=None,          # images to look at, evenly spaced; all if not given
+                num_workers:int=None # worker processes
+               )->list:              # means and standard deviations of the channels, of images in [0,1]
+    "Statistics of the images as they are read, before normalisation"
+    data = getattr(data, "train", data)
+    ds = ImageTensors(data) if isinstance(data, Tensor) else getattr(data, "dataset", data)
+    if not isinstance(ds, (ImageTensors, ImageFiles)):
+        raise TypeError(f"data must be DataLoaders of this library or images (N,C,H,W), got {type(data).__name__}")
+    if isinstance(ds, ImageFiles): ds = ds.leaving_out()
+    idxs = evenly_spaced(range(len(ds)), n or len(ds)) if len(ds) else []
+    total = Moments()
+    for m in in_chunks(partial(moments_of, ds), idxs, num_workers): total.merge(m)
+    if not total.n: raise ValueError("data holds no image that can be read")
+    white = 1 if isinstance(ds, ImageTensors) and ds.x.is_floating_point() else 255
+    return [(total.mean/white).tolist(), (total.std/white).tolist()]
 
 # %% ../nbs/02_folders.ipynb #cb82fb66
 def labelled_dls(data,                # folder with one folder of images per class, or another source with labels
@@ -435,14 +540,15 @@ def labelled_dls(data,                # folder with one folder of images per cla
                  valid_pct:float=.2,  # that share
                  num_workers:int=None,# worker processes
                  labels:bool|str=True, # as for `unlabelled_dls`
-                 column:str=None      # of the paths in a table
+                 column:str=None,     # of the paths in a table
+                 value_range:tuple|int=None # as for `unlabelled_dls`
                 )->DataLoaders:       # training images, and test images
     "Labelled images for an evaluation"
     def read(path, valid_pct):
         source = ImageSource(*files_and_labels(path, labels, column))
         bs = min(256, max(1, int(len(source.files)*(1 - valid_pct))))
         return unlabelled_dls(source, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=True,
-                              num_workers=num_workers)
+                              num_workers=num_workers, value_range=value_range)
     if not test: return read(data, valid_pct)
     train = read(data, 0).train
     tests = read(test, 0).train

@@ -15,6 +15,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +42,12 @@ from .checkpoints import Checkpoints, checkpoints_in, package_versions
 from .classifiers import linear_transfer, subset_probe
 from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
+    check_value_range,
     digits_dls,
     digits_images,
     in_chunks,
     load_images,
+    on_disk,
     open_bytes,
     split_indices,
     tensor_dls,
@@ -87,6 +90,7 @@ from self_supervised_bt.folders import (
     check_images,
     class_folders,
     files_and_labels,
+    image_stats,
     kept_size,
     labelled_dls,
     size_and_channels,
@@ -112,7 +116,7 @@ from self_supervised_bt.recipes import (
     without_other_predictor,
 )
 from .reports import report, table_verdict
-from .sources import ImageSource, NoLabels, image_source, is_there, taken_from
+from .sources import ImageSource, NoLabels, StreamImages, image_source, is_there, taken_from
 from .training import Autocast
 from .transfer import found_sets, protocol_sizes, transfer_table
 from .weights import load_encoder, save_encoder, save_model
@@ -129,7 +133,9 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
             in_memory:bool=False, # read all files now, once, and keep the images on the device?
             root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
             download:bool=False,  # fetch a data set that is not there?
-            column:str=None       # of the paths in a table
+            column:str=None,      # of the paths in a table
+            n:int=None,           # images of a stream
+            value_range:tuple|int=None # as for `unlabelled_dls`
            )->DataLoaders:
     "The images of a run"
     args = dict(bs=recipe.bs//max(1, num_distrib()), valid_pct=valid_pct, seed=seed)
@@ -139,16 +145,29 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
         args |= dict(root=root, labels=labels, download=download)
         return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
     check_no_root(data, root, download)
-    source = ImageSource(*files_and_labels(data, labels, column))
+    source = ImageSource(*files_and_labels(data, labels, column, n=n))
     side,n_in = size_and_channels(source.files)
     size = kept_size(recipe.size, side)
     if not in_memory:
-        return unlabelled_dls(source, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels, **args)
+        return unlabelled_dls(source, size, num_workers=num_workers, n_in=n_in, bad=bad, labels=labels,
+                              value_range=value_range, **args)
     files,y,vocab = source
-    x = load_images(files, size, n_in, progress=sys.stdout.isatty(), num_workers=num_workers)
+    x = load_images(files, size, n_in, sys.stdout.isatty(), num_workers, value_range)
     return tensor_dls(x, y, vocab=vocab, **args)
 
 # %% ../nbs/50_runs.ipynb #a3f1c0d2
+def with_own_stats(recipe:Recipe,
+                   dls:DataLoaders # from `run_dls`
+                  )->Recipe:       # with statistics of the channels
+    "Images of other than 1 or 3 channels have no known statistics: they are measured on up to 2,000 of them"
+    n_in = getattr(dls.train.dataset, "n_in", 3)
+    if n_in in (1, 3) or isinstance(recipe.views, str): return recipe
+    known = recipe.views.get("stats", ())
+    if known is None or known and len(known[0]) == n_in: return recipe
+    stats = [[float(f"{v:.4g}") for v in row] for row in image_stats(dls, 2000)]
+    if not rank_distrib(): print(f"{n_in} channels; means {stats[0]}, standard deviations {stats[1]}")
+    return recipe.changed(views={**recipe.views, "stats": stats})
+
 def named_dls(name:str,       # of a data set
               recipe:Recipe,  # for the size of views
               in_memory:bool, # as for `run_dls`
@@ -218,7 +237,11 @@ def moved_data(file:Path, # of a run's settings
                data:str   # name or folder of its images
               )->str:     # the same
     "Raise `ValueError` if the folder is no longer there"
-    if os.path.isabs(data) and not is_there(data) and not has_ended(file.parent):
+    if has_ended(file.parent): return data
+    if data.startswith("<"):
+        raise ValueError(f"the images of the run in {file.parent} are an object, {data}: pass it again as data "
+                         "together with resume=True")
+    if os.path.isabs(data) and not is_there(data):
         raise ValueError(f"{data}, which holds the images of the run in {file.parent}, is no longer there: if it "
                          "was moved, pass its new place as data together with resume=True")
     return data
@@ -246,6 +269,7 @@ def read_settings(file:Path # a run.json
         for name,kind in SETTINGS.items():
             if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
         check_choice("bad", saved["bad"], ("skip", "raise"))
+        check_value_range(saved.get("value_range"))
         for name in ("root", "column"):
             if not isinstance(saved.get(name), (str, type(None))): raise ValueError(f"{name} is {saved[name]!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
@@ -311,13 +335,13 @@ def file_digest(file # image file, on a disk or inside a shard
     except OSError: return 0
     return int.from_bytes(h.digest(), "big", signed=True)
 
-def chunk_digests(files): return np.array([file_digest(f) for f in files], dtype=np.int64)
+def chunk_digests(files, idxs): return np.array([file_digest(files[i]) for i in idxs], dtype=np.int64)
 
 def file_digests(files,                # image files
                  num_workers:int=None  # worker processes
                 )->np.ndarray:         # (N,) int64
     "`file_digest` of each file"
-    chunks = [np.asarray(c) for c in in_chunks(chunk_digests, list(files), num_workers)]
+    chunks = [np.asarray(c) for c in in_chunks(partial(chunk_digests, files), range(len(files)), num_workers)]
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 # %% ../nbs/50_runs.ipynb #834b3b78
@@ -327,7 +351,9 @@ def save_digests(out:Path,            # folder of a run
                 )->None:
     "Record which images a run is trained on"
     digests = np.unique(file_digests(files, num_workers))
-    with whole_file(out/"trained_on.npy") as part, open(part, "wb") as f: np.save(f, digests[digests != 0])
+    digests = digests[digests != 0]
+    if not len(digests): return   # decoded images have no bytes
+    with whole_file(out/"trained_on.npy") as part, open(part, "wb") as f: np.save(f, digests)
 
 def seen_in_training(run:Path,            # folder of a run, or a file from `save_encoder` in it
                      files,               # image files
@@ -481,7 +507,8 @@ def begin_run(out:Path,        # folder of the run
     if not resuming: check_free(out)
     write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
     files = getattr(dls.train.dataset, "files", None)
-    if files is not None and not (resuming and (out/"trained_on.npy").exists()): save_digests(out, files)
+    known = resuming and (out/"trained_on.npy").exists() or isinstance(files, StreamImages)
+    if files is not None and not known: save_digests(out, files)
     return s
 
 # %% ../nbs/50_runs.ipynb #71175e22
@@ -540,8 +567,30 @@ def write_csv(table,     # with a method `to_csv`
     "A table as a file, complete or not at all"
     with whole_file(file) as part: table.to_csv(part, **kwargs)
 
+# %% ../nbs/50_runs.ipynb #ad0c1e01
+def train_run(out:Path,        # folder of the run
+              s:dict,          # from `run_settings`
+              dls:DataLoaders, # from `run_dls`
+              loaded:LoadedWeights, # to continue from, or `None`
+              resume:bool,     # is the run resumed?
+              kept:dict,       # arguments of `Checkpoints`: how often, how many
+              resume_with:str  # as for `pretrain`
+             )->dict:          # the content of results.json
+    "Train with checkpoints in the folder of a run, which no other process may use meanwhile"
+    with run_lock(out):
+        s = begin_run(out, s, dls, resume)
+        if resume and has_ended(out): return ended_results(out)
+        monitor = "valid_loss" if len(dls.valid.dataset) else None
+        checkpoints = Checkpoints(out, resume=resume, monitor=monitor, signals=stop_signals(), **kept)
+        checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
+        files = [] if rank_distrib() else [RunFiles(out, s)]
+        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files], loaded)
+        except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
+        fit_run(learn)
+        return {} if rank_distrib() else save_results(learn, out, s)
+
 # %% ../nbs/50_runs.ipynb #f9276b68
-def pretrain(data:str|Path=None,   # folder, pattern, table, shards, or name of a data set; not needed to resume
+def pretrain(data=None,            # images as `unlabelled_dls` takes them, or name of a data set; not needed to resume
              recipe:str=None,      # name, one of `RECIPES`; "cifar" if not given
              out:str|Path="runs/pretrain", # folder of the run
              resume:bool=False,    # resume the run in `out`, if there is one?
@@ -555,6 +604,8 @@ def pretrain(data:str|Path=None,   # folder, pattern, table, shards, or name of 
              root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
              download:bool=False,  # fetch a data set that is not there?
              column:str=None,      # of the paths in a table; guessed by its name if not given
+             n:int=None,           # images of a stream
+             value_range:tuple|int=None, # (black, white) or white of images of more than 8 bits; found if not given
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # the content of results.json
@@ -563,24 +614,19 @@ def pretrain(data:str|Path=None,   # folder, pattern, table, shards, or name of 
     check_workers(num_workers)
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
-    s = run_settings(out, resume, data=data and as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad, seed=seed,
-                     half=half, root=root and os.path.abspath(root), column=column, changes=kwargs)
-    if resume and not data and has_ended(out): return ended_results(out)
+    if isinstance(value_range, tuple): value_range = list(value_range)   # as in run.json
+    check_value_range(value_range)
+    s = run_settings(out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct,
+                     bad=bad, seed=seed, half=half, root=root and os.path.abspath(root), column=column,
+                     value_range=value_range, changes=kwargs)
+    if resume and data is None and has_ended(out): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     set_seed(s["seed"])
-    dls = run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
-                  s.get("root"), download, s.get("column"))
-    with run_lock(out):
-        s = begin_run(out, s, dls, resume)
-        if resume and has_ended(out): return ended_results(out)
-        monitor = "valid_loss" if len(dls.valid.dataset) else None
-        checkpoints = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals())
-        checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
-        files = [] if rank_distrib() else [RunFiles(out, s)]
-        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files], loaded)
-        except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
-        fit_run(learn)
-        return {} if rank_distrib() else save_results(learn, out, s)
+    images = s["data"] if data is None or on_disk(data) else data
+    dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
+                  s.get("root"), download, s.get("column"), n, s.get("value_range"))
+    s = {**s, "recipe": with_own_stats(s["recipe"], dls)}
+    return train_run(out, s, dls, loaded, resume, dict(every=every, keep=keep), resume_with)
 
 # %% ../nbs/50_runs.ipynb #84481da2
 def stop_signals()->tuple: # names
@@ -594,10 +640,10 @@ def check_workers(num_workers:int # or `None`
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"num_workers must be an int >= 0, got {num_workers}: 0 reads files in this process")
 
-def as_data(data:str|Path # folder, or name of a data set
-           )->str:        # an absolute path for a folder
+def as_data(data   # as for `pretrain`
+           )->str: # an absolute path for a folder
     "The images of a run as they are recorded: another working directory resumes it, too"
-    return named_data(data) or os.path.abspath(data)
+    return named_data(data) or (os.path.abspath(data) if on_disk(data) else f"<{type(data).__name__}>")
 
 def save_results(learn:Learner, # after a fit
                  out:Path,      # folder of the run
@@ -709,20 +755,22 @@ def test_indices(n:int,                # images
     candidates = unseen if len(unseen) >= ENOUGH else shuffled
     return candidates[:round(n*share)].sort()[0]
 
+# %% ../nbs/50_runs.ipynb #5b01b603
 def evaluation_dls(folder,               # class folders, or another source with labels
                    run:str|Path,         # folder of a run, or a file from `save_encoder`
                    size:int,             # height and width, pixels
                    n_in:int,             # channels
-                   num_workers:int=None  # worker processes
+                   num_workers:int=None, # worker processes
+                   value_range:tuple|int=None # as for `unlabelled_dls`
                   )->DataLoaders:        # images to learn from, and images to test on
     "The images of a source, divided into some to learn from and some to test on"
-    dl = labelled_dls(folder, size, n_in, valid_pct=0, num_workers=num_workers).train
+    dl = labelled_dls(folder, size, n_in, valid_pct=0, num_workers=num_workers, value_range=value_range).train
     ds = dl.dataset
     test = test_indices(len(ds), seen_in_training(run, ds.files, num_workers))
     is_test = torch.zeros(len(ds), dtype=torch.bool)
     is_test[test] = True
     def part(idx, split_idx, **kwargs):
-        some = ImageFiles(ds.files.take(idx), size, n_in, ds.y[idx], ds.vocab, split_idx, ds.bad)
+        some = ImageFiles(ds.files.take(idx), size, n_in, ds.y[idx], ds.vocab, split_idx, ds.bad, ds.value_range)
         return dl.new(some, **kwargs)
     bs = min(dl.bs, max(1, len(ds) - len(test)))
     train = part((~is_test).nonzero()[:,0], 0, bs=bs)
@@ -731,7 +779,7 @@ def evaluation_dls(folder,               # class folders, or another source with
 def names_of(folders:list # paths
             )->list:      # of text, in their order
     "A name per folder: the shortest end of its path that no other has"
-    parts = [Path(f).resolve().parts for f in folders]
+    parts = [Path(f).resolve().parts if on_disk(f) else (type(f).__name__,) for f in folders]
     longest = max(map(len, parts))
     names = ["/".join(p[-1:]) for p in parts]
     for n in range(2, longest + 1):
@@ -750,12 +798,13 @@ def evaluation_table(rows:dict # name of a data set -> way of encoding -> column
     return pd.DataFrame(named.values(), index=list(named))
 
 # %% ../nbs/50_runs.ipynb #b7d2e114
-def folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column)->tuple: # `dls`, how many were seen
-    "The images of a folder, or another source with labels, for `evaluate`"
+def folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column, value_range)->tuple:
+    "`dls` of a folder, or another source with labels, for `evaluate`; how many test images were seen in training"
     source = ImageSource(*files_and_labels(folder, labels, column))
     kept = kept_size(size, size_and_channels(source.files)[0])
-    if test: dls = labelled_dls(folder, kept, n_in, test, num_workers=num_workers, labels=labels, column=column)
-    else: dls = evaluation_dls(source, run, kept, n_in, num_workers)
+    args = dict(num_workers=num_workers, value_range=value_range)
+    if test: dls = labelled_dls(folder, kept, n_in, test, labels=labels, column=column, **args)
+    else: dls = evaluation_dls(source, run, kept, n_in, **args)
     return dls,number_seen(run, dls, num_workers)
 
 def number_seen(run, dls, num_workers): # "not known" if the run does not say it
@@ -791,7 +840,7 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
     for p in protocols: check_choice("protocol", p, EVALUATIONS)
     check_positive_int("k", k)
     check_workers(num_workers)
-    folders = [data] if isinstance(data, (str, Path)) else list(data)
+    folders = list(data) if isinstance(data, (list, tuple, L)) else [data]
     encoder = load_encoder(encoder_file(run))
     if test and len(folders) > 1:
         raise ValueError(f"test is for one data set, got {len(folders)}: evaluate them one by one")
@@ -802,7 +851,8 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
         if named_data(folder): dls,n_seen = named_evaluation(folder, run, size, n_in, test, num_workers, root, download)
         else:
             check_no_root(folder, root, download)
-            dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column)
+            value_range = getattr(encoder, "value_range", None)   # as in its training
+            dls,n_seen = folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column, value_range)
         rows[name] = evaluate_on(encoder, dls, protocols, k, name, n_seen, processed)
     return evaluation_table(rows)
 

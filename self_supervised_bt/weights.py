@@ -51,6 +51,18 @@ def write_own_file(path:str|Path,   # `.safetensors`
     with whole_file(path) as part: save_file(tensors, part, metadata={KEY: json.dumps(sealed)})
     return Path(path)
 
+# %% ../nbs/40_weights.ipynb #4e0c1e01
+def input_described(model,   # a Learner, a model or an encoder
+                    encoder, # in it
+                    clean    # its images' `Pipeline`
+                   )->dict:  # plain data
+    "What images an encoder expects, with black and white of those of more than 8 bits"
+    files = getattr(model.dls.train, "dataset", None) if isinstance(model, Learner) else encoder
+    value_range = getattr(files, "value_range", None)
+    if value_range is None: return describe_input(clean)
+    plain_range = list(value_range) if isinstance(value_range, (tuple, list)) else value_range
+    return {**describe_input(clean), "value_range": plain_range}
+
 # %% ../nbs/40_weights.ipynb #a6b6cf25
 def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
                  path:str|Path  # file to write, `.safetensors`
@@ -58,7 +70,7 @@ def save_encoder(model,         # a Learner, a `BarlowTwinsModel` or an encoder
     "The encoder's weights, how to build it, and what images it expects, in one safetensors file"
     encoder,clean = encoder_of(model)
     whitened,tensors = whitening_of(encoder)
-    about = dict(created_by=plain_call(encoder), input=describe_input(clean), **whitened)
+    about = dict(created_by=plain_call(encoder), input=input_described(model, encoder, clean), **whitened)
     return write_own_file(path, about, {**plain_weights(encoder), **tensors})
 
 # %% ../nbs/40_weights.ipynb #f4e68af9
@@ -96,7 +108,7 @@ def save_model(model,        # a Learner, a `BarlowTwinsModel`, or a classifier
     parts,recipe = parts_of(model),getattr(model, "recipe", None)
     described = {name: class_names(model) if name == "head" else mlp_settings(part) for name,part in parts.items()}
     whitened,extra = whitening_of(encoder)
-    about = dict(created_by=plain_call(encoder), input=describe_input(clean), parts=described,
+    about = dict(created_by=plain_call(encoder), input=input_described(model, encoder, clean), parts=described,
                  recipe=asdict(recipe) if isinstance(recipe, Recipe) else recipe, **whitened)
     networks = {"encoder": encoder, **parts}
     tensors = {f"{part}.{name}": t for part,net in networks.items() for name,t in plain_weights(net).items()}

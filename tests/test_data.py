@@ -483,7 +483,7 @@ def test_invalid_folders_and_tensors_raise(tmp_path, folder):
     with pytest.raises(ValueError, match="cut.png cannot be read"):
         load_images(image_files(folder), 8, progress=False)
     with pytest.raises(ValueError, match="size must"): load_images([], 0)
-    with pytest.raises(ValueError, match="n_in must"): load_images([], 8, n_in=2)
+    with pytest.raises(ValueError, match="n_in must"): load_images([], 8, n_in=0)
     no_images, too_few_labels = (torch.rand(5, 8, 8),), (torch.rand(5, 1, 8, 8), torch.arange(4))
     for args, words in [(no_images, "(N,C,H,W)"), (too_few_labels, "4 labels for 5 images")]:
         with pytest.raises(ValueError) as e: tensor_dls(*args)
