@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
 
-from self_supervised_bt.core import check_positive_int, whole_file
+from self_supervised_bt.core import check_choice, check_positive_int, whole_file
 from self_supervised_bt.data import BadImage, in_chunks, read_image, some_names, white_of
 from self_supervised_bt.diagnostics import PALETTE, map_2d, plot_map
 from self_supervised_bt.evaluation import neighbours
@@ -100,6 +100,7 @@ def add_map(table:pd.DataFrame,    # one row per image
         if np.isfinite(table[["map_x", "map_y"]].to_numpy(float)).all(): return table
         raise ValueError("table has NaN or infinite numbers in map_x or map_y: name a method, to compute them again")
     method = method or "pca"
+    check_choice("method", method, tuple(METHODS))
     xy = map_2d(table_h(table), method, seed, perplexity, n_neighbors).numpy()
     table = table.assign(map_x=xy[:,0], map_y=xy[:,1])
     table.attrs["map"] = METHODS[method]   # pandas keeps it where it can
@@ -116,10 +117,12 @@ def cluster_images(table:pd.DataFrame, # one row per image
     h = table_h(table)
     if clusters > len(h):
         raise ValueError(f"clusters must be at most the number of rows, {len(h)}, got {clusters}: use fewer")
-    if (distinct := len(h.unique(dim=0))) < clusters:
-        raise ValueError(f"clusters must be at most the number of different representations, {distinct}, got {clusters}")
-    means = MiniBatchKMeans(clusters, batch_size=4096, n_init=5, random_state=seed).fit(h.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # of fewer different rows than clusters: said below, in words
+        means = MiniBatchKMeans(clusters, batch_size=4096, n_init=5, random_state=seed).fit(h.numpy())
     found,cluster = np.unique(means.labels_, return_inverse=True)
+    if len(found) < clusters: warnings.warn(f"{len(found)} clusters have images, {clusters} were asked for: there are "
+                                            "not as many different representations")
     order = np.argsort(-np.bincount(cluster), kind="stable")
     cluster = np.argsort(order)[cluster]   # numbered by size
     centres = torch.stack([F.normalize(h[cluster == c].mean(0), dim=0) for c in range(len(found))])
@@ -209,13 +212,15 @@ def as_bytes(x:Tensor # (N,3,H,W) uint8 or float in [0,1]
 def read_tiles(files:list,     # image files, or `None` for those that are not there
                size:int,       # pixels
                white:int=None  # of 16-bit files, as `value_range` of `read_image`
-              )->list:         # per file an image (3,size,size) uint8, or why there is none
-    "The centred squares of image files"
-    tiles = []
-    for f in files:
-        try: tiles.append("not found" if f is None else read_image(f, size, value_range=white))
-        except (BadImage, OSError) as e: tiles.append(getattr(e, "reason", None) or "cannot be opened")
-    return tiles
+              )->tuple:        # (N,3,size,size) uint8, and row -> why a file could not be read
+    "The centred squares of image files, grey for those that cannot be read"
+    tiles,missing = torch.full((len(files), 3, size, size), GREY, dtype=torch.uint8),{}
+    for row,f in enumerate(files):
+        try:
+            if f is None: missing[row] = "not found"
+            else: tiles[row] = read_image(f, size, value_range=white)
+        except (BadImage, OSError) as e: missing[row] = getattr(e, "reason", None) or "cannot be opened"
+    return tiles,missing
 
 def file_tiles(files:list,        # image files
                size:int,          # pixels, at most
@@ -228,11 +233,12 @@ def file_tiles(files:list,        # image files
     except ValueError: pass   # none of those looked at can be read
     read = partial(read_tiles, size=size, white=white_of(present))
     there = {str(f) for f in present}
-    parts = in_chunks(read, [f if str(f) in there else None for f in files], progress=progress)
-    tiles = [tile for part in parts for tile in part]
-    missing = {row: tile for row,tile in enumerate(tiles) if isinstance(tile, str)}
-    grey = torch.full((3, size, size), GREY, dtype=torch.uint8)
-    return torch.stack([grey if row in missing else tile for row,tile in enumerate(tiles)]),missing
+    tiles,missing,start = torch.empty(len(files), 3, size, size, dtype=torch.uint8),{},0
+    for part,why in in_chunks(read, [f if str(f) in there else None for f in files], progress=progress):
+        tiles[start:start+len(part)] = part
+        missing.update({start + row: reason for row,reason in why.items()})
+        start += len(part)
+    return tiles,missing
 
 def missing_text(missing:dict, # row -> reason
                  names:list    # of all images
@@ -336,7 +342,9 @@ def mosaic(tiles:np.ndarray, # (n,s,s,3) uint8
     "Images on a grid as one image"
     side,(columns,rows) = tiles.shape[1],cells.max(0) + 1
     out = np.zeros((rows, side, columns, side, 4), np.uint8)
-    for tile,(column,row) in zip(tiles, cells): out[rows-1-row, :, column] = np.dstack([tile, np.full(tile.shape[:2], 255)])
+    for tile,(column,row) in zip(tiles, cells):
+        out[rows-1-row, :, column, :, :3] = tile
+        out[rows-1-row, :, column, :, 3] = 255
     return out.reshape(rows*side, columns*side, 4)
 
 def colour_values(codes:np.ndarray # (n,) class indices, -1 for none
@@ -370,7 +378,7 @@ def image_map(table:pd.DataFrame,    # `h`, and `file` or `index`; `label` if th
              )->Axes:                # raises `ValueError`
     "Draw images so that similar ones lie close to each other"
     check_positive_int("cells", cells)
-    table = clusters_added(sampled_table(with_image_rows(table, images), limit), clusters, seed)
+    table = sampled_table(clusters_added(with_image_rows(table, images), clusters, seed), limit)
     colour = next(iter(colour_columns(table, colour or (clusters and "cluster"))), None)
     table = add_map(table, method, seed, perplexity, n_neighbors)
     xy = table[["map_x","map_y"]].to_numpy(float)
@@ -423,7 +431,8 @@ def plot_clusters(table:pd.DataFrame, # of `cluster_images`
     picture = mosaic(framed(tiles, None), cells)
     side = picture.shape[0]/len(about)
     ax.imshow(picture, interpolation="antialiased")
-    ax.set_yticks([side*(i + .5) for i in range(len(about))], [cluster_words(c, o) for c,o in about.iterrows()], fontsize=8)
+    middles = [side*(i + .5) for i in range(len(about))]
+    ax.set_yticks(middles, [cluster_words(c, o) for c,o in about.iterrows()], fontsize=8)
     ax.set(xticks=[])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -554,7 +563,7 @@ def map_page(table:pd.DataFrame,    # `h`, and `file` or `index`; `label` if the
     check_table(table)
     total,page = len(table),Path(page)
     check_positive_int("k", k)
-    table = clusters_added(sampled_table(with_image_rows(table, images), limit), clusters, seed)
+    table = sampled_table(clusters_added(with_image_rows(table, images), clusters, seed), limit)
     columns = colour_columns(table, colour or (clusters and "cluster") or None)
     if len(table) < 2: raise ValueError("table has one row, a map needs at least 5")
     table = add_map(table, method, seed, perplexity, n_neighbors)
@@ -564,3 +573,31 @@ def map_page(table:pd.DataFrame,    # `h`, and `file` or `index`; `label` if the
     text = page_text(title=title, facts=facts, footer=page_footer(tiles), data=data)
     with whole_file(page) as part: part.write_text(text, encoding="utf-8")
     return page
+
+# %% ../nbs/44_maps.ipynb #a4a87e26
+PICTURES = ".png",".svg",".pdf"
+
+def save_map(table:pd.DataFrame, # one row per image
+             out:str|Path,       # file to write: .html for a page, .png, .svg or .pdf for a picture
+             title:str,          # of the page
+             clusters:int=None,  # number of k-means clusters
+             colour:str=None,    # column that gives the colours
+             seed:int=0,         # of t-SNE, UMAP and k-means
+             **options           # method, limit and root of `map_page`
+            )->str:              # raises `ValueError`
+    "Write a map as a page or as a picture; what was written, in words"
+    out = Path(out)
+    if out.suffix not in (".html", *PICTURES):
+        raise ValueError(f"out must end in .html for a page, or in {', '.join(PICTURES)} for a picture, "
+                         f"got {str(out)!r}")
+    table = clusters_added(table, clusters, seed)
+    colour = colour or (clusters and "cluster") or None
+    if out.suffix == ".html": map_page(table, out, colour=colour, seed=seed, title=title, **options)
+    else:
+        figure = image_map(table, colour=colour, seed=seed, **options).figure
+        with whole_file(out) as part: figure.savefig(part, dpi=150)
+        plt.close(figure)
+    about = f"{cluster_table(table).to_string()}\n\n" if clusters else ""
+    hint = "; open it in a browser" if out.suffix == ".html" else ""
+    shown = min(len(table), options.get("limit") or len(table))
+    return f"{about}{shown:,} of {len(table):,} images in {out} ({out.stat().st_size/1e6:.1f} MB){hint}"

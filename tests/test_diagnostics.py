@@ -74,6 +74,23 @@ def test_maps():
     assert map_2d(h, "tsne").shape == (80, 2)
     with pytest.raises(ValueError, match="pca"): map_2d(h, "mds")
     with pytest.raises(ValueError, match="at least 5"): map_2d(h[:3])
+    with pytest.raises(ValueError, match="1 wide"): map_2d(h[:, :1])
+
+
+def test_tsne_of_wide_representations_keeps_their_neighbours():
+    "It works on 50 principal components, which hold all there is to find here"
+    h = torch.randn(60, 6) @ torch.randn(6, 200)
+    xy = map_2d(h, "tsne", perplexity=10)
+    nearest = torch.cdist(h, h).fill_diagonal_(torch.inf).argmin(1)
+    found = torch.cdist(xy, xy).fill_diagonal_(torch.inf).topk(5, largest=False)[1]
+    assert (found == nearest[:, None]).any(1).float().mean() > .7
+
+
+def test_points_without_a_class_are_grey():
+    ax = plot_map(torch.randn(30, 2), torch.arange(30) % 3 - 1, ["cat", "dog"])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "cat", "dog"]
+    grey = ax.collections[0].get_facecolor()[0]
+    assert grey[0] == grey[1] == grey[2]
 
 
 def test_umap_is_used_or_asked_for(monkeypatch):
@@ -83,10 +100,11 @@ def test_umap_is_used_or_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ImportError, match="umap-learn"): map_2d(h, "umap")
     class UMAP:
-        def __init__(self, random_state, n_jobs): pass
-        def fit_transform(self, h): return h[:, :2]
+        def __init__(self, random_state, n_jobs, n_neighbors): self.options = random_state, n_neighbors
+        def fit_transform(self, h): return h[:, :2] + self.options
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
-    assert torch.equal(map_2d(h, "umap"), h[:, :2])
+    for n, seed, given, used in [(20, 0, None, 15), (10, 3, None, 9), (20, 0, 4, 4)]:
+        assert torch.allclose(map_2d(h[:n], "umap", seed, n_neighbors=given), h[:n, :2] + torch.tensor([seed, used]))
 
 
 def test_columns_are_the_means_of_what_their_names_say(make_learner, make_dls):
