@@ -8,6 +8,7 @@ pixels and more. UMAP needs umap-learn (its first use, when it compiles itself, 
 playwright and Chromium, which has no graphics card here: the median of 20 frames, each shifted a little.
 """
 import argparse
+import importlib.util
 import shutil
 import tempfile
 import time
@@ -61,8 +62,8 @@ def seconds(f, *args):
 
 def frames(page):
     "Milliseconds per frame with images and with points, or `None` without a browser"
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: return None
+    if importlib.util.find_spec("playwright") is None: return None
+    from playwright.sync_api import sync_playwright
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None: return None
     with sync_playwright() as p:

@@ -307,8 +307,8 @@ def bt_map(table:str,          # .parquet, .csv or .npz file with a representati
 bt_map images.parquet --method tsne; bt_map images.parquet --clusters 12 --out map.png"
     from self_supervised_bt.explore import load_table
     from self_supervised_bt.maps import save_map
-    print(save_map(load_table(table), out, title or Path(table).stem, clusters, colour, seed, method=method, limit=limit,
-                   root=root))
+    options = dict(method=method, limit=limit, root=root)
+    print(save_map(load_table(table), out, title or Path(table).stem, clusters, colour, seed, **options))
 
 # %% ../nbs/52_cli.ipynb #31249d8f
 @call_parse(pos=["name"])
