@@ -26,7 +26,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["self_supervised_bt"]),
-    package_data={"self_supervised_bt": ["zoo.toml"]},
+    package_data={"self_supervised_bt": ["zoo.toml", "map.html"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in extras},

@@ -19,6 +19,7 @@ from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins
 from self_supervised_bt.checkpoints import Checkpoints
 from self_supervised_bt.diagnostics import (
+    PALETTE,
     Diagnostics,
     ImageLogger,
     dead_dimensions,
@@ -77,6 +78,50 @@ def test_maps():
     assert map_2d(h, "tsne").shape == (80, 2)
     with pytest.raises(ValueError, match="pca"): map_2d(h, "mds")
     with pytest.raises(ValueError, match="at least 5"): map_2d(h[:3])
+    with pytest.raises(ValueError, match="1 wide"): map_2d(h[:, :1])
+
+
+def test_tsne_of_wide_representations_keeps_their_neighbours():
+    "It works on 50 principal components, which hold all there is to find here"
+    h = torch.randn(60, 6) @ torch.randn(6, 200)
+    xy = map_2d(h, "tsne", perplexity=10)
+    nearest = torch.cdist(h, h).fill_diagonal_(torch.inf).argmin(1)
+    found = torch.cdist(xy, xy).fill_diagonal_(torch.inf).topk(5, largest=False)[1]
+    assert (found == nearest[:, None]).any(1).float().mean() > .7
+
+
+# Linear RGB as seen without the cones for long, middle and short waves (Machado et al. 2009, severity 1)
+SIGHT = {
+    "all": np.eye(3),
+    "protanopia": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+    "deuteranopia": [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
+    "tritanopia": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]}
+TO_LMS = [[.4122214708, .5363325363, .0514459929], [.2119034982, .6806995451, .1073969566],
+          [.0883024619, .2817188376, .6299787005]]
+TO_OKLAB = [[.2104542553, .7936177850, -.0040720468], [1.9779984951, -2.4285922050, .4505937099],
+            [.0259040371, .7827717662, -.8086757660]]
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_the_colours_stay_apart(sight):
+    "Distances in OKLab, where white and black are 1 apart; with protanopia two of matplotlib's ten are .007 apart"
+    def nearest(colours):
+        rgb = np.array([[int(c[i:i+2], 16)/255 for i in (1, 3, 5)] for c in colours])
+        linear = np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4)
+        seen = (linear @ np.transpose(SIGHT[sight])).clip(0, 1)
+        lab = np.cbrt(seen @ np.transpose(TO_LMS)) @ np.transpose(TO_OKLAB)
+        return np.linalg.norm(lab[:, None] - lab, axis=-1)[~np.eye(len(lab), dtype=bool)].min(), linear
+    least, linear = nearest(PALETTE)
+    assert least > .1, "two colours look alike"
+    luminance = linear @ [.2126, .7152, .0722]
+    assert luminance.min() > .09 and luminance.max() < .63, "a colour hardly shows on black or on white"
+
+
+def test_points_without_a_class_are_grey():
+    ax = plot_map(torch.randn(30, 2), torch.arange(30) % 3 - 1, ["cat", "dog"])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "cat", "dog"]
+    grey = ax.collections[0].get_facecolor()[0]
+    assert grey[0] == grey[1] == grey[2]
 
 
 def test_umap_is_used_or_asked_for(monkeypatch):
@@ -86,10 +131,12 @@ def test_umap_is_used_or_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ImportError, match="umap-learn"): map_2d(h, "umap")
     class UMAP:
-        def __init__(self, random_state, n_jobs): pass
-        def fit_transform(self, h): return h[:, :2]
+        def __init__(self, random_state, n_jobs, n_neighbors): self.options = random_state, n_neighbors
+        def fit_transform(self, h): return h[:, :2] + self.options
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
-    assert torch.equal(map_2d(h, "umap"), h[:, :2])
+    for n, seed, given, used in [(20, 0, None, 15), (10, 3, None, 9), (20, 0, 4, 4)]:
+        xy = map_2d(h[:n], "umap", seed, n_neighbors=given)
+        assert torch.allclose(xy.float(), h[:n, :2] + torch.tensor([seed, used]))
 
 
 def test_columns_are_the_means_of_what_their_names_say(make_learner, make_dls):

@@ -1,5 +1,6 @@
 "The page of a map in Chromium: at two widths, light and dark, with mouse, fingers and keys"
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,6 @@ from conftest import all_digits
 from self_supervised_bt.maps import map_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None: pytest.skip("there is no browser: apt-get install chromium", allow_module_level=True)
 SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -19,8 +18,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 @pytest.fixture(scope="module")
 def chromium():
     with playwright.sync_playwright() as p:
-        try: browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        except playwright.Error as e: pytest.skip(f"{CHROMIUM} does not start: {str(e).splitlines()[0]}")
+        own = p.chromium.executable_path   # of `python -m playwright install chromium`
+        path = own if Path(own).exists() else shutil.which("chromium") or shutil.which("google-chrome")
+        if path is None: pytest.skip("there is no browser: apt-get install chromium")
+        try: browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as e: pytest.skip(f"{path} does not start: {str(e).splitlines()[0]}")
         yield browser
         browser.close()
 
@@ -106,7 +108,8 @@ def test_nothing_overflows_and_the_map_is_drawn(opened, width, scheme):
     brightness = sum(int(v) for v in background[4:-1].split(","))
     assert brightness > 600 if scheme == "light" else brightness < 150
     cut = page.evaluate("""[...document.querySelectorAll('header *, #panel *')].filter(e =>
-      e.offsetParent && e.clientWidth && getComputedStyle(e).overflowX === 'visible' && e.scrollWidth > e.clientWidth + 1)
+      e.offsetParent && e.clientWidth && getComputedStyle(e).overflowX === 'visible' &&
+      e.scrollWidth > e.clientWidth + 1)
       .map(e => e.tagName + '#' + e.id)""")
     assert cut == [], "words are wider than their place"
 

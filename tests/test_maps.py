@@ -12,7 +12,7 @@ from conftest import all_digits
 from PIL import Image
 
 from self_supervised_bt import maps
-from self_supervised_bt.diagnostics import PALETTE, map_2d
+from self_supervised_bt.diagnostics import PALETTE
 from self_supervised_bt.maps import (
     add_map,
     classes_of,
@@ -82,34 +82,12 @@ def test_lists_from_a_database_are_representations_too():
 
 # Places
 
-def test_pca_keeps_the_distances_of_flat_data():
-    torch.manual_seed(0)
-    flat = torch.randn(30, 2)
-    h = flat @ torch.linalg.qr(torch.randn(5, 2))[0].T
-    xy = map_2d(h)
-    assert torch.allclose(torch.cdist(xy, xy), torch.cdist(flat, flat), atol=1e-3)
-
-
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_one_seed_gives_one_map(method):
     table = digits_table(60)
     first = add_map(table, method, seed=3)
     assert first[["map_x", "map_y"]].equals(add_map(table, method, seed=3)[["map_x", "map_y"]])
     assert first["label"].equals(table["label"]) and "map_x" not in table
-
-
-def test_umap_gets_seed_and_neighbours(monkeypatch):
-    "With a stand-in: the package compiles itself for a minute when it is first used"
-    import sys
-    from types import SimpleNamespace
-    class UMAP:
-        def __init__(self, **options): self.options = options
-        def fit_transform(self, h): return np.full((len(h), 2), self.options["n_neighbors"] + self.options["random_state"])
-    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
-    def value(n, **options): return map_2d(torch.rand(n, 3), "umap", **options)[0, 0].item()
-    assert value(100, seed=100) == 115 and value(10, seed=100) == 109 and value(10, seed=0, n_neighbors=4) == 4
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ImportError, match="pip install umap-learn"): add_map(digits_table(9), "umap")
 
 
 def test_places_that_are_there_are_used():
@@ -130,7 +108,6 @@ def test_methods_and_options_that_cannot_be(method, options, words):
 
 def test_too_little_for_a_map():
     with pytest.raises(ValueError, match="at least 5"): add_map(digits_table(4))
-    with pytest.raises(ValueError, match="1 wide"): map_2d(torch.rand(9, 1))
 
 
 # Clusters
@@ -177,7 +154,8 @@ def test_a_cluster_is_described():
 def test_clusters_that_cannot_be():
     with pytest.raises(ValueError, match="at most the number of rows, 3, got 4"): cluster_images(digits_table(3), 4)
     same = pd.DataFrame({"index": range(9), "h": [np.ones(3)]*9})
-    with pytest.raises(ValueError, match="different representations, 1"): cluster_images(same, 2)
+    with pytest.warns(UserWarning, match="1 clusters have images, 2 were asked for"): found = cluster_images(same, 2)
+    assert found["cluster"].tolist() == [0]*9
     with pytest.raises(ValueError, match="positive int"): cluster_images(digits_table(9), 0)
     with pytest.raises(ValueError, match="make them with cluster_images"): typical_images(digits_table(9))
 
@@ -203,8 +181,8 @@ def test_images_of_a_table_of_files_are_row_by_row(files):
 
 
 @pytest.mark.parametrize("images, words", [
-    (torch.rand(30, 5, 4, 4), "1 or 3 channels"), (torch.rand(4, 4), "array .N,C,H,W., got .4, 4."), ([1], "got a list"),
-    (torch.rand(9, 1, 4, 4), "0 to 29, got 9 images")])
+    (torch.rand(30, 5, 4, 4), "1 or 3 channels"), (torch.rand(4, 4), "array .N,C,H,W., got .4, 4."),
+    ([1], "got a list"), (torch.rand(9, 1, 4, 4), "0 to 29, got 9 images")])
 def test_images_that_do_not_fit(images, words):
     with pytest.raises(ValueError, match=words): image_map(digits_table(30), images=images)
 
@@ -221,6 +199,13 @@ def test_files_are_read_and_missing_ones_counted(files, tmp_path):
         tiles, missing = tiles_of(files, root=tmp_path)
     assert tiles.shape == (40, 3, 30, 30) and missing == {3: "not found", 4: "not an image"}
     assert tiles[[0, 3, 4, 39], 0, 0, 0].tolist() == [20, maps.GREY, maps.GREY, 20 + 5*39]
+
+
+def test_many_files_are_read_by_several_processes(tmp_path):
+    for i in range(1030): Image.new("L", (8, 8), i % 251).save(tmp_path/f"{i}.png")
+    table = pd.DataFrame({"file": [str(tmp_path/f"{i}.png") for i in range(1031)], "h": [np.ones(2)]*1031})
+    with pytest.warns(UserWarning, match="1 of 1,031 files"): tiles, missing = tiles_of(table)
+    assert missing == {1030: "not found"} and tiles[:1030, 0, 0, 0].tolist() == [i % 251 for i in range(1030)]
 
 
 def test_relative_paths_of_another_folder(files):
@@ -399,3 +384,67 @@ def test_a_page_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="at least 5"): map_page(digits_table(1), tmp_path/"m.html")
     with pytest.raises(ValueError, match="DataFrame"): map_page([1], tmp_path/"m.html")
     assert not (tmp_path/"m.html").exists()
+
+
+def test_the_suffix_says_what_is_written(tmp_path, files):
+    said = maps.save_map(files, tmp_path/"map.html", "Mine", clusters=3, root=tmp_path, method="pca", limit=30)
+    assert re.search(r"30 of 40 images in .*map.html \(0.\d MB\); open it in a browser", said)
+    assert "cluster" in said.splitlines()[1] and "<title>Mine" in (tmp_path/"map.html").read_text()
+    maps.save_map(files, tmp_path/"map.png", "Mine", root=tmp_path, method="pca", limit=None)
+    with Image.open(tmp_path/"map.png") as im: assert min(im.size) > 500
+    with pytest.raises(ValueError, match="out must end in .html"): maps.save_map(files, tmp_path/"map.gif", "Mine")
+
+
+def test_clusters_are_those_of_the_whole_table(tmp_path):
+    table = digits_table()
+    page = map_page(table, tmp_path/"map.html", clusters=4, limit=50)
+    whole = cluster_images(table, 4)["cluster"]
+    group = data_of(page)["groups"][0]
+    codes = array(group["codes"], "<i2")
+    rows = [int(name.split()[1]) for name in data_of(page)["names"]]
+    assert group["name"] == "cluster" and [int(group["names"][c]) for c in codes] == whole.iloc[rows].tolist()
+
+
+# The command
+
+@pytest.fixture
+def stored(files, tmp_path, monkeypatch):
+    "A table in a Parquet file, and a reader of it"
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import sys
+    from types import SimpleNamespace
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "self_supervised_bt.explore", SimpleNamespace(load_table=pd.read_parquet))
+    files.to_parquet("photos.parquet")
+    return files
+
+
+def test_bt_map(stored, tmp_path, capsys):
+    from self_supervised_bt.cli import bt_map
+    bt_map("photos.parquet")
+    assert "40 of 40 images in map.html" in capsys.readouterr().out
+    text = (tmp_path/"map.html").read_text()
+    assert "<title>photos</title>" in text and "placed by PCA" in text
+    bt_map("photos.parquet", out="map.png", method="tsne", clusters=3, limit=20, colour="label")
+    out = capsys.readouterr().out
+    assert "label share" in out and "20 of 40 images in map.png" in out and (tmp_path/"map.png").exists()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"method": "som"}, "--method must be one of 'pca', 'tsne', 'umap', got 'som'"),
+    ({"colour": "kind"}, "--colour must be a column of the table, got 'kind'"),
+    ({"clusters": 41}, "--clusters must be at most the number of rows, 40, got 41"),
+    ({"limit": 0}, "--limit must be a positive int, got 0"), ({"limit": 4}, "a map needs at least 5"),
+    ({"out": "map.gif"}, "--out must end in .html for a page"), ({"table": "none.parquet"}, "none.parquet")])
+def test_bt_map_says_what_is_wrong_in_one_line(stored, tmp_path, options, words):
+    from self_supervised_bt.cli import bt_map
+    with pytest.raises(SystemExit) as e: bt_map(**{"table": "photos.parquet", **options})
+    assert str(e.value).startswith("bt_map: ") and words in str(e.value) and "\n" not in str(e.value)
+    assert [f.suffix for f in tmp_path.iterdir() if f.is_file()] == [".parquet"]
+
+
+def test_bt_map_of_a_table_without_representations(stored):
+    from self_supervised_bt.cli import bt_map
+    stored.drop(columns="h").to_parquet("photos.parquet")
+    with pytest.raises(SystemExit, match="^bt_map: table must have a column h of representations, got file, label"):
+        bt_map("photos.parquet")

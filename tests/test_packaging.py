@@ -45,7 +45,7 @@ def test_the_wheel(copy):
     assert version == cfg["version"] == self_supervised_bt.__version__
     sources = {f"self_supervised_bt/{f.name}" for f in (root/"self_supervised_bt").glob("*.py")}
     assert sources == {n for n in names if n.endswith(".py")}
-    assert "self_supervised_bt/zoo.toml" in names
+    assert {"self_supervised_bt/zoo.toml", "self_supervised_bt/map.html"} <= {*names}
     for need in cfg["requirements"].split(): assert f"Requires-Dist: {re.split('[<>=]', need)[0]}" in meta
     extras = {key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")}
     assert set(re.findall(r"^Provides-Extra: (.*)$", meta, re.M)) == extras >= {"dev", "bench", "mutants"}

@@ -948,4 +948,4 @@ def test_through_torch_hub(monkeypatch, tmp_path):
 def test_the_catalogue_is_in_the_package():
     files = importlib.resources.files("self_supervised_bt")
     assert zoo.read_catalogue(files/"zoo.toml") == {n: zoo.CATALOGUE[n] for n in zoo.CATALOGUE}
-    assert 'package_data={"self_supervised_bt": ["zoo.toml"]}' in (root/"setup.py").read_text()
+    assert re.search(r'package_data=.*"zoo.toml"', (root/"setup.py").read_text())
