@@ -14,7 +14,7 @@ MODULES = ("core", "data", "folders", "fitting", "datasets", "fused",
            "encoder_files", "formats", "zoo",
            "training", "recipes", "checkpoints", "guard", "distributed",
            "evaluation", "classifiers", "diagnostics", "doctor", "reports", "transfer",
-           "weights", "export", "detection", "runs", "experiments")
+           "weights", "export", "detection", "explore", "runs", "experiments")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04
 _modules = [import_module(f"self_supervised_bt.{name}") for name in MODULES]
