@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import suppress
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +28,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import num_distrib, rank_distrib
-from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/43_explore.ipynb #d4f956ba
-from .core import check_choice, check_number, check_positive_int, undisturbed, whole_file, write_json
+from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     PATIENCE,
     REASONS,
@@ -67,9 +67,10 @@ from self_supervised_bt.evaluation import (
     size_of,
     whitening_to_use,
 )
+
+# %% ../nbs/43_explore.ipynb #74012aeb
 from self_supervised_bt.folders import (
     LEVELS,
-    PARTS,
     FileNames,
     ImageFiles,
     class_folders,
@@ -89,15 +90,21 @@ def live_model(model,      # as for `embed`
     "The model itself, or the encoder of a run or a file"
     if isinstance(model, (str, Path)):
         file = Path(os.path.expanduser(model))/"encoder.safetensors"
-        return load_encoder(file if is_path(model) and file.is_file() else model).to(device_or_default(device))
+        return load_encoder(file if is_path(model) and file.is_file() else model).to(device_of_rank(device))
     if device is None: return model
     raise ValueError(f"device={str(device)!r} is for an encoder from a file, this {type(model).__name__} has a device: "
                      "move it with .to(device), and leave device out")
+
+def device_of_rank(device)->torch.device: # the default of several ranks on one machine is a GPU each
+    "The given device, or the default"
+    several = device is None and num_distrib() > 1 and torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if several else device_or_default(device)
 
 def whitening_digest(whitening)->str: # `None` without
     "What a whitening does, in short"
     return whitening and digest(bytes_of(whitening.mean), bytes_of(whitening.matrix))
 
+# %% ../nbs/43_explore.ipynb #1b66a8f2
 class RowEncoder:
     "Images to representations, always in one way, and what a table says about it"
     def __init__(self, model, size=None, tta=None, levels=None, whiten=None):
@@ -157,7 +164,7 @@ def label_text(y,         # class index, or zeros and ones; of one image
 # %% ../nbs/43_explore.ipynb #966145b8
 class FileRows:
     "Image files as rows of a table"
-    column = "file"
+    column,by_rows = "file",True
     def __init__(self, files, labels, size, n_in, value_range=None):
         self.images = ImageFiles(files, size, n_in, bad="leave out", value_range=value_range)
         self.labels,self.n = labels,len(self.images)
@@ -198,7 +205,7 @@ def without(items:list, rows:list)->list: # numbers of items
 # %% ../nbs/43_explore.ipynb #698543fd
 class ArrayRows:
     "Images held as a tensor as rows of a table"
-    column,read_size = "index",None
+    column,read_size,by_rows = "index",None,True
     def __init__(self, x, y=None, vocab=None, index=None):
         self.x,self.n,self.index = x,len(x),index
         self.labels = None if y is None else [label_text(label, vocab) for label in y]
@@ -209,9 +216,10 @@ class ArrayRows:
     def batches(self, start, stop, bs, num_workers):
         for i in range(start, stop, bs): yield self.x[i:min(i + bs, stop)],list(range(i, min(i + bs, stop)))
 
+# %% ../nbs/43_explore.ipynb #0f3d5c65
 class LoaderRows:
     "The images of any loader as rows of a table, read from the first on"
-    read_size = None
+    read_size,by_rows = None,False   # batches are the loader's
     def __init__(self, dl): # from `BatchEncoder.takes`
         dataset = getattr(dl, "dataset", None)
         self.dl,self.n = dl,count_images(dl)
@@ -221,8 +229,14 @@ class LoaderRows:
         self.column,self.labels = "index" if self.names is None else "file",{}
     def keys(self, rows): return rows if self.names is None else [self.names[i] for i in rows]
     def labels_of(self, rows): return [self.labels.pop(i) for i in rows] if self.labels else None
-    def identity(self): return digest(repr((type(self.dl).__name__, self.n, self.names)).encode())
     def bad(self, start, stop): return []
+
+    def identity(self): # by the names, and the first images unless they could be read only once
+        again = iter(self.dl) is not self.dl if not isinstance(self.dl, list) else True
+        return digest(repr((self.n, self.names)).encode(), self.first_images() if again else b"")
+    def first_images(self):
+        with ordered_batches(self.dl) as batches: x = images_in(next(iter(batches)))
+        return bytes_of(x.as_subclass(Tensor)) if isinstance(x, Tensor) else b""
 
     def batches(self, start, stop, bs, num_workers):
         row = 0
@@ -234,6 +248,9 @@ class LoaderRows:
                 if rows and y is not None: self.labels |= {i: label_text(y[i - row], self.vocab) for i in rows}
                 if rows: yield x[rows[0] - row:rows[-1] - row + 1],rows
                 row += len(x)
+        if self.names is not None and row != self.n:
+            raise ValueError(f"the loader gave {row} images for {self.n} files, so their names are not known: pass the "
+                             "files themselves")
 
 # %% ../nbs/43_explore.ipynb #2eba7cb9
 def dataset_files(dataset # of a loader
@@ -249,6 +266,7 @@ def dataset_files(dataset # of a loader
 
 class ChainRows:
     "The rows of several sources, one after the other"
+    by_rows = False
     def __init__(self, parts):
         self.parts,self.starts = parts,np.cumsum([0, *(p.n for p in parts)]).tolist()
         self.n,self.column,self.read_size = self.starts[-1],parts[0].column,parts[0].read_size
@@ -259,8 +277,8 @@ class ChainRows:
     def keys(self, rows): return [k for part,own in self.each(rows) for k in part.keys(own)]
     def identity(self): return digest(*(p.identity().encode() for p in self.parts))
     def labels_of(self, rows):
-        labels = [part.labels_of(own) for part,own in self.each(rows)]
-        return None if any(l is None for l in labels) else sum(labels, [])
+        if all(part.labels is None for part in self.parts): return None
+        return [l for part,own in self.each(rows) for l in part.labels_of(own) or [None]*len(own)]
     def bad(self, start, stop):
         return [b for p,s in zip(self.parts, self.starts) for b in p.bad(max(0, start - s), max(0, stop - s))]
     def batches(self, start, stop, bs, num_workers):
@@ -269,20 +287,24 @@ class ChainRows:
             if a < b: yield from ((x, [i + first for i in rows]) for x,rows in part.batches(a, b, bs, num_workers))
 
 # %% ../nbs/43_explore.ipynb #2ac7511d
-def loader_rows(dl,                 # a loader
-                encoder:RowEncoder  # that will see its images
-               ):                   # a source; raises `ValueError`
+def loader_rows(dl # from `BatchEncoder.takes`
+               ):  # a source; raises `ValueError`
     "The rows of a loader: by its files or its tensors where it has them"
-    data = encoder.batch.takes(dl)
-    dataset = getattr(data, "dataset", None)
-    whole = count_images(data) == len(dataset) if isinstance(dataset, (ImageFiles, ImageTensors)) else False
-    vocab = list(getattr(dataset, "vocab", ())) if whole and dataset.y is not None else None
-    if whole and isinstance(dataset, ImageTensors):
-        return ArrayRows(dataset.x.as_subclass(Tensor), dataset.y, vocab, dataset.rows)
-    if not whole or not isinstance(dataset, ImageFiles): return LoaderRows(data)
+    dataset = getattr(dl, "dataset", None)
+    if not isinstance(dataset, (ImageFiles, ImageTensors)): return LoaderRows(dl)
+    steps = [type(t).__name__ for t in getattr(getattr(dl, "after_batch", None), "fs", [])]
+    plain = set(steps) <= {"IntToFloatTensor"} and count_images(dl) == len(dataset)
+    vocab = None if dataset.y is None else [str(c) for c in dataset.vocab]
+    if not plain and isinstance(dataset, ImageTensors): return LoaderRows(dl)
+    if not plain: raise ValueError("this loader chooses or changes its images, so their files are not known: pass the "
+                                   "files, or unlabelled_dls(files, size).train")
+    if isinstance(dataset, ImageTensors):
+        names = vocab and vocab != [str(i) for i in range(len(vocab))] and vocab   # numbers stay numbers
+        return ArrayRows(dataset.x.as_subclass(Tensor), dataset.y, names or None, dataset.rows)
     labels = None if dataset.y is None else [label_text(label, vocab) for label in dataset.y]
     return FileRows(dataset.files, labels, dataset.size, dataset.n_in, dataset.value_range)
 
+# %% ../nbs/43_explore.ipynb #b174ff86
 def file_rows(data,               # folder, name of a data set, or image files
               encoder:RowEncoder, # that will see the images
               size,               # as for `embed`, like the rest
@@ -312,13 +334,12 @@ def source_of(data, encoder, size=None, labels=None, value_range=None):
     for name,value in dict(labels=labels, value_range=value_range).items():
         if value is not None: raise ValueError(f"{name}={value!r} is for files, and data is a {type(data).__name__}: "
                                                f"leave {name} out")
-    if hasattr(data, "loaders"): return ChainRows([loader_rows(dl, encoder) for dl in data.loaders if len(dl)])
-    if hasattr(data, "batch_size") or hasattr(data, "new"): return loader_rows(data, encoder)
-    taken = encoder.batch.takes(data)
-    if isinstance(taken, (Tensor, tuple)):
-        count_images(taken)
-        return ArrayRows(*(taken if isinstance(taken, tuple) else (taken,)))
-    return LoaderRows(taken)
+    takes = encoder.batch.takes
+    if hasattr(data, "loaders"): return ChainRows([loader_rows(takes(dl)) for dl in data.loaders if len(dl)])
+    data = takes(data)
+    if not isinstance(data, (Tensor, tuple)): return loader_rows(data)
+    count_images(data)
+    return ArrayRows(*data) if isinstance(data, tuple) else ArrayRows(data)
 
 # %% ../nbs/43_explore.ipynb #4d94158c
 def table_of(column:str,   # "file" or "index"
@@ -329,10 +350,16 @@ def table_of(column:str,   # "file" or "index"
              bad:list=()   # (file, reason) pairs
             )->pd.DataFrame:
     "A table of representations"
-    columns = {column: keys} | ({} if labels is None else {"label": labels}) | {"h": list(h)}
-    table = pd.DataFrame(columns)
+    columns = {column: text_column(keys)} | ({} if labels is None else {"label": text_column(labels)})
+    table = pd.DataFrame(columns | {"h": list(h)})
     table.attrs.update(about, bad=[list(pair) for pair in bad])
     return table
+
+def text_column(values:list # text, perhaps with `None`, or numbers
+               )->pd.Series:
+    "A column; names of files that are not UTF-8 cannot be in pandas' own type of text"
+    try: return pd.Series(values)
+    except UnicodeEncodeError: return pd.Series(values, dtype=object)
 
 def one_block(rows # arrays (F,)
              )->np.ndarray: # (N,F), `None` if they do not follow each other in memory
@@ -431,19 +458,20 @@ def write_csv_table(part:Path, tables, about:dict)->None: # as `write_parquet`
         h = matrix_of(table)
         wide = pd.DataFrame(h, columns=[f"h{j}" for j in range(h.shape[1])], index=table.index)
         text = pd.concat([table.drop(columns="h"), wide], axis=1)
-        text.to_csv(part, mode="a" if i else "w", header=not i, index=False, float_format="%.9g")
+        text.to_csv(part, mode="a" if i else "w", header=not i, index=False, float_format="%.9g",
+                    errors="surrogateescape")
 
 def read_csv_table(path:Path)->pd.DataFrame: # raises `ValueError`
     "Read what `write_csv_table` wrote, and any such table"
-    text = pd.read_csv(path, keep_default_na=False, dtype={"file": str})
+    beside = path.with_name(path.name + ".json")
+    said = json.loads(beside.read_text()) if beside.is_file() else {}
+    texts = {"file": object} if said.get("numbers") else {"file": object, "label": object}
+    text = pd.read_csv(path, keep_default_na=False, dtype=texts, encoding_errors="surrogateescape")
     names = [c for c in text if re.fullmatch(r"h\d+", c)]
     if not names: raise ValueError(f"it has no columns h0, h1, ..., but {some_names(list(text))}")
     h = np.ascontiguousarray(text[names].to_numpy(np.float32))
-    beside = path.with_name(path.name + ".json")
-    about = json.loads(beside.read_text()) if beside.is_file() else {}
-    table = with_h(text.drop(columns=names), h, about)
-    if "label" in table and table["label"].dtype != np.int64: table["label"] = table["label"].replace("", None)
-    return table
+    columns = {c: text_column([v or None for v in text[c]]) if c in texts else text[c] for c in text if c not in names}
+    return with_h(pd.DataFrame(columns), h, said.get("attrs", {}))
 
 def with_h(table:pd.DataFrame, h:np.ndarray, about:dict)->pd.DataFrame:
     "A table with its representations and what is said about them"
@@ -466,7 +494,7 @@ def write_arrays(part:Path, arrays:dict)->None: # name to array
         for name,a in arrays.items():
             with z.open(f"{name}.npy", "w", force_zip64=True) as f: np.lib.format.write_array(f, a, allow_pickle=False)
 
-def texts(column)->np.ndarray: return column.where(column.notna(), "").astype(str).to_numpy().astype(np.str_)
+def texts(column)->np.ndarray: return np.array(["" if pd.isna(v) else str(v) for v in column.tolist()], dtype=np.str_)
 
 def read_npz(path:Path)->pd.DataFrame: # raises `ValueError`
     "Read what `write_npz` wrote; nothing in the file is run"
@@ -474,8 +502,7 @@ def read_npz(path:Path)->pd.DataFrame: # raises `ValueError`
     about = json.loads(str(arrays.pop("about", "{}")))
     h = arrays.pop("h", None)
     if h is None: raise ValueError(f"it has no array h, but {some_names(list(arrays))}")
-    columns = {name: a.tolist() for name,a in arrays.items()}
-    if "label" in columns: columns["label"] = [None if label == "" else label for label in columns["label"]]
+    columns = {name: text_column([None if v == "" else v for v in a.tolist()]) for name,a in arrays.items()}
     return with_h(pd.DataFrame(columns, index=range(len(h))), h, about)
 
 # %% ../nbs/43_explore.ipynb #2649a123
@@ -509,8 +536,13 @@ def write_tables(path:Path, # file to write
                  about:dict # of all of them
                 )->Path:    # the file; raises `OSError`
     "Tables one after the other into one file, complete or not at all"
+    if path.suffix.lower() == ".csv":
+        tables = iter(tables)
+        first = next(tables)
+        numbers = "label" in first and first["label"].dtype.kind in "iu"
+        write_json(path.with_name(path.name + ".json"), dict(numbers=numbers, attrs=about))
+        tables = chain([first], tables)
     with whole_file(path) as part: WRITERS[path.suffix.lower()](part, tables, about)
-    if path.suffix.lower() == ".csv": write_json(path.with_name(path.name + ".json"), about)
     return path
 
 def save_table(table:pd.DataFrame, # from `embed`, perhaps with more columns or fewer rows
@@ -532,9 +564,10 @@ def shard_path(path:Path, rank:int, world:int)->Path: # "images-00000-of-00002.p
 def shards_of(path:Path # file that is not there
              )->list:   # files in order; raises `FileNotFoundError`
     "The shards that ranks wrote in the place of one file"
-    found = [f for f in path.parent.glob(f"*{path.suffix}") if SHARD.match(f.stem) and SHARD.match(f.stem)[1] == path.stem]
-    worlds = sorted({int(SHARD.match(f.stem)[3]) for f in found})
-    if not worlds: raise FileNotFoundError(f"there is no table {path}: make it with embed(model, data, out={str(path)!r})")
+    found = [m for m in (SHARD.match(f.stem) for f in path.parent.glob(f"*{path.suffix}")) if m and m[1] == path.stem]
+    worlds = sorted({int(m[3]) for m in found})
+    if not worlds:
+        raise FileNotFoundError(f"there is no table {path}: make it with embed(model, data, out={str(path)!r})")
     if len(worlds) > 1:
         raise ValueError(f"{path.parent} holds shards of {path.name} by {' and by '.join(map(str, worlds))} ranks: "
                          "remove the older ones")
@@ -561,7 +594,8 @@ def check_same_maker(a:dict,     # `attrs` of a table
                      names:tuple # of the two
                     )->None:     # raises `ValueError`
     "Raise `ValueError` if representations cannot be compared"
-    differ = [k for k in MADE_BY if k in a and k in b and None not in (a["encoder"], b["encoder"]) and a[k] != b[k]]
+    if a.get("encoder") is None or b.get("encoder") is None: return   # a table of the user's own
+    differ = [k for k in MADE_BY if k in a and k in b and a[k] != b[k]]
     if not differ: return
     k = differ[0]
     raise ValueError(f"{names[0]} and {names[1]} have different representations ({k} {a[k]!r} and {b[k]!r}): "
@@ -591,9 +625,9 @@ def row_batches(encoder:RowEncoder,
                ):              # yields keys, labels, (B,F) representations, and the row after them
     "Encode the rows of a source, batch by batch"
     batches = source.batches(start, stop, bs, num_workers)
-    total = None if stop is None else -(-(stop - start)//bs)
+    total = -(-(stop - start)//bs) if source.by_rows else "noinfer"   # a bar ends the loop at its total
     with undisturbed(encoder.net):
-        for x,rows in progress_bar(batches, total=total, leave=False) if progress else batches:
+        for x,rows in progress_bar(batches, total=total, leave=False) if progress and not rank_distrib() else batches:
             if not rows: continue
             h = encoder(x)
             yield source.keys(rows),source.labels_of(rows),h,rows[-1] + 1
@@ -714,10 +748,19 @@ def about_in(file:Path)->dict: # `attrs` of a table; empty if it says nothing
     "What a file says about its rows, without reading them"
     try:
         if file.suffix.lower() == ".npz": return part_about(file)[0]
-        if file.suffix.lower() == ".csv": return json.loads(file.with_name(file.name + ".json").read_text())
+        if file.suffix.lower() == ".csv": return json.loads(file.with_name(file.name + ".json").read_text())["attrs"]
         schema = need("pyarrow.parquet").read_schema(file)
         return json.loads((schema.metadata or {}).get(b"PANDAS_ATTRS", b"{}"))
     except (OSError, ValueError, KeyError): return {}
+
+def check_parquet(source, start:int, stop:int)->None: # raises `ImportError` or `ValueError`
+    "Can the rows of a source be written as Parquet, whose texts are UTF-8?"
+    need("pyarrow.parquet")
+    odd = [k for k in source.keys(range(start, stop)) if not is_utf8(k)] if source.column == "file" else []
+    if odd: raise ValueError(f"{len(odd)} file names are not UTF-8, which Parquet cannot hold, e.g. {odd[0]!r}: rename "
+                             "them, or write an .npz file, e.g. out='images.npz'")
+
+def is_utf8(name:str)->bool: return not any("\ud800" <= c <= "\udfff" for c in name)
 
 def rank_share(n:int # images, `None` if not known
               )->tuple: # rank, world size, first row and the row after the last; raises `ValueError`
@@ -728,6 +771,7 @@ def rank_share(n:int # images, `None` if not known
                          "share: start one process")
     return rank,world,*((0, n) if world == 1 else (n*rank//world, n*(rank + 1)//world))
 
+# %% ../nbs/43_explore.ipynb #fd6755b9
 def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest as for `row_batches`
     "Embed into a file, which a call that was interrupted continues; of several ranks each writes a shard"
     rank,world,start,stop = rank_share(source.n)
@@ -742,7 +786,7 @@ def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest
         raise ValueError(f"{out} exists, with {differ[0]} {was.get(differ[0])!r}, and now it is {about[differ[0]]!r}: "
                          "remove it, or choose another out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    need("pyarrow.parquet" if out.suffix.lower() == ".parquet" else "numpy")   # before any work
+    if out.suffix.lower() == ".parquet": check_parquet(source, start, stop)   # before any work
     parts.open()
     write_parts(encoder, source, parts, stop, **kwargs)
     warn_of_bad(join_parts(parts, out, about), len(range(start, stop)) if stop else 0)
@@ -766,16 +810,29 @@ def embed(model,                # Learner, model, encoder; or run folder, file, 
     "Representations of images with their names, in order; raises `ValueError` or `OSError`"
     check_positive_int("bs", bs)
     out = None if out is None else table_path(out)
+    pair = encoder_and_source(model, data, size, tta, levels, whiten, labels, device, value_range)
+    kwargs = dict(bs=bs, num_workers=num_workers, progress=progress)
+    if out is not None and whiten != "fit": return load_table(embed_into(out, *pair, **kwargs))
+    table = embed_rows(*pair, **kwargs)
+    if out is not None: save_table(table, out)
+    return table
+
+# %% ../nbs/43_explore.ipynb #49cfd48b
+def encoder_and_source(model, data, size=None, tta=None, levels=None, whiten=None, labels=None, device=None,
+                       value_range=None)->tuple: # a `RowEncoder` and a source; raises `ValueError` or `OSError`
+    "What is embedded, and how; the arguments are those of `embed`"
     if whiten == "fit" and isinstance(model, (str, Path)):
         raise ValueError("whiten='fit' is remembered by an encoder in memory, and model is a file: load it with "
                          "load_encoder, fit the whitening, and save_encoder keeps it")
     encoder = RowEncoder(live_model(model, device), size, tta, levels, whiten)
-    source = source_of(data, encoder, size, labels, value_range)
-    kwargs = dict(bs=bs, num_workers=num_workers, progress=progress)
-    if out is not None and whiten != "fit": return load_table(embed_into(out, encoder, source, **kwargs))
-    table = embed_rows(encoder, source, **kwargs)
-    if out is not None: save_table(table, out)
-    return table
+    return encoder,source_of(data, encoder, size, labels, value_range)
+
+def embed_to_file(model, data, out, bs=64, num_workers=None, progress=True, **how)->tuple: # file, and its `attrs`
+    "`embed` into a file without reading the table into memory"
+    check_positive_int("bs", bs)
+    pair = encoder_and_source(model, data, **how)
+    file = embed_into(table_path(out), *pair, bs=bs, num_workers=num_workers, progress=progress)
+    return file,about_in(file)
 
 # %% ../nbs/43_explore.ipynb #41913a59
 def embed_rows(encoder:RowEncoder, source, **kwargs)->pd.DataFrame: # the rest as for `row_batches`
@@ -852,7 +909,8 @@ def search_to_use(search,       # as for `similar`
     if search != "auto": return search
     if n <= MANY_ROWS or n_queries <= MANY_QUERIES: return "exact"
     with suppress(ImportError): return need("faiss") and "ivf"
-    warnings.warn(f"{n_queries:,} queries are compared with all {n:,} rows: FAISS would be faster, pip install faiss-cpu")
+    warnings.warn(f"{n_queries:,} queries are compared with all {n:,} rows, where FAISS would be faster: pip install "
+                  "faiss-cpu")
     return "exact"
 
 def nearest(h:np.ndarray,       # (M,F) queries
@@ -878,8 +936,10 @@ def file_row(files:list, # of a table
     "The row of a file, by its path or the end of it"
     if name in files: return files.index(name)
     last,real = os.path.basename(name),os.path.realpath(name)
-    ends = [i for i,f in enumerate(files) if f.endswith(last) and (f.endswith("/" + name) or os.path.realpath(f) == real)]
-    if len(ends) > 1: raise ValueError(f"query={name!r} is the end of {len(ends)} files: {some_names(files[i] for i in ends)}")
+    same_name = [i for i,f in enumerate(files) if f.endswith(last)]
+    ends = [i for i in same_name if files[i].endswith("/" + name) or os.path.realpath(files[i]) == real]
+    if len(ends) > 1:
+        raise ValueError(f"query={name!r} is the end of {len(ends)} files: {some_names(files[i] for i in ends)}")
     return ends[0] if ends else -1
 
 def check_row(i, n:int)->int: # raises `ValueError`
@@ -895,15 +955,18 @@ def query_items(query)->tuple: # a list, and whether it is one query
     "The parts of what was asked for"
     if isinstance(query, pd.DataFrame): return [row for _,row in query.iterrows()],False
     if is_matrix(query): return list(query),False
-    if isinstance(query, (list, tuple, L)) and not all(isinstance(o, float) for o in query): return list(query),False
+    if isinstance(query, (list, tuple, L)):
+        numbers = len(query) > 0 and all(isinstance(o, float) for o in query)
+        return ([np.array(query, np.float32)], True) if numbers else (list(query), False)
     if isinstance(query, np.ndarray) and query.ndim == 1 and query.dtype.kind in "iu": return query.tolist(),False
-    return [np.array(query, np.float32) if isinstance(query, (list, tuple, L)) and len(query) else query],True
+    return [query],True
 
 # %% ../nbs/43_explore.ipynb #885871b0
 def image_encoder(model, table)->RowEncoder: # raises `ValueError`
     "The encoder of a table, for images that are not in it"
     if model is None:
-        raise ValueError("query is an image that is not in the table: pass model=, the encoder that made the table")
+        raise ValueError("query is an image that is not in the table: pass the encoder that made the table, e.g. "
+                         "model='runs/photos'")
     about = table.attrs
     model = live_model(model)
     size = about.get("size")
@@ -914,9 +977,17 @@ def image_encoder(model, table)->RowEncoder: # raises `ValueError`
     check_same_maker(json.loads(json.dumps(said)), about, ("this encoder", "the table"))
     return encoder
 
+def as_bytes_of(x:Tensor # (C,H,W) uint8 or float in [0,1], of one or three channels
+               )->np.ndarray: # (H,W) or (H,W,3) uint8
+    "The pixels of a tensor, as an image file would have them"
+    x = x.as_subclass(Tensor).cpu()
+    x = x if x.dtype == torch.uint8 else (255*x.float()).round().clamp(0, 255).byte()
+    return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
+
 def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `TypeError` or `ValueError`
     "The representation of one image, which is read as those of the table were"
     side = table.attrs.get("read") or max(encoder.how["size"] or [0])
+    if isinstance(image, Tensor) and image.ndim == 3 and table.attrs.get("read"): image = as_bytes_of(image)
     if isinstance(image, Tensor): x = image
     elif isinstance(image, (str, Path)): x = read_image(image, side or 224, encoder.n_in)
     else:
@@ -926,40 +997,45 @@ def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `Ty
     with undisturbed(encoder.net): return encoder(x[None])[0].numpy()
 
 # %% ../nbs/43_explore.ipynb #c8bbb3a1
-def one_query(item, table, files, h, model)->Query: # model: a function that gives a `RowEncoder`
+def one_query(item, keys, h, image)->Query: # keys: of the rows; image: a function that encodes one
     "A query by what it is; raises `ValueError` or `TypeError`"
-    if isinstance(item, pd.Series) and "h" in item: return one_query(np.asarray(item["h"]), table, files, h, model)
+    if isinstance(item, pd.Series) and "h" in item: item = np.asarray(item["h"])
     if isinstance(item, (Integral, np.integer)) and not isinstance(item, bool):
         row = check_row(item, len(h))
-        return Query(row, h[row], row)
+        return Query(keys[row], h[row], row)
     if isinstance(item, (str, Path)):
+        files = [k for k in keys if isinstance(k, str)]
         row = file_row(files, str(item))
         if row >= 0: return Query(files[row], h[row], row)
-        if not os.path.isfile(item):
-            near = difflib.get_close_matches(str(item), files, 3)
-            raise FileNotFoundError(f"query={str(item)!r} is no file of the table and none on the disk"
-                                    + (f": did you mean {some_names(near)}?" if near else ""))
-        return Query(str(item), image_row(model(), item, table))
-    if is_vector(item):
-        v = np.asarray(item, dtype=np.float32)
-        if len(v) != h.shape[1]: raise ValueError(f"query is {len(v)} wide and the table {h.shape[1]}: encode both "
-                                                  "with one encoder")
-        return Query("vector", v)
-    if isinstance(item, (Image.Image, np.ndarray, Tensor)): return Query("image", image_row(model(), item, table))
-    raise TypeError("query must be a file, a row number, an image (a file, Pillow's, an array of bytes or a tensor) or a "
-                    f"vector, got {type(item).__name__}")
+        check_there(item, files)
+        return Query(str(item), image(item))
+    if is_vector(item): return Query(None, np.asarray(item, dtype=np.float32))
+    if isinstance(item, (Image.Image, np.ndarray, Tensor)): return Query(None, image(item))
+    raise TypeError("query must be a file, a row number, an image (a file, Pillow's, an array of bytes or a tensor) or "
+                    f"a vector, got {type(item).__name__}")
+
+def check_there(file, files)->None: # raises `FileNotFoundError`
+    "A file that is not in the table must be on the disk"
+    if os.path.isfile(file): return
+    near = difflib.get_close_matches(str(file), files, 3)
+    raise FileNotFoundError(f"query={str(file)!r} is no file of the table and none on the disk"
+                            + (f": did you mean {some_names(near)}?" if near else ""))
 
 def queries_of(query, table, h, model)->tuple: # list of `Query`, and whether it is one
-    "All that is asked for; the encoder is made ready once"
+    "All that is asked for; the encoder is made ready once, when it is needed"
     items,one = query_items(query)
     if not items: raise ValueError("query is empty: pass a file, a row number, an image or a vector")
-    files = table["file"].tolist() if "file" in table else []
-    made = []
-    def encoder():
-        if not made: made.append(image_encoder(model, table))
-        return made[0]
     if isinstance(query, pd.DataFrame): check_same_maker(query.attrs, table.attrs, ("query", "the table"))
-    return [one_query(item, table, files, h, encoder) for item in items],one
+    made = []
+    def image(item):
+        if not made: made.append(image_encoder(model, table))
+        return image_row(made[0], item, table)
+    keys = table[key_column(table)].tolist()
+    queries = [one_query(item, keys, h, image) for item in items]
+    for q in queries:
+        if len(q.h) != h.shape[1]: raise ValueError(f"query is {len(q.h)} wide and the table {h.shape[1]}: encode both "
+                                                    "with one encoder, in the same way")
+    return [q._replace(name=f"query {i}") if q.name is None else q for i,q in enumerate(queries)],one
 
 # %% ../nbs/43_explore.ipynb #a4f58f70
 def similar(table:pd.DataFrame, # from `embed` or `explore.load_table`
@@ -981,7 +1057,7 @@ def similar(table:pd.DataFrame, # from `embed` or `explore.load_table`
     found = table.iloc[rows][[c for c in (column, "label") if c in table]]
     found = found.assign(similarity=np.concatenate([s[i, js] for i,js in enumerate(kept)]))
     if not one: found.insert(0, "query", [q.name for q,js in zip(queries, kept) for _ in js])
-    found.attrs = {"query": [[q.name, q.row] for q in queries]}
+    found.attrs = {"query": [[q.name, q.row, len(js)] for q,js in zip(queries, kept)]}
     return found
 
 # %% ../nbs/43_explore.ipynb #5ddc77d8
@@ -994,9 +1070,8 @@ def thumbnail(key,         # file, or number of an image
         try: return read_image(key, side).permute(1, 2, 0).numpy()
         except (BadImage, OSError): return np.full((side, side, 3), 200, np.uint8)
     if images is None: raise ValueError("the table has no files: pass images=, the images that were embedded")
-    x = torch.as_tensor(images[key]).as_subclass(Tensor)
-    x = x if x.dtype == torch.uint8 else (255*x.float()).round().clamp(0, 255).byte()
-    return x.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy() if len(x) == 1 else x[:3].permute(1, 2, 0).cpu().numpy()
+    x = torch.as_tensor(images[key])
+    return as_bytes_of(x.expand(3, -1, -1) if len(x) == 1 else x[:3])
 
 def plot_pictures(rows:list,      # lists of (picture, caption)
                   size:float=1.1  # inches per picture
@@ -1012,24 +1087,24 @@ def plot_pictures(rows:list,      # lists of (picture, caption)
             ax.set_title(caption, fontsize=8)
     return list(axes.flat)
 
+# %% ../nbs/43_explore.ipynb #37c54494
 def plot_similar(found:pd.DataFrame, # from `similar`
                  images=None,        # (N,C,H,W), for a table without files
                  size:float=1.1      # inches per picture
                 )->list:             # axes, row by row
     "Each query, if it is a file or a row, and the images found for it"
-    column,asked = key_column(found),found.attrs.get("query", [])
-    names = found["query"] if "query" in found else [asked[0][0] if asked else "query"]*len(found)
-    lines,per = [],len(found)//max(1, len(asked))
-    for i,(name,row) in enumerate(asked):
-        part = found.iloc[i*per:(i + 1)*per]
-        shown = isinstance(name, str) and os.path.isfile(name) or images is not None and row >= 0
-        query = [(thumbnail(name if isinstance(name, str) else row, images), "query")] if shown else []
+    column,lines,start = key_column(found),[],0
+    for name,row,n in found.attrs["query"]:
+        part = found.iloc[start:start + n]
+        shown = os.path.isfile(name) if isinstance(name, str) else images is not None and row >= 0
+        query = [(thumbnail(name, images), "query")] if shown else []
         lines.append(query + [(thumbnail(k, images), f"{s:.3f}") for k,s in zip(part[column], part.similarity)])
+        start += n
     return plot_pictures(lines, size)
 
 # %% ../nbs/43_explore.ipynb #e3ee06a2
 LATE = 16       # K, the neighbour by which the density is measured
-CHANCE = .01    # expected share of ordinary images among those found
+CHANCE = .05    # expected share of ordinary images among those found
 FLOOR = 1e-6    # distances below are rounding: identical images
 FEWEST = 40     # rows, to see a distribution
 
@@ -1037,12 +1112,12 @@ class NearestDistances:
     "The distances of images to their nearest others, and how they would be without copies"
     def __init__(self, s:np.ndarray): # (N,K) similarities of their neighbours, the nearest first
         from scipy.stats import beta
-        d = (1 - s.astype(np.float64)).clip(FLOOR)
-        k,j = d.shape[1],d.shape[1]//2
+        d = (1 - s.astype(np.float64)).clip(FLOOR, 2)
+        k,j = d.shape[1],max(1, d.shape[1]//2)
         self.n,self.k,self.first = len(d),k,np.sort(d[:,0])
         self.late = d[np.linspace(0, len(d) - 1, min(len(d), 20_000)).round().astype(int), k - 1]
         spread = max(np.median(np.log(d[:,k-1]/d[:,j-1])), 1e-6)
-        self.exponent = -math.log(beta(j, k - j).median())/spread
+        self.exponent = -math.log(beta(j, k - j).median())/spread if k > j else 1.
         self.most = max(np.median(d[:,j-1]), 2*FLOOR)   # thresholds that are tried end here
 
     def expected(self, r): # images whose nearest other would be within r
@@ -1108,12 +1183,13 @@ def why_text(d:NearestDistances, # of a table
     "The threshold and its reason in words"
     found,chance = d.found(at),d.expected(at)
     middle = f"Of {d.n:,} images, half have a nearest other image of similarity {1 - d.first[d.n//2]:.4g} or more."
-    by = (f"By the distances to their {d.k//2}th to {d.k}th neighbours, {chance:.3g} would have one without copies "
-          f"({chance/max(found, 1):.1%} of them).")
-    above = f"{found:,} have one above it. {by}"
+    above = f"{found:,} have one above it."
+    if d.n < FEWEST: return f"{middle} Threshold {1 - at:.6g}, as given: {above}"
+    above += (f" By the distances to their {d.k//2}th to {d.k}th neighbours, {chance:.3g} would have one without "
+              f"copies ({chance/max(found, 1):.1%} of them).")
     if given:
-        rule = f" The rule, at most {CHANCE:.0%}, would take {1 - d.threshold():.6g}." if d.n >= FEWEST else ""
-        return f"{middle} Threshold {1 - at:.6g}, as given: {above}{rule}"
+        return (f"{middle} Threshold {1 - at:.6g}, as given: {above} The rule, at most {CHANCE:.0%} by chance, would "
+                f"take {1 - d.threshold():.6g}.")
     if at > FLOOR: return f"{middle} Threshold {1 - at:.6g}, the lowest with at most {CHANCE:.0%} by chance: {above}"
     return (f"{middle} No threshold has at most {CHANCE:.0%} by chance: only identical images are grouped, which "
             f"{found:,} are. Pass a threshold to see less similar ones.")

@@ -206,12 +206,13 @@ def test_files_give_every_bit_back(tmp_path, ending):
     labels = [None, "NA", "null", "1", "a;b"]*10
     table = explore.table_of("file", names, labels, h, dict(encoder="0"*16, tta=["flip"]), [("x.png", "truncated")])
     again = load_table(save_table(table.assign(score=h[:, 0]), tmp_path/f"t{ending}"))
-    assert list(again) == ["file", "label", "h", "score"] if ending != ".npz" else set(again) == {*table, "score"}
+    assert set(again) == {"file", "label", "h", "score"}
     assert np.array_equal(matrix_of(again), h) and again.file.tolist() == names and again.attrs == table.attrs
     assert [None if pd.isna(label) else label for label in again.label] == labels
-    np.testing.assert_array_equal(again.score, h[:, 0])
-    numbers = explore.table_of("index", list(range(50)), list(range(50)), h, {})
-    assert equal(load_table(save_table(numbers, tmp_path/f"n{ending}")), numbers)
+    assert np.array_equal(np.float32(again.score), h[:, 0])
+    for numbers in (list(range(50)), [str(i) for i in range(50)]):   # numbers stay numbers, text stays text
+        numbered = explore.table_of("index", list(range(50)), numbers, h, {})
+        assert equal(load_table(save_table(numbered, tmp_path/f"n{ending}")), numbered)
     part = table[table.label.notna()]
     assert load_table(save_table(part, tmp_path/f"part{ending}")).file.tolist() == part.file.tolist()
 
@@ -371,7 +372,7 @@ def test_a_row_never_finds_itself_even_among_copies():
 
 @pytest.mark.parametrize("query, kwargs, error, message", [
     (40, {}, ValueError, "query=40 is no row"), (-1, {}, ValueError, "query=-1 is no row"),
-    (0, dict(k=40), ValueError, r"k must be in 1..39, the other rows"), (0, dict(k=0), ValueError, "k must be in 1..39"),
+    (0, dict(k=40), ValueError, "k must be in 1..39, the other rows"), (0, dict(k=0), ValueError, "k must be in 1..39"),
     (0, dict(k=2.5), ValueError, "k must be in"), (np.ones(3), {}, ValueError, "query is 3 wide and the table 8"),
     ("nowhere/00.pngg", {}, FileNotFoundError, "no file of the table and none on the disk"),
     (True, {}, TypeError, "query must be a file"), (None, {}, TypeError, "query must be a file"),
@@ -485,7 +486,7 @@ def test_the_threshold_finds_copies_and_little_else(dims, share):
     pairs = {frozenset((f"{i}.png", f"{1500 + i}.png")) for i in range(len(copies))}
     right = len(groups_of(found) & pairs)
     assert right >= .97*len(pairs)
-    assert found.group.nunique() - right <= max(3, .08*len(pairs))
+    assert found.group.nunique() - right <= max(6, .1*len(pairs))
     assert f"Threshold {found.attrs['threshold']:.6g}" in found.attrs["why"] or "No threshold" in found.attrs["why"]
 
 
@@ -588,7 +589,7 @@ def test_the_commands(saved, folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command, message", [
     (lambda: bt_embed("nowhere.safetensors", "."), "nowhere.safetensors"),
     (lambda: bt_similar("none.parquet", "a.jpg"), "there is no table none.parquet"),
-    (lambda: bt_similar("t.npz", "a.jpg"), "query='a.jpg' is no file of the table"),
+    (lambda: bt_similar("t.npz", "a.jpg"), "query 'a.jpg' is no file of the table"),
     (lambda: bt_similar("t.npz", "0", k=9), "--k must be in 1..3|k must be in 1..3"),
     (lambda: bt_duplicates("t.npz", threshold=2), "--threshold must be a cosine similarity"),
     (lambda: bt_duplicates("t.npz"), "--threshold|40 are needed"),
@@ -601,3 +602,13 @@ def test_errors_of_the_commands_are_one_line(tmp_path, monkeypatch, command, mes
 
 
 def test_what_a_table_says_is_plain(table): assert json.loads(json.dumps(table.attrs)) == table.attrs
+
+
+def test_names_that_are_not_utf8(net, folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    odd = os.fsdecode(os.fsencode(folder) + b"/dark/gr\xfcn.png")
+    Image.open(folder/"dark"/"01.png").save(odd, format="png")
+    with pytest.raises(ValueError, match="1 file names are not UTF-8"):
+        embed(net, folder, tmp_path/"t.parquet", **QUIET)
+    for ending in (".csv", ".npz"):
+        assert odd in embed(net, folder, tmp_path/f"t{ending}", **QUIET).file.tolist()
