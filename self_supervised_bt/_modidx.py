@@ -1490,6 +1490,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.bad_text': ( 'explore.html#bad_text',
                                                                                      'self_supervised_bt/explore.py'),
+                                            'self_supervised_bt.explore.batches_of': ( 'explore.html#batches_of',
+                                                                                       'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.check_parquet': ( 'explore.html#check_parquet',
                                                                                           'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.check_row': ( 'explore.html#check_row',

@@ -361,6 +361,7 @@ def text_column(values:list # text, perhaps with `None`, or numbers
     try: return pd.Series(values)
     except UnicodeEncodeError: return pd.Series(values, dtype=object)
 
+# %% ../nbs/43_explore.ipynb #e0452a27
 def one_block(rows # arrays (F,)
              )->np.ndarray: # (N,F), `None` if they do not follow each other in memory
     "The matrix of which arrays are the rows, without a copy"
@@ -506,15 +507,18 @@ def read_npz(path:Path)->pd.DataFrame: # raises `ValueError`
     return with_h(pd.DataFrame(columns, index=range(len(h))), h, about)
 
 # %% ../nbs/43_explore.ipynb #2649a123
+def batches_of(file): # a `ParquetFile`; one row group at a time, so that few of them are in memory
+    "The rows of a Parquet file in pieces"
+    return chain.from_iterable(file.iter_batches(ROWS, row_groups=[i]) for i in range(file.num_row_groups))
+
 def read_parquet(path:Path)->pd.DataFrame: # raises `ValueError`
     "Read Parquet into one matrix, piece by piece"
-    file = need("pyarrow.parquet").ParquetFile(path)
-    with file:
+    with need("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
         about = json.loads((file.schema_arrow.metadata or {}).get(b"PANDAS_ATTRS", b"{}"))
         if "h" not in file.schema_arrow.names:
             raise ValueError(f"it has no column h, but {some_names(file.schema_arrow.names)}")
         h,done,others = None,0,[]
-        for batch in file.iter_batches(ROWS):
+        for batch in batches_of(file):
             part = batch.column("h")
             numbers = part.flatten().to_numpy(zero_copy_only=False)
             if len(part) == 0: continue
