@@ -46,6 +46,8 @@ def held_out_rows(y:Tensor,   # (N,) class indices
     is_test[test] = True
     return (~is_test).nonzero()[:,0],test
 
+STEPS = 200   # of a fine-tuning, at least: few labels are short epochs
+
 def finetuned(encoder,       # from `load_encoder`; it is copied
               dl,            # loader of labelled images
               train:Tensor,  # rows of its dataset to learn from
@@ -56,7 +58,7 @@ def finetuned(encoder,       # from `load_encoder`; it is copied
     train_dl = subset_dl(dl, train)
     dls = DataLoaders(train_dl, loader_of_rows(dl, test.tolist()), device=dl.device)
     learn = classifier_learner(encoder, dls, n_out)
-    epochs = max(PROTOCOLS["finetune"]["epochs"], math.ceil(200/len(train_dl)))
+    epochs = max(PROTOCOLS["finetune"]["epochs"], math.ceil(STEPS/len(train_dl)))
     with learn.no_bar(), learn.no_logging():
         with learn.added_cbs(NoValidation()): fit_protocol(learn, "finetune", epochs=epochs)
         return learn,learn.validate()[1]

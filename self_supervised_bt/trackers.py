@@ -44,9 +44,16 @@ class EpochTracker(Callback):
 
 # %% ../nbs/36_trackers.ipynb #6cb9796d
 def tensorboard_callback(out:Path, recipe:dict)->list: # callbacks
-    "fastai's callback, into the folder `tensorboard` of the run"
+    "fastai's callback, into the folder `tensorboard` of the run; an optimizer's settings that are no numbers are left out"
     from fastai.callback.tensorboard import TensorBoardCallback
-    return [TensorBoardCallback(out/"tensorboard", trace_model=False, log_preds=False)]
+    class NumbersToTensorBoard(TensorBoardCallback):
+        def after_batch(self):
+            if not self.training: return
+            numbers = {f"{k}_{i}": v for i,h in enumerate(self.opt.hypers) for k,v in h.items()
+                       if isinstance(v, (int, float))}
+            for k,v in {"train_loss": self.smooth_loss, **numbers}.items():
+                self.writer.add_scalar(k, v, self.train_iter)
+    return [NumbersToTensorBoard(out/"tensorboard", trace_model=False, log_preds=False)]
 
 def wandb_callback(out:Path, recipe:dict)->list: # callbacks
     "fastai's callback; a run of its own in Weights & Biases, or that of the user if one is open"

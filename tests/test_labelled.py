@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from self_supervised_bt import labelled
 from self_supervised_bt.cli import bt_classify
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.folders import labelled_dls
@@ -43,7 +44,9 @@ def test_a_linear_classifier_and_its_file(folder, encoder, tmp_path):
     assert load_model(r["file"]).classes == ["dark", "light"]
 
 
-def test_fine_tuning_trains_the_encoder_and_leaves_the_file_alone(folder, encoder, tmp_path):
+def test_fine_tuning_trains_the_encoder_and_leaves_the_file_alone(folder, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "STEPS", 4)
+    monkeypatch.setitem(labelled.PROTOCOLS, "finetune", {**labelled.PROTOCOLS["finetune"], "epochs": 2})
     before = encoder.read_bytes()
     r = classify(encoder, folder, tmp_path/"out", finetune=True, seeds=1, num_workers=0)
     assert encoder.read_bytes() == before and r["finetuned"] and "±" not in r["accuracy"]

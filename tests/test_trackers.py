@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from fastai.callback.core import Callback
 
+from self_supervised_bt.data import digits_dls
+from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.trackers import EpochTracker, check_tracker, tracker_callbacks
 
 
@@ -22,8 +24,20 @@ def test_tensorboard_has_the_columns_of_every_epoch(make_learner, tmp_path):
     events.Reload()
     valid = [e.value for e in events.Scalars("valid_loss")]
     assert valid == pytest.approx([float(row[1]) for row in learn.recorder.values], rel=1e-5)
-    assert len(events.Scalars("train_loss")) >= learn.train_iter
+    assert len(events.Scalars("lr_0")) == learn.train_iter
     assert [f.name for f in tmp_path.iterdir()] == ["tensorboard"]
+
+
+def test_tensorboard_leaves_out_what_is_no_number(tmp_path):
+    "As settings of Muon are"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    learn = bt_learner(digits_dls(bs=256), recipe="digits", cbs=tracker_callbacks("tensorboard", tmp_path, {}))
+    assert any(isinstance(v, str) for h in learn.create_opt() or learn.opt.hypers for v in h.values())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    events = accumulator.EventAccumulator(str(tmp_path/"tensorboard"))
+    events.Reload()
+    assert {"lr_0", "lr_1", "train_loss", "valid_loss"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("lr_0")) == learn.train_iter
 
 
 def fake(monkeypatch, name, **functions):
