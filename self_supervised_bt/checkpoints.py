@@ -351,7 +351,8 @@ def _comparable(recipe):
     return json.loads(json.dumps({k: v for k,v in recipe.items() if k in names}))
 
 def check_same_run(learn:Learner, # in a fit, before its first epoch
-                   state:dict     # from `run_state`
+                   state:dict,    # from `run_state`
+                   more_epochs:bool=False # may this fit have more epochs?
                   )->None:        # raises `ValueError`
     "Refuse the checkpoint of another run, naming the differences"
     now = dict(n_epoch=learn.n_epoch, batches=len(learn.dls.train), ranks=max(1, num_distrib()))
@@ -360,6 +361,8 @@ def check_same_run(learn:Learner, # in a fit, before its first epoch
     if recipe and state["recipe"]:
         now.update(_comparable(asdict(recipe)))
         saved.update(_comparable(state["recipe"]))
+    longer = more_epochs and now["n_epoch"] > saved["n_epoch"]
+    if longer: now = {k: v for k,v in now.items() if k not in ("n_epoch", "epochs")}
     changed = [f"{k}={now[k]!r} (was {saved.get(k)!r})" for k in now if now[k] != saved.get(k)]
     if changed:
         raise ValueError(f"this fit differs from the run to resume: {', '.join(changed)}. "
@@ -387,10 +390,11 @@ def _restore_recorder(learn, state):
         if isinstance(cb, ParamScheduler): cb.hps = {k: list(v) for k,v in state["hps"].items()}
 
 def restore_run(learn:Learner, # in a fit, before its first epoch
-                state:dict     # from `run_state`
+                state:dict,    # from `run_state`
+                more_epochs:bool=False # may this fit have more epochs?
                )->None:        # raises `ValueError`
     "Model, optimizer, gradient scaler, callbacks and the Recorder as they were"
-    check_same_run(learn, state)
+    check_same_run(learn, state, more_epochs)
     check_callbacks(learn, state["callbacks"])
     model = unwrapped(learn.model)
     try: model.load_state_dict(state["model"])
@@ -421,12 +425,14 @@ class Checkpoints(Callback):
                  monitor:str=None,   # column of the Recorder; the checkpoint with the best value is kept as best.pt
                  resume:bool=False,  # resume the run in `path`, if there is one?
                  signals:tuple=("SIGTERM", "SIGUSR1", "SIGINT"), # signals that save and end the run
-                 mode:str=None       # is the "max" or the "min" of `monitor` the best? "min" if not given, for a loss
+                 mode:str=None,      # is the "max" or the "min" of `monitor` the best? "min" if not given, for a loss
+                 more_epochs:bool=False # may a fit that resumes have more epochs than the run had?
                 ):
         if every is not None: check_positive_int("every", every)
         check_positive_int("keep", keep)
         self.path,self.every,self.keep,self.monitor = Path(path),every,keep,monitor
         self.resume,self.signals,self.mode = resume,signals,check_mode(monitor, mode)
+        self.more_epochs = more_epochs
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
@@ -441,11 +447,16 @@ class Checkpoints(Callback):
     def before_epoch(self):
         resumed = self.resumed_from
         if resumed and resumed["done"] and self.epoch == resumed["epoch"]: self.learn.all_batches = self.rest_of_epoch
-    def before_train(self):
-        if "all_batches" in vars(self.learn): return   # the rest of an epoch: its start is in the checkpoint
-        self.epoch_start = self.start_of_epoch(self.learn.dl)
-    def before_validate(self):
-        if self.in_fit: self.random_after_train = from_all_ranks(rng_states())
+
+# %% ../nbs/22_checkpoints.ipynb #3d507f4e
+@patch
+def before_train(self:Checkpoints):
+    if "all_batches" in vars(self.learn): return   # the rest of an epoch: its start is in the checkpoint
+    self.epoch_start = self.start_of_epoch(self.learn.dl)
+
+@patch
+def before_validate(self:Checkpoints):
+    if self.in_fit: self.random_after_train = from_all_ranks(rng_states())
 
 # %% ../nbs/22_checkpoints.ipynb #573f6c2d
 @patch
@@ -586,7 +597,7 @@ def resume_newest(self:Checkpoints):
     state,rank = self.read_newest(),rank_distrib()
     self.check_same_monitor(state)
     check_same_data(self.data, state["data"])
-    restore_run(self.learn, state)
+    restore_run(self.learn, state, self.more_epochs)
     self.resumed_from,self.best,self.epoch_start = state,self.best_value(state),state["epoch_start"]
     self.run_id,self.seconds_before = state["run"],state["seconds"]
     if state["train_iter"]: getattr(self.dls, "n_inp", None)   # fastai makes an item to find out, once, at the start
@@ -601,6 +612,7 @@ def rest_of_epoch(self:Checkpoints):
     del learn.all_batches
     self.resumed_from = None
     learn.n_iter,learn.pct_train = len(learn.dl),state["pct_train"]
+    if learn.n_epoch != state["n_epoch"]: learn.pct_train *= state["n_epoch"]/learn.n_epoch
     load_callbacks(learn, state["callbacks"])   # again, as the start of an epoch may have reset it
     averages = state["recorder"]["averages"]
     for m in learn.metrics: vars(m).update(averages.get(m.name, {}))

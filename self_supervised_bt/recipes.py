@@ -293,6 +293,9 @@ _cifar = Recipe(
     "cifar", arch="timm/resnet10t", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem="no pool",
     size=24, views=dict(recipe="cifar"), nviews=4, hidden_size=512, projection_size=512, lmb=.02, epochs=45,
     opt="muon", lr=.04, lr_bias=5e-3, wd=.01, source="this library, measured on two cores")
+_laptop = _cifar.changed(
+    name="laptop", small_stem=False, pool_type=None, size=64, nviews=2, lmb=5e-3, epochs=100,
+    source="this library, its speed measured on two cores")
 _digits = Recipe(
     "digits", arch="timm/test_resnet", pool_type=None, small_stem=False, size=16, views=dict(recipe="digits"),
     hidden_size=256, projection_size=256, bs=128, epochs=48, opt="muon", lr=.05, lr_bias=.02, scale_lr=False,
@@ -315,7 +318,7 @@ _mixed_tinyimagenet = _mixed_cifar10.changed(
 
 # %% ../nbs/21_recipes.ipynb #80c48101
 RECIPES = {r.name: r for r in (
-    Recipe("default", source="this library"), _paper, _small_gpu, _cifar, _digits,
+    Recipe("default", source="this library"), _paper, _small_gpu, _cifar, _laptop, _digits,
     _mixed_cifar10, _mixed_cifar100, _mixed_stl10, _mixed_tinyimagenet)}
 
 def get_recipe(recipe:str|Recipe, # name, one of `RECIPES`, or a recipe

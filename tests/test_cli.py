@@ -1,4 +1,5 @@
 "The commands: what they print and write, errors in one line, signals"
+import inspect
 import json
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from self_supervised_bt import runs
+from self_supervised_bt import cli, runs
 from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrain, one_line_errors, resume_command
+from self_supervised_bt.datasets import DATA_NAMES
+from self_supervised_bt.recipes import RECIPES
 from self_supervised_bt.runs import run_dls, short_run
+from self_supervised_bt.trackers import TRACKERS
 from self_supervised_bt.weights import load_encoder
 
 ROWS = ["raw pixels", "untrained encoder", "trained encoder"]
@@ -39,7 +43,7 @@ def test_bt_demo_on_a_folder_with_and_without_labels(folder, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     bt_demo(data=str(folder), epochs=1)
     out = capsys.readouterr().out
-    assert "in 2 class folders" in out and "1 label per class" in out
+    assert "in 2 class folders" in out and "per class" in out
     assert (tmp_path/"runs/pictures/encoder.safetensors").exists()
     bt_demo(data=str(folder), epochs=1, no_labels=True, out="plain")
     out = capsys.readouterr().out
@@ -54,7 +58,8 @@ def test_settings_depend_on_the_images(folder):
         return (len(train) + len(held_out), *train.shape[1:])
     assert images(short_run()) == (1797, 1, 8, 8)
     run = short_run(folder)
-    assert (run.recipe.size, run.n_test, run.recipe.bs) == (32, 8, 16) and images(run) == (40, 3, 32, 32)
+    assert (run.recipe.name, run.recipe.size, run.n_test, run.recipe.bs) == ("cifar", 24, 8, 16)
+    assert images(run) == (40, 3, 32, 32) and short_run(folder, recipe="laptop").recipe.size == 64
 
 
 def test_short_run_does_not_overwrite_checkpoints(folder, tmp_path):
@@ -173,6 +178,16 @@ def test_bt_diagnose_lists_problems_and_exits_with_1(folder, capsys):
     with pytest.raises(SystemExit, match="bt_diagnose: .*not a folder"): bt_diagnose(data="nowhere")
 
 
+def test_bt_diagnose_checks_what_bt_pretrain_runs(folder, tmp_path, capsys):
+    for i in range(20): (folder/f"light/more{i}.png").write_bytes((folder/"light/00.png").read_bytes())
+    with pytest.raises(SystemExit): bt_diagnose(data=str(folder))   # equal images
+    said = capsys.readouterr().out
+    bt_pretrain(str(folder), out=str(tmp_path/"run"), epochs=1, workers=0)
+    recipe = json.loads((tmp_path/"run/run.json").read_text())["recipe"]
+    assert f"{recipe['name']}, for small images on a CPU: {recipe['arch']}, {recipe['nviews']} views of 24x24" in said
+    assert f"batches of {recipe['bs']}, " in said and recipe["bs"] == 28
+
+
 @pytest.mark.parametrize("option, value", [
     ("bs", 0), ("bs", -1), ("size", 0), ("epochs", 0), ("epochs", -3), ("width", 0), ("lr", 0.), ("lr", float("nan")),
     ("lmb", 1e30), ("lmb", float("nan")), ("workers", -1), ("recipe", "nope")])
@@ -181,3 +196,82 @@ def test_values_that_cannot_be_are_named_as_typed(tmp_path, option, value):
     with pytest.raises(SystemExit, match=rf"^bt_pretrain: {name} must be .*got {re.escape(repr(value))}"):
         bt_pretrain(str(tmp_path), out=str(tmp_path/"out"), **{option: value})
     assert not (tmp_path/"out").exists()
+
+
+# The terminal
+
+COMMANDS = [name for name in cli.__all__ if name.startswith("bt_")]
+
+
+def as_typed(tmp_path, *line, **kwargs):
+    "A command in a process of its own, as a console script starts it; the last line says whether PyTorch was loaded"
+    (tmp_path/"scripts").mkdir(exist_ok=True)
+    script = tmp_path/"scripts"/line[0]
+    script.write_text(f"import atexit, sys\nfrom self_supervised_bt.cli import {line[0]}\n"
+                      f"atexit.register(lambda: print('torch' in sys.modules))\n{line[0]}()\n")
+    env = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, *line[1:]], text=True, capture_output=True, env=env, **kwargs)
+    *out, loaded = done.stdout.splitlines() or [""]
+    return done.returncode, out, done.stderr, loaded == "True"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_pytorch_and_has_defaults_and_examples_in_80_columns(tmp_path, name):
+    status, out, err, torch_loaded = as_typed(tmp_path, name, "--help")
+    assert (status, err, torch_loaded) == (0, "", False)
+    assert max(map(len, out)) <= 80 and out[0].startswith(f"usage: {name}")
+    examples = out[out.index("examples:") + 1:]
+    assert any(line.startswith(f"  {name}") for line in examples)
+    for k, p in inspect.signature(getattr(cli, name)).parameters.items():
+        shown = p.default not in (p.empty, None)
+        if shown: assert f"(default:{p.default})" in "".join(out).replace(" ", ""), k
+
+
+@pytest.mark.parametrize("line, said", [
+    ("bt_pretrain photos", "photos is not a folder"), ("bt_pretrain", "data is missing"),
+    ("bt_pretrain . --bs 0", "--bs must be a positive int, got 0"),
+    ("bt_pretrain . --recipe x", "--recipe must be one of"),
+    ("bt_demo --data a/b", "a/b is not a folder"), ("bt_diagnose --width -1", "--width must be a positive int"),
+    ("bt_evaluate runs/x .", "runs/x does not exist"), ("bt_export runs/x", "runs/x does not exist"),
+    ("bt_pretrain . --tracker x", "--tracker must be one of"), ("bt_pretrain . --eval no/labels", "no/labels is not a"),
+    ("bt_evaluate . . --protocol knn,x", "--protocol must be one of"), ("bt_report runs/x", "runs/x does not exist"),
+    ("bt_runs nowhere", "nowhere is not a folder"), ("bt_export . --license mit", "add --format timm")])
+def test_what_cannot_be_is_one_line_without_pytorch_and_leaves_nothing(tmp_path, line, said):
+    (tmp_path/"empty").mkdir()
+    status, out, err, torch_loaded = as_typed(tmp_path, *line.split(), cwd=tmp_path/"empty")
+    assert (status, torch_loaded, out) == (1, False, []) and list((tmp_path/"empty").iterdir()) == []
+    assert err.startswith(f"{line.split()[0]}: ") and said in err and err.count("\n") == 1
+
+
+def test_an_option_of_the_wrong_type_needs_no_pytorch(tmp_path):
+    status, _, err, torch_loaded = as_typed(tmp_path, "bt_pretrain", ".", "--bs", "many")
+    assert status == 2 and not torch_loaded and "argument --bs: invalid int value: 'many'" in err
+
+
+def test_commands_leave_nothing_but_their_results(folder, tmp_path):
+    home = tmp_path/"home"
+    home.mkdir()
+    train = "--arch timm/test_resnet --width 16 --bs 16 --epochs 1 --workers 0".split()
+    status, out, _, _ = as_typed(tmp_path, "bt_pretrain", str(folder), *train, cwd=home)
+    assert status == 0 and out[0] == "bt_pretrain: loading PyTorch ..." and max(map(len, out[6:])) <= 100
+    for line in (["bt_evaluate", "runs/pretrain", str(folder), "--workers", "0"], ["bt_export", "runs/pretrain"],
+                 ["bt_report", "runs/pretrain", "--workers", "0"], ["bt_runs"], ["bt_diagnose", "--data", str(folder)],
+                 ["bt_transfer"], ["bt_experiment"]):
+        assert as_typed(tmp_path, *line, cwd=home)[0] in (0, 1), line
+        assert [f.name for f in home.iterdir()] == ["runs"], line
+        assert [f.name for f in (home/"runs").iterdir()] == ["pretrain"], line
+
+
+def test_ctrl_c_in_a_demo_says_that_nothing_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "run_learner", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as e: bt_demo(epochs=1)
+    assert e.value.code == 130 and list(tmp_path.iterdir()) == []
+    assert "stopped by SIGINT: a short run has no checkpoints and nothing was saved" in capsys.readouterr().err
+
+
+def test_names_that_are_checked_at_once_are_those_of_the_library():
+    assert cli.RECIPE_NAMES == tuple(RECIPES) and cli.DATA_SETS == DATA_NAMES
+    assert cli.CHOICES["protocol"] == runs.EVALUATIONS and cli.CHOICES["tracker"] == TRACKERS
+    assert not cli.leads_nowhere("cifar", cli.DATA_SETS)   # the library says: did you mean 'cifar10'?
+    assert not cli.leads_nowhere("shards/{000..009}.tar", cli.DATA_SETS) and cli.leads_nowhere("a/b", cli.DATA_SETS)

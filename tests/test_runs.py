@@ -107,7 +107,7 @@ def test_run_resumes_from_its_folder_and_other_settings_raise(trained, run, tmp_
     assert "has ended after 2 epochs: nothing to resume" in capsys.readouterr().out
     assert pretrain(home/"images", "cifar", run, resume=True, valid_pct=.2, **SMALL) == results   # the same settings
     others = [(dict(recipe="digits"), "recipe='digits'"), (dict(seed=3), r"seed=3 \(was 0\)"),
-              (dict(epochs=9), r"epochs=9 \(was 2\)"), (dict(valid_pct=.1), r"valid_pct=0.1 \(was 0.2\)"),
+              (dict(epochs=1), r"epochs=1 \(was 2\)"), (dict(valid_pct=.1), r"valid_pct=0.1 \(was 0.2\)"),
               (dict(data=make_folder(tmp_path/"others", 44)), "data=")]
     for other, message in others:
         with pytest.raises(ValueError, match=message): pretrain(out=run, resume=True, **other)
@@ -244,7 +244,9 @@ def test_results_are_written_after_every_epoch(trained, tmp_path, monkeypatch):
     results = json.loads((tmp_path/"run/results.json").read_text())
     assert (results["state"], results["epochs"]) == ("running", 1) and results["seconds"] > 0
     assert len(pd.read_csv(tmp_path/"run/history.csv")) == 1 and trained[1]["state"] == "ended"
-    with pytest.raises(ValueError, match="has not ended, and has no encoder"): evaluate(tmp_path/"run", "anywhere")
+    with pytest.warns(UserWarning, match="has not ended: its encoder is that of epoch 1 of 2"):
+        table = evaluate(tmp_path/"run", trained[0]/"images", num_workers=0)
+    assert table["linear"].iloc[0] >= 0
 
 
 def test_results_lost_on_a_full_disk_name_the_file_and_can_be_written_later(trained, unfinished, monkeypatch):
@@ -307,8 +309,8 @@ def test_an_epoch_that_was_ended_early_has_its_own_columns(trained, tmp_path, mo
     table = pd.read_csv(tmp_path/"run/history.csv")
     assert len(table) == 3 and table["valid_loss"].isna().tolist() == [False, True, False]
     assert read_checkpoint(tmp_path/"run/best.pt")["best"] == table["valid_loss"].min()
-    row = capsys.readouterr().out.splitlines()[2]
-    assert row.startswith("    2/3") and row[26:43].strip() == ""
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("    2/3"))
+    assert row[10:21].strip() and row[22:33].strip() == ""
 
 
 def test_broken_files_are_listed(folder, tmp_path):
@@ -565,3 +567,106 @@ def test_the_model_card_of_a_published_model_says_where_it_comes_from(monkeypatc
     out, table = runs.export_formats("mixbt_resnet18_cifar10", "timm", tmp_path/"out")
     card = (out/"README.md").read_text()
     assert "92.58" in card and "CIFAR-10" in card and "licence at the source | MIT" in card and len(table) == 3
+
+
+# More epochs, runs that have not ended
+
+def test_an_ended_run_gets_more_epochs_on_the_longer_schedule(trained, run, tmp_path, monkeypatch, capsys):
+    "Like a run of that many epochs from there on; and it resumes with nothing but its folder"
+    home, results = trained
+    seen = []
+    do_at(monkeypatch, "before_step", lambda learn: seen.append(learn.opt.hypers[0]["lr"]))
+    pretrain(home/"images", "cifar", tmp_path/"whole", valid_pct=.2, **{**SMALL, "epochs": 4})
+    whole, seen[:] = list(seen), []
+    longer = pretrain(out=run, resume=True, epochs=4, num_workers=0)
+    assert "2 epochs become 4: the rest follows the schedule of 4 epochs" in capsys.readouterr().out
+    assert seen == whole[2*2:] and longer["epochs"] == 4 and longer["steps"] == 2*results["steps"]
+    assert len(pd.read_csv(run/"history.csv")) == 4
+    assert json.loads((run/"run.json").read_text())["recipe"]["epochs"] == 4
+    assert "nothing to resume. For a longer run give more epochs" not in capsys.readouterr().out
+    assert pretrain(out=run, resume=True, epochs=4, num_workers=0) == longer
+
+
+def test_a_run_killed_while_it_gets_more_epochs_resumes(trained, run, tmp_path, monkeypatch):
+    again = shutil.copytree(run, tmp_path/"again")
+    whole = pretrain(out=again, resume=True, epochs=4, num_workers=0)
+    with monkeypatch.context() as m:
+        def end(learn): raise RuntimeError("killed")
+        do_at(m, "before_epoch", end)
+        with pytest.raises(RuntimeError, match="killed"): pretrain(out=run, resume=True, epochs=4, num_workers=0)
+    assert pretrain(out=run, resume=True, num_workers=0)["train_loss"] == whole["train_loss"]
+    assert (run/"encoder.safetensors").read_bytes() == (again/"encoder.safetensors").read_bytes()
+
+
+@pytest.fixture
+def stopped(trained, tmp_path, monkeypatch):
+    "A run that was stopped by an exception after its first epoch"
+    with monkeypatch.context() as m:
+        def end(learn):
+            if learn.epoch == 1: raise RuntimeError("ended here")
+        do_at(m, "before_epoch", end)
+        with pytest.raises(RuntimeError, match="ended here"):
+            pretrain(trained[0]/"images", "cifar", tmp_path/"stopped", valid_pct=.2, **SMALL)
+    return tmp_path/"stopped"
+
+
+def test_a_stopped_run_is_exported_and_its_encoder_is_that_of_the_checkpoint(trained, stopped):
+    with pytest.warns(UserWarning, match="epoch 1 of 2"): file, _ = runs.export_run(stopped)
+    state = read_checkpoint(sorted(stopped.glob("step-*.pt"))[-1])["model"]
+    encoder = load_encoder(stopped/"encoder-so-far.safetensors")
+    for name, t in encoder.state_dict().items(): assert torch.equal(t, state[f"encoder.{name}"]), name
+    whole = load_encoder(trained[0]/"run/encoder.safetensors")
+    assert file.exists() and encoder.clean_pipeline.fs[0].size == whole.clean_pipeline.fs[0].size
+    assert pretrain(out=stopped, resume=True, num_workers=0)["train_loss"] == trained[1]["train_loss"]
+
+
+def test_a_report_of_a_run_that_has_not_ended_changes_nothing(stopped, trained):
+    before = contents(stopped)
+    page = runs.report_run(stopped, num_workers=0)
+    assert contents(stopped) == before and page == stopped/"report/report.html"
+    text = page.read_text()
+    assert "Barlow Twins: stopped, epoch 1 of 2" in text and "Terms of the loss" in text
+    assert "No figure: train" not in text and "No figure: the model" not in text
+    assert "<h2>Training</h2>" in text and "train loss" in text
+    with pytest.raises(ValueError, match="no folder of a run"): runs.report_run(stopped/"nothing")
+
+
+def test_knn_is_measured_during_a_run(trained, tmp_path, capsys):
+    images = trained[0]/"images"
+    results = pretrain(images, "cifar", tmp_path/"run", labelled=images, eval_every=1, **SMALL)
+    history = pd.read_csv(tmp_path/"run/history.csv")
+    assert history["knn_accuracy"].between(.3, 1).all() and len(history) == 2 and results["state"] == "ended"
+    assert "kNN top-1" in capsys.readouterr().out
+    assert json.loads((tmp_path/"run/run.json").read_text())["labelled"] == str(trained[0]/"images")
+    with pytest.raises(ValueError, match="needs images in at least two folders"):
+        pretrain(trained[0]/"images", "cifar", tmp_path/"one", labelled=trained[0]/"images/dark", **SMALL)
+
+
+def test_the_recipe_is_chosen_by_the_images(trained, tmp_path, capsys):
+    large = tmp_path/"large"
+    large.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12): Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)).save(large/f"{i}.png")
+    pretrain(large, out=tmp_path/"run", epochs=1, num_workers=0, hidden_size=16, projection_size=16)
+    out = capsys.readouterr().out
+    assert f"12 images of {large}, the shorter side 90 pixels, read at 85x85; 1 held out" in out
+    assert "laptop, for photographs on a CPU: timm/resnet10t, 2 views of 64x64 pixels" in out
+    assert "1 epoch of batches of 5, barlow twins, muon" in out and "CPU, " in out
+    saved = json.loads((tmp_path/"run/run.json").read_text())
+    assert (saved["base_recipe"], saved["reason"]) == ("laptop", "photographs on a CPU")
+    assert runs.recipe_for("digits", .05)[0].name == "digits"
+
+
+def test_lines_of_a_run_fit_into_80_columns(trained, tmp_path, capsys):
+    pretrain(trained[0]/"images", "cifar", tmp_path/"run", labelled=trained[0]/"images", **SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["epoch"])
+    assert len(lines[start].split()) >= 6 and all(len(line) <= 80 for line in lines[start - 2:])
+    assert re.search(r"^About .* to the end, [\d,]+ images/s$", "\n".join(lines), re.M)
+
+
+def test_the_position_is_one_line_of_at_most_80_columns(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.ProgressLogger, "__init__", lambda self: setattr(self, "live", True))
+    pretrain(trained[0]/"images", "cifar", tmp_path/"run", **SMALL)
+    positions = [p for p in capsys.readouterr().out.replace("\n", "\r").split("\r") if "batches" in p and "━" in p]
+    assert len(positions) == 4 and {len(p) for p in positions} == {79} and "images/s" in positions[-1]
