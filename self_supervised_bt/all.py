@@ -12,9 +12,9 @@ from importlib import import_module
 MODULES = ("core", "data", "sources", "folders", "fitting", "datasets", "fused",
            "augmentations", "layers", "losses", "multiview", "barlow_twins", "mixed", "siblings",
            "encoder_files", "formats", "zoo",
-           "training", "recipes", "checkpoints", "guard", "distributed",
-           "evaluation", "classifiers", "diagnostics", "doctor", "reports", "transfer",
-           "weights", "export", "detection", "maps", "runs", "experiments")
+           "training", "recipes", "checkpoints", "guard", "distributed", "defaults",
+           "evaluation", "classifiers", "diagnostics", "doctor", "reports", "transfer", "trackers",
+           "weights", "export", "detection", "explore", "maps", "compared", "runs", "experiments", "labelled")
 
 # %% ../nbs/99_all.ipynb #5a1e0c04
 _modules = [import_module(f"self_supervised_bt.{name}") for name in MODULES]

@@ -28,8 +28,8 @@ from fastai.callback import progress  # noqa: F401 (gives Learners `no_bar`)
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, num_distrib, rank_distrib, set_seed
-from fastcore.basics import first
+from fastai.torch_core import num_distrib, rank_distrib, set_seed
+from fastcore.basics import first, patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -38,11 +38,12 @@ try:
 except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
-from .checkpoints import Checkpoints, checkpoints_in, package_versions
+from .checkpoints import Checkpoints, checkpoints_in, package_versions, read_checkpoint
 from .classifiers import linear_transfer, subset_probe
 from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     check_value_range,
+    device_or_default,
     digits_dls,
     digits_images,
     in_chunks,
@@ -53,6 +54,7 @@ from self_supervised_bt.data import (
     tensor_dls,
 )
 from .datasets import data_card, known_dls, named_data, read_part, train_test_dls
+from .defaults import chosen_recipe
 from self_supervised_bt.diagnostics import (
     Diagnostics,
     losses_to_expect,
@@ -61,7 +63,7 @@ from self_supervised_bt.diagnostics import (
     plot_neighbours,
 )
 from .distributed import setup_ranks
-from .doctor import Diagnosis, diagnose
+from .doctor import diagnose
 from .encoder_files import check_undamaged, input_of
 from .export import export_encoder, export_timm, recipe_facts
 from .fitting import epoch_values
@@ -70,6 +72,7 @@ from .formats import LoadedWeights
 # %% ../nbs/50_runs.ipynb #544f9677
 from self_supervised_bt.evaluation import (
     PROCESSED,
+    OnlineEvaluation,
     effective_rank,
     encode,
     encode_views,
@@ -109,6 +112,8 @@ from self_supervised_bt.recipes import (
     bt_learner,
     check_not_set_by_weights,
     get_recipe,
+    global_bs,
+    plain_pair,
     recipe_to_start,
     weights_name,
     weights_to_start,
@@ -117,6 +122,7 @@ from self_supervised_bt.recipes import (
 )
 from .reports import report, table_verdict
 from .sources import ImageSource, NoLabels, StreamImages, image_source, is_there, taken_from
+from .trackers import check_tracker, tracker_callbacks
 from .training import Autocast
 from .transfer import found_sets, protocol_sizes, transfer_table
 from .weights import load_encoder, save_encoder, save_model
@@ -191,9 +197,85 @@ def check_no_root(data, root, download)->None: # raises `ValueError`
         if value: raise ValueError(f"{option}={value!r} is for data sets by name, and data={str(data)[:80]!r} is none: "
                                    "leave it out")
 
+# %% ../nbs/50_runs.ipynb #dc8394a5
+class Seen(NamedTuple):
+    "What is known of images before they are read"
+    n:int     # number of them
+    side:int  # median of the shorter sides, pixels
+    about:str # in one line
+
+def look_at(data,                # as for `run_dls`
+            root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
+            download:bool=False, # fetch a data set that is not there?
+            column:str=None,     # of the paths in a table
+            n:int=None           # images of a stream
+           )->Seen:              # raises `OSError` or `ValueError`
+    "Number and size of images"
+    name = named_data(data)
+    if name == "digits":
+        n = len(digits_images()[0])
+        return Seen(n, 8, f"{n:,} handwritten digits of 8x8 pixels (shipped with scikit-learn)")
+    if name:
+        images = read_part(name, "unlabelled", root, download)
+        side = data_card(name).size or size_and_channels(images.files)[0]
+        return Seen(images.n, side, f"{images.n:,} images of {name}, the shorter side {side} pixels")
+    check_no_root(data, root, download)
+    files = files_and_labels(data, False, column, n=n)[0]
+    side = size_and_channels(files)[0]
+    return Seen(len(files), side, f"{len(files):,} images of {data}, the shorter side {side} pixels (median)")
+
+def recipe_for(data,                # as for `run_dls`
+               valid_pct:float,     # share of the images that is held out
+               root:str|Path=None,  # folder that holds data sets
+               download:bool=False, # fetch a data set that is not there?
+               column:str=None,     # of the paths in a table
+               n:int=None,          # images of a stream
+               **kwargs             # settings to replace
+              )->tuple:             # recipe, and the reason in words; raises `OSError` or `ValueError`
+    "The recipe for images, on this machine"
+    if named_data(data) == "digits": return get_recipe("digits", **kwargs),"handwritten digits"
+    seen = look_at(data, root, download, column, n)
+    n_train = max(1, int(seen.n*(1 - valid_pct)))
+    return chosen_recipe(n_train, seen.side, device_or_default(None).type, max(1, num_distrib()), **kwargs)
+
+# %% ../nbs/50_runs.ipynb #833055f3
+def stated(s:dict,          # from `run_settings`
+           dls:DataLoaders  # from `run_dls`
+          )->str:           # four lines
+    "What a run is about to do"
+    r,sets = s["recipe"],[dl.dataset for dl in dls.loaders]
+    files = getattr(sets[0], "files", None)
+    side = f", the shorter side {size_and_channels(files)[0]} pixels" if files is not None else ""
+    height,width = image_shape(sets[0])
+    size = r.size if isinstance(r.size, tuple) else (r.size or height, r.size or width)
+    held_out = f"; {len(sets[1]):,} held out" if len(sets[1]) else ""
+    lines = dict(
+        data=f"{sum(map(len, sets)):,} images of {s['data']}{side}, read at {height}x{width}{held_out}",
+        recipe=f"{r.name}{', for ' + s['reason'] if s.get('reason') else ''}: {r.arch}, {r.nviews} views of "
+               f"{size[0]}x{size[1]} pixels",
+        training=f"{r.epochs} epoch{'s' if r.epochs > 1 else ''} of batches of {r.bs}, {r.method}, {r.opt}",
+        machine=machine_in_words(dls.device))
+    return "\n".join(f"{name:9} {text}" for name,text in lines.items())
+
+def image_shape(ds # of `unlabelled_dls` or `tensor_dls`
+               )->tuple: # height and width
+    "Size at which the images of a dataset are kept"
+    if hasattr(ds, "x"): return tuple(ds.x.shape[-2:])
+    return plain_pair(ds.size)
+
+def machine_in_words(device # of `dls`
+                    )->str:
+    "Device, cores and ranks"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    ranks = max(1, num_distrib())
+    return f"{name}, {os.cpu_count()} cores, {ranks} {'rank' if ranks == 1 else 'ranks'}"
+
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run
                  resume:bool, # resume it?
+                 download:bool=False, # fetch a data set that is not there?
+                 images=None, # as for `run_dls`, if the setting `data` does not say it all
+                 n:int=None,  # images of a stream
                  **kwargs     # settings; `None` for not given
                 )->dict:      # all settings; raises `ValueError`
     "Settings of a run: the saved ones when it resumes, otherwise new ones"
@@ -202,20 +284,29 @@ def run_settings(out:Path,    # folder of the run
     if resume and os.path.lexists(file): return saved_settings(file, given)
     if not given.get("data"):
         raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
-    name,changes = given.pop("recipe", "cifar"),given.pop("changes", {})
-    defaults = dict(valid_pct=.05, seed=0, bad="skip", half=False)
-    return {**defaults, **given, "base_recipe": name, "recipe": get_recipe(name, **changes)}
+    name,changes = given.pop("recipe", None),given.pop("changes", {})
+    s = {**dict(valid_pct=.05, seed=0, bad="skip", half=False), **given}
+    if name or changes.get("weights"):   # which may have a recipe of their own
+        name = name or "cifar"
+        return {**s, "base_recipe": name, "recipe": get_recipe(name, **changes)}
+    get_recipe("cifar", **changes)   # refuses what cannot be, before the images are looked at
+    recipe,reason = recipe_for(s["data"] if images is None else images, s["valid_pct"], s.get("root"), download,
+                               s.get("column"), n, **changes)
+    return {**s, "base_recipe": recipe.name.removesuffix(", changed"), "recipe": recipe, "reason": reason}
 
 def saved_settings(file:Path, # of a run's settings
                    given:dict # settings given by the caller
                   )->dict:    # all settings; raises `ValueError`
-    "Read the settings of a run; raise `ValueError` if a given setting differs; other data are compared later"
+    "The settings of a run, with more epochs if more are given; raise `ValueError` if another setting differs"
     saved = read_settings(file)
     was = {**vars(saved["recipe"]), **saved, "recipe": saved["base_recipe"]}
     given = {**given, **given.get("changes", {})}
     given.pop("changes", None)
-    place = {"root": given.pop("root")} if "root" in given else {}   # data sets may have been moved
+    place = {k: given.pop(k) for k in ("root", "labelled", "eval_every") if k in given}   # may be elsewhere by now
     data = given.pop("data", None) or moved_data(file, saved["data"])
+    more = given.get("epochs")
+    if isinstance(more, int) and more > saved["recipe"].epochs:
+        saved["recipe"] = saved["recipe"].changed(epochs=given.pop("epochs"), name=saved["recipe"].name)
     differ = [f"{k}={v!r} (was {was.get(k)!r})" for k,v in given.items() if was.get(k) != v]
     if differ:
         raise ValueError(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
@@ -270,8 +361,8 @@ def read_settings(file:Path # a run.json
             if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
         check_choice("bad", saved["bad"], ("skip", "raise"))
         check_value_range(saved.get("value_range"))
-        for name in ("root", "column"):
-            if not isinstance(saved.get(name), (str, type(None))): raise ValueError(f"{name} is {saved[name]!r}")
+        for name,kind in (("root", str), ("column", str), ("labelled", str), ("eval_every", int)):
+            if not isinstance(saved.get(name), (kind, type(None))): raise ValueError(f"{name} is {saved[name]!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
@@ -360,9 +451,8 @@ def seen_in_training(run:Path,            # folder of a run, or a file from `sav
                      num_workers:int=None # worker processes
                     )->np.ndarray:        # (N,) bool, or `None` if it was not recorded
     "Which images a run was trained on"
-    encoder = encoder_file(run)
-    if isinstance(encoder, str): return None
-    file = encoder.with_name("trained_on.npy")
+    if not Path(run).is_dir() and isinstance(encoder_file(run), str): return None
+    file = place_beside(run, "trained_on.npy")
     if not file.is_file(): return None
     try: digests = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
@@ -372,9 +462,10 @@ def seen_in_training(run:Path,            # folder of a run, or a file from `sav
 
 # %% ../nbs/50_runs.ipynb #2e2d9b66
 class ProgressLogger(Callback):
-    "Prints one line per epoch, and in a terminal the position within the epoch"
+    "Prints how long the fit will take, one line per epoch, and in a terminal the position within the epoch"
     order,run_valid = 1100,False   # after the checkpoint is written
-    shown = ("train_loss","valid_loss","effective_rank_z","gradient_norm")
+    shown = dict(train_loss="train loss", valid_loss="valid loss", effective_rank_z="rank of z",
+                 gradient_norm="gradient", knn_accuracy="kNN top-1")   # column of the Recorder to its heading
     def __init__(self, live:bool=None # show the position within the epoch? In a terminal if not given
                 ): self.live = sys.stdout.isatty() if live is None else live
     start = took = None   # of a fit that runs, and its duration when it has ended
@@ -383,24 +474,20 @@ class ProgressLogger(Callback):
         self.resumed_at = time.perf_counter()
         self.start = self.resumed_at - self.earlier
         self.earlier = 0.
-        self.first_step = None
-        self.names = [n for n in self.shown if n in self.recorder.metric_names[1:]]
-        print(f"{'epoch':>9} " + " ".join(f"{n:>16}" for n in self.names) + f" {'time':>9}")
+        self.first_step,self.said = None,False
+        self.names = {n: head for n,head in self.shown.items() if n in self.recorder.metric_names[1:]}
     def after_batch(self):
-        if self.first_step is None: self.first_step = self.learn.train_iter - 1
-        if self.live: print(f"\r{self.position()}   ", end="", flush=True)
+        self.at = time.perf_counter()
+        if self.first_step is None: self.first_step,self.first_at = self.learn.train_iter,self.at
+        if not self.said and self.learn.train_iter - self.first_step == 4: self.say_duration()
+        if self.live: print(f"\r{self.position()}", end="", flush=True)
     def after_epoch(self):
+        if not self.said: self.say_duration()
         values = epoch_values(self.learn)[-1]
-        cells = [" "*16 if values.get(n) is None else f"{values[n]:16.4g}" for n in self.names]
-        time_so_far = hours_minutes_seconds(self.seconds())
-        line = " ".join([f"{self.epoch + 1:5}/{self.n_epoch:<3}", *cells, f"{time_so_far:>9}"])
-        print("\r" + line + " "*20 if self.live else line, flush=True)   # overwrites the position
-    def position(self):
-        seconds = time.perf_counter() - self.resumed_at
-        steps = self.learn.train_iter - self.first_step
-        left = seconds/steps*(self.n_epoch*self.n_iter - self.learn.train_iter)
-        return (f"{self.epoch + 1:5}/{self.n_epoch}: {self.iter + 1}/{self.n_iter} batches, "
-                f"{steps*find_bs(self.yb)/seconds:,.0f} images/s, {hours_minutes_seconds(left)} left")
+        cells = [f"{'' if values.get(n) is None else format(values[n], '.4g'):>11}" for n in self.names]
+        so_far = hours_minutes_seconds(self.seconds())
+        line = " ".join([f"{self.epoch + 1:5}/{self.n_epoch:<3}", *cells, f"{so_far:>8}"])
+        print("\r" + line.ljust(79) if self.live else line, flush=True)   # overwrites the position
     def seconds(self)->float:
         "Duration of the run so far, with the time before it was resumed"
         return self.took if self.start is None else time.perf_counter() - self.start
@@ -410,12 +497,49 @@ class ProgressLogger(Callback):
     def state_dict(self)->dict: return dict(seconds=self.earlier if self.start is None else self.seconds())
     def load_state_dict(self, state:dict): self.earlier = state["seconds"]
 
+# %% ../nbs/50_runs.ipynb #0af65af7
+@patch
+def speed(self:ProgressLogger)->tuple: # images per second, and seconds left; (0, `None`) after the first batch
+    "How fast the fit is, by the batches after the first, which waits for worker processes and compilation"
+    if self.first_step is None: return 0.,None
+    steps,seconds = self.learn.train_iter - self.first_step,self.at - self.first_at
+    if not steps: return 0.,None
+    images = steps*global_bs(self.dls)/seconds
+    return images,seconds/steps*(self.n_epoch*len(self.dls.train) - self.learn.train_iter)
+
+@patch
+def say_duration(self:ProgressLogger):
+    "The line with the time left, and the heading of the table"
+    self.said = True
+    images,left = self.speed()
+    line = f"{duration(left)} to the end, {images:,.0f} images/s" if left else ""
+    if self.live: print("\r" + line.ljust(79))   # overwrites the position
+    elif line: print(line)
+    print(f"\n{'epoch':>9} " + " ".join(f"{head:>11}" for head in self.names.values()) + f" {'time':>8}", flush=True)
+
+@patch
+def position(self:ProgressLogger)->str: # of 79 columns
+    "A bar, the batches of the epoch that are done, images per second and the time left"
+    images,left = self.speed()
+    filled = 20*(self.iter + 1)//self.n_iter
+    bar = "━"*filled + "─"*(20 - filled)
+    rate = "" if left is None else f", {images:,.0f} images/s, {hours_minutes_seconds(left)} left"
+    return f"{self.epoch + 1:5}/{self.n_epoch:<3} {bar} {self.iter + 1}/{self.n_iter} batches{rate}".ljust(79)
+
 # %% ../nbs/50_runs.ipynb #46595984
 def hours_minutes_seconds(seconds:float # a duration
                          )->str:
     "A duration as h:mm:ss"
     s = int(seconds)
     return f"{s//3600}:{s//60 % 60:02}:{s % 60:02}"
+
+def duration(seconds:float # an estimate
+            )->str:
+    "A duration in words"
+    if seconds < 1.5: return "About a second"
+    if seconds < 90: return f"About {round(seconds)} seconds"
+    if seconds < 5400: return f"About {round(seconds/60)} minutes"
+    return f"About {seconds/3600:.1f} hours" if seconds < 2*86400 else f"About {seconds/86400:.1f} days"
 
 # %% ../nbs/50_runs.ipynb #4af293ed
 def run_learner(dls:DataLoaders,  # from `run_dls`
@@ -502,7 +626,7 @@ def begin_run(out:Path,        # folder of the run
         raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out} ({differ}): "
                          "restore them, or train into another folder")
     s = {**s, **now}
-    if rank_distrib() or has_ended(out) and resume: return s
+    if rank_distrib() or has_ended(out, s["recipe"].epochs) and resume: return s
     resuming = resume and bool(checkpoints_in(out))
     if not resuming: check_free(out)
     write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
@@ -512,21 +636,38 @@ def begin_run(out:Path,        # folder of the run
     return s
 
 # %% ../nbs/50_runs.ipynb #71175e22
-def has_ended(out:Path # folder of a run
+def has_ended(out:Path,       # folder of a run
+              epochs:int=None # that it was to have; as its settings say if not given
              )->bool:
     "Are the results of a whole run there?"
     try:
-        if read_json(out/"results.json").get("state") != "ended": return False
+        results = read_json(out/"results.json")
+        if results.get("state") != "ended": return False
         check_undamaged(out/"encoder.safetensors")
         if (out/"model.safetensors").exists(): check_undamaged(out/"model.safetensors")   # earlier versions had none
     except ValueError: return False
-    return True
+    return planned_epochs(results) >= (epochs or planned_epochs(settings_in(out)))
+
+def settings_in(out:Path # folder of a run
+               )->dict:  # empty if they cannot be read
+    "The settings of a run as they are in its file, unchecked"
+    try: return read_json(out/"run.json")
+    except ValueError: return {}
+
+def planned_epochs(about:dict # content of run.json or results.json
+                  )->int:     # 0 if it does not say
+    "Epochs that a run was to have"
+    recipe = about.get("recipe")
+    epochs = recipe.get("epochs") if isinstance(recipe, dict) else None
+    return epochs if isinstance(epochs, int) else 0
 
 def ended_results(out:Path # folder of a run that has ended
                  )->dict:  # the content of results.json
     "Say that there is nothing to resume"
     results = read_json(out/"results.json")
-    if not rank_distrib(): print(f"The run in {out} has ended after {results.get('epochs')} epochs: nothing to resume")
+    if not rank_distrib():
+        print(f"The run in {out} has ended after {results.get('epochs')} epochs: nothing to resume. "
+              "For a longer run give more epochs")
     return {} if rank_distrib() else results
 
 # %% ../nbs/50_runs.ipynb #d434dccf
@@ -567,31 +708,9 @@ def write_csv(table,     # with a method `to_csv`
     "A table as a file, complete or not at all"
     with whole_file(file) as part: table.to_csv(part, **kwargs)
 
-# %% ../nbs/50_runs.ipynb #ad0c1e01
-def train_run(out:Path,        # folder of the run
-              s:dict,          # from `run_settings`
-              dls:DataLoaders, # from `run_dls`
-              loaded:LoadedWeights, # to continue from, or `None`
-              resume:bool,     # is the run resumed?
-              kept:dict,       # arguments of `Checkpoints`: how often, how many
-              resume_with:str  # as for `pretrain`
-             )->dict:          # the content of results.json
-    "Train with checkpoints in the folder of a run, which no other process may use meanwhile"
-    with run_lock(out):
-        s = begin_run(out, s, dls, resume)
-        if resume and has_ended(out): return ended_results(out)
-        monitor = "valid_loss" if len(dls.valid.dataset) else None
-        checkpoints = Checkpoints(out, resume=resume, monitor=monitor, signals=stop_signals(), **kept)
-        checkpoints.resume_with,checkpoints.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
-        files = [] if rank_distrib() else [RunFiles(out, s)]
-        try: learn = run_learner(dls, s["recipe"], s["half"], [checkpoints, *files], loaded)
-        except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
-        fit_run(learn)
-        return {} if rank_distrib() else save_results(learn, out, s)
-
 # %% ../nbs/50_runs.ipynb #f9276b68
 def pretrain(data=None,            # images as `unlabelled_dls` takes them, or name of a data set; not needed to resume
-             recipe:str=None,      # name, one of `RECIPES`; "cifar" if not given
+             recipe:str=None,      # name, one of `RECIPES`; chosen by images and machine if not given
              out:str|Path="runs/pretrain", # folder of the run
              resume:bool=False,    # resume the run in `out`, if there is one?
              valid_pct:float=None, # share of the images held out, never trained on; .05 if not given
@@ -606,27 +725,104 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
              column:str=None,      # of the paths in a table; guessed by its name if not given
              n:int=None,           # images of a stream
              value_range:tuple|int=None, # (black, white) or white of images of more than 8 bits; found if not given
+             labelled:str|Path=None, # class folders or name: their kNN top-1 is measured every few epochs
+             eval_every:int=None,  # epochs between; so that it is measured 20 times if not given
+             tracker:str=None,     # "tensorboard", "wandb", "trackio" or "mlflow"
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
             )->dict:               # the content of results.json
     "Train an encoder without labels, with checkpoints from which the run can resume"
     out = Path(out)
     check_workers(num_workers)
+    check_tracker(tracker)
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
     if isinstance(value_range, tuple): value_range = list(value_range)   # as in run.json
     check_value_range(value_range)
-    s = run_settings(out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct,
-                     bad=bad, seed=seed, half=half, root=root and os.path.abspath(root), column=column,
-                     value_range=value_range, changes=kwargs)
-    if resume and data is None and has_ended(out): return ended_results(out)
+    s = run_settings(out, resume, download, data, n, data=None if data is None else as_data(data), recipe=recipe,
+                     valid_pct=valid_pct, bad=bad, seed=seed, half=half, root=root and os.path.abspath(root),
+                     column=column, value_range=value_range, eval_every=eval_every,
+                     labelled=labelled and as_data(labelled), changes=kwargs)
+    if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     set_seed(s["seed"])
     images = s["data"] if data is None or on_disk(data) else data
     dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
                   s.get("root"), download, s.get("column"), n, s.get("value_range"))
     s = {**s, "recipe": with_own_stats(s["recipe"], dls)}
-    return train_run(out, s, dls, loaded, resume, dict(every=every, keep=keep), resume_with)
+    with run_lock(out):
+        s = begin_run(out, s, dls, resume)
+        if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
+        return train_run(out, s, dls, loaded, run_checkpoints(out, dls, every, keep, resume, resume_with), tracker)
+
+# %% ../nbs/50_runs.ipynb #8e973072
+def train_run(out, s, dls, loaded, checkpoints, tracker)->dict: # the content of results.json, empty but for rank 0
+    "Say what a run is about to do, train, and write its results"
+    cbs = [checkpoints]
+    if not rank_distrib():
+        print(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}", flush=True)
+        cbs += [RunFiles(out, s), *watching(out, s, dls, tracker)]
+    try: learn = run_learner(dls, s["recipe"], s["half"], cbs, loaded)
+    except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
+    fit_run(learn)
+    return {} if rank_distrib() else save_results(learn, out, s)
+
+def run_checkpoints(out, dls, every, keep, resume, resume_with)->Checkpoints: # as for `pretrain`
+    "The checkpoints of a run"
+    monitor = "valid_loss" if len(dls.valid.dataset) else None
+    cb = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals(),
+                     more_epochs=True)
+    cb.resume_with,cb.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
+    return cb
+
+def said_of_more_epochs(out:Path,   # folder of a run
+                        s:dict,     # from `run_settings`
+                        resume:bool # is it resumed?
+                       )->str:      # a line, empty if there are no more epochs than before
+    "How the schedule continues if a run has ended and gets more epochs"
+    if not (resume and (out/"results.json").exists()): return ""
+    try: before = planned_epochs(read_json(out/"results.json"))
+    except ValueError: return ""
+    now = s["recipe"].epochs
+    if not 0 < before < now: return ""
+    return (f"\ncontinues {before} epochs become {now}: the rest follows the schedule of {now} epochs, from where that "
+            "is by then")
+
+# %% ../nbs/50_runs.ipynb #3c19f138
+def watching(out:Path,        # folder of the run
+             s:dict,          # from `run_settings`
+             dls:DataLoaders, # from `run_dls`
+             tracker:str=None # as for `pretrain`
+            )->list:          # callbacks; raises `ImportError`, `OSError` or `ValueError`
+    "What measures and logs a run besides"
+    cbs = []
+    if s.get("labelled"):
+        every = s.get("eval_every") or max(1, s["recipe"].epochs//20)
+        cbs.append(OnlineEvaluation(labelled_images(s["labelled"], s, dls), every, probe=False))
+    if tracker: cbs += tracker_callbacks(tracker, out, vars(s["recipe"]))
+    return cbs
+
+# %% ../nbs/50_runs.ipynb #f03f5dbe
+MEASURED = 2000   # labelled images, at most, that are measured during a run
+
+def labelled_images(data:str,       # folder with one folder of images per class, or name of a data set
+                    s:dict,         # from `run_settings`
+                    dls:DataLoaders # of the run, for channels and size
+                   )->tuple:        # (N,C,H,W) uint8 and (N,) class indices; raises `OSError` or `ValueError`
+    "Labelled images for a measurement during a run, sampled at random"
+    name,train = named_data(data),dls.train.dataset
+    if name == "digits": x,y = digits_images()
+    elif name:
+        part = read_part(name, "test", s.get("root"))
+        x,y = part.files if part.x is None else part.x,part.y
+    else:
+        try: x,y,_ = files_and_labels(check_images(data).good, True)
+        except ValueError as e: raise ValueError(f"labelled={data!r} cannot be measured: {e}") from e
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MEASURED].sort()[0]
+    if isinstance(x, Tensor): return x[some],y[some]
+    n_in = train.x.shape[1] if hasattr(train, "x") else train.n_in
+    size = kept_size(s["recipe"].size, size_and_channels(x)[0])
+    return load_images([x[i] for i in some.tolist()], size, n_in, progress=False),y[some]
 
 # %% ../nbs/50_runs.ipynb #84481da2
 def stop_signals()->tuple: # names
@@ -695,17 +891,105 @@ def unlabelled_scores(learn:Learner # after a fit
     return dict(held_out=len(x), positive_pair_accuracy=round(float(positive_pair_accuracy(h1, h2)), 4),
                 effective_rank_h=round(float(effective_rank(h1)), 1), width=h1.shape[1])
 
+# %% ../nbs/50_runs.ipynb #34cd862d
+def newest_state(run:Path # folder of a run
+                )->dict:  # from `run_state`; raises `ValueError`
+    "The state in the newest checkpoint that can be read"
+    for file in checkpoints_in(run):
+        try: return read_checkpoint(file)
+        except (ValueError, OSError) as e: error = e   # damaged, or removed by the run while it was read
+    if not checkpoints_in(run): raise ValueError(f"{run} holds no checkpoint: pass the folder of a run")
+    raise ValueError(f"no checkpoint in {run} can be read: {error}")
+
+def stand_in(recipe:Recipe,
+             n_in:int      # channels
+            )->DataLoaders:
+    "`dls` of a few images of no meaning, to build the Learner of a run whose images are not needed"
+    size = plain_pair(recipe.size)
+    bs = recipe.bs if recipe.method == "wmse" else 2   # which asks for more images than dimensions
+    x = torch.arange(bs*n_in*size[0]*size[1]).reshape(bs, n_in, *size).remainder(251).byte()
+    return tensor_dls(x, bs=bs, valid_pct=0, device="cpu")
+
+def model_of_run(run:Path,              # folder of a run
+                 dls:DataLoaders=None   # its images; not needed if its recipe says the size of the views
+                )->tuple:               # Learner with the weights, and the state; raises `OSError` or `ValueError`
+    "The Learner of a run as it was at its newest checkpoint"
+    s,state = read_settings(run/"run.json"),newest_state(run)
+    check_described_here(run/"run.json", s["recipe"])
+    recipe = replace(s["recipe"], weights=None, pretrained=False)
+    if dls is None and recipe.size is None: dls = dls_of_run(run)
+    n_in = next(t.shape[1] for t in state["model"].values() if t.ndim == 4)
+    learn = run_learner(dls or stand_in(recipe, n_in), recipe, s["half"])
+    try: learn.model.load_state_dict(state["model"])
+    except RuntimeError as e: raise ValueError(f"the checkpoints in {run} are of another model than {run/'run.json'} "
+                                               f"describes ({e})") from e
+    return learn,state
+
+# %% ../nbs/50_runs.ipynb #0cf867cd
+def dls_of_run(run:Path,            # folder of a run
+               num_workers:int=None # worker processes
+              )->DataLoaders:       # raises `OSError` or `ValueError`
+    "The images of a run"
+    s = read_settings(run/"run.json")
+    return run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], root=s.get("root"))
+
+def epochs_in_words(state:dict # of a checkpoint
+                   )->str:
+    "How far a run is"
+    return f"epoch {state['epoch'] + state['done']/max(1, state['batches']):.3g} of {state['n_epoch']}"
+
+def encoder_so_far(run:Path # folder of a run that has not ended
+                  )->Path:  # encoder-so-far.safetensors; warns
+    "Write the encoder of the newest checkpoint"
+    learn,state = model_of_run(run)
+    warnings.warn(f"the run in {run} has not ended: its encoder is that of {epochs_in_words(state)}")
+    return save_encoder(learn, run/"encoder-so-far.safetensors")
+
+# %% ../nbs/50_runs.ipynb #282a99d3
+def report_run(run:str|Path,        # folder of a run, which may be running
+               out:str|Path=None,   # folder for the page; "report" in the run's folder if not given
+               num_workers:int=None # worker processes
+              )->Path:              # the page; raises `OSError` or `ValueError`
+    "A report page about a run, as it is at its newest checkpoint"
+    run = Path(run)
+    if not run.is_dir(): raise ValueError(f"{run} is no folder of a run")
+    learn,state = model_of_run(run, dls_of_run(run, num_workers))
+    restore_history(learn, run, state)
+    return report(learn, out or run/"report", title=f"Barlow Twins: {run.name}, {epochs_in_words(state)}")
+
+def restore_history(learn:Learner, # from `model_of_run`
+                    run:Path,      # folder of the run
+                    state:dict     # of its checkpoint
+                   )->None:
+    "What the Recorder and the callbacks held"
+    r,kept = learn.recorder,state["recorder"]
+    r.losses,r.lrs,r.iters = list(kept["losses"].unbind()),kept["lrs"],kept["iters"]
+    if (run/"history.csv").exists():
+        table = pd.read_csv(run/"history.csv", index_col=0)
+        r.metric_names,r.values = L("epoch", *table.columns, "time"),[L(row) for row in table.values.tolist()]
+    rows = first(state["callbacks"].get("diagnostics", ()))
+    if rows: learn.diagnostics.rows = rows["rows"]
+    multiview = multiview_of(learn)
+    learn.diagnostics.terms = tuple(getattr(multiview.objective, "term_names", ()))
+
 # %% ../nbs/50_runs.ipynb #759803f1
 EVALUATIONS = ("knn", "linear", "semi-supervised", "transfer")
 SEEDS = range(5)   # of the labels sampled
 
 def encoder_file(run:str|Path # folder of a run, or what `load_encoder` reads
-                )->Path|str:  # a file; a URL or a name of the zoo as it is; raises `ValueError` if the run has none
-    "The file of a run's encoder"
+                )->Path|str:  # a file; a URL or a name of the zoo as it is; raises `ValueError`
+    "The file of a run's encoder; of a run that has not ended that of its newest checkpoint"
     if not Path(run).is_dir(): return Path(run) if is_path(run) else run
-    file = Path(run)/"encoder.safetensors"
-    if file.exists() or not checkpoints_in(Path(run)): return file
-    raise ValueError(f"the run in {run} has not ended, and has no encoder yet: resume it with pretrain(out=...)")
+    run = Path(run)
+    file = run/"encoder.safetensors"
+    if not checkpoints_in(run) or file.exists() and state_of(run) != "running": return file
+    return encoder_so_far(run)
+
+def state_of(run:Path # folder of a run
+            )->str:   # "running", "ended", or empty if there are no results yet
+    "What the results of a run say"
+    try: return read_json(run/"results.json").get("state", "")
+    except ValueError: return ""
 
 def few_label_scores(h, y, h_test, y_test)->dict: # column to text
     "Accuracy of a linear probe with 1 and 10 % of the labels: mean ± standard deviation over the samples of `SEEDS`"
@@ -892,6 +1176,7 @@ def place_beside(run:str|Path, # folder of a run, or what `load_encoder` reads
                  name:str      # of a file or folder
                 )->Path:       # in the working directory for a URL or a name of the zoo
     "Where an export goes if nothing else is said"
+    if Path(run).is_dir(): return Path(run)/name
     file = encoder_file(run)
     return Path(name) if isinstance(file, str) else file.with_name(name)
 
@@ -952,9 +1237,10 @@ class ShortRun(NamedTuple):
     n:int          # number of images
     n_test:int     # how many are held out
     labels:bool    # are there labels to test with?
-    recipe:Recipe  # every other setting
+    side:int       # of the images, pixels
     about:str      # the images in one line
     root:str=None  # folder that holds data sets
+    recipe:Recipe=None # every other setting
     @property
     def name(self): return Path(self.data).resolve().name
 
@@ -962,24 +1248,25 @@ def short_run(data:str|Path="digits", # folder of images, or name of a data set
               labels:bool=True,       # use class folders as labels for testing?
               root:str|Path=None,     # folder that holds data sets; fastai's data folder if not given
               column:str=None,        # of the paths in a table
+              recipe:str=None,        # name, one of `RECIPES`; chosen by the images if not given
               **kwargs                # settings of the recipe to replace, e.g. `epochs=20`; `None` for not given
              )->ShortRun:             # raises `OSError` or `ValueError`
     "Images, and settings for their size and number"
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
     name = named_data(data)
     if not name: check_no_root(data, root, False)
-    if name == "digits": run = digits_run(labels)
-    elif name: run = named_run(name, labels, kwargs.get("size"), root)
-    else: run = folder_run(str(data), labels, kwargs.get("size"), column)
-    return run._replace(recipe=run.recipe.changed(**kwargs))
+    if name == "digits": run,recipe = digits_run(labels),recipe or "digits"
+    elif name: run = named_run(name, labels, root)
+    else: run = folder_run(str(data), labels, column)
+    if recipe: return run._replace(recipe=get_recipe(recipe, **kwargs))
+    return run._replace(recipe=chosen_recipe(run.n - run.n_test, run.side, short=True, **kwargs)[0])
 
 # %% ../nbs/50_runs.ipynb #527e9ebd
 def digits_run(labels:bool # use the labels to test with?
               )->ShortRun:
-    "The digits of scikit-learn, and settings with which training takes half a minute"
-    n = len(digits_images()[0])
-    about = f"{n:,} handwritten digits of 8x8 pixels (shipped with scikit-learn)"
-    return ShortRun("digits", "digits", n, 500, labels, get_recipe("digits"), about)
+    "The digits of scikit-learn, with which training takes half a minute"
+    n,side,about = look_at("digits")
+    return ShortRun("digits", "digits", n, 500, labels, side, about)
 
 def readable_source(data:str,    # as for `unlabelled_dls`
                     labels:bool, # with labels, if there are any?
@@ -997,45 +1284,29 @@ def readable_source(data:str,    # as for `unlabelled_dls`
 
 def folder_run(folder:str,    # images as `unlabelled_dls` takes them
                labels:bool,   # use class folders as labels to test with?
-               size:int=None, # of the views, pixels; 32 for images up to 48 pixels and 64 for larger ones if not given
                column:str=None # of the paths in a table
-              )->ShortRun:    # raises `OSError` or `ValueError`
-    "The readable images of a folder, and settings for them"
+              )->ShortRun:    # without a recipe; raises `OSError` or `ValueError`
+    "The readable images of a folder, or another source"
     source,classes,n_bad = readable_source(folder, labels, column)
     side,_ = size_and_channels(source.files)
     n = len(source.files)
     if n < 20:
         raise ValueError(f"{folder} holds {n} image(s), at least 20 are needed to train on some and test on others")
-    n_test = min(2000, n//5)
-    recipe = short_recipe("folder", n, n_test, side, size)
     about = f"{n:,} images of {folder}" + (f" in {len(classes)} class folders" if classes else ", without labels")
     if n_bad: about += f"; {n_bad} broken file(s) left out"
-    return ShortRun(folder, source, n, n_test, bool(classes), recipe, about)
+    return ShortRun(folder, source, n, min(2000, n//5), bool(classes), side, about)
 
 # %% ../nbs/50_runs.ipynb #e60acbd2
-def short_recipe(name:str,   # of the recipe
-                 n:int,      # images
-                 n_test:int, # how many are held out
-                 side:int,   # of the images, pixels
-                 size:int=None # of the views, if given
-                )->Recipe:
-    "Settings that depend on size and number of the images"
-    return get_recipe("cifar", name=name, nviews=2, arch_args={}, small_stem=False, pool_type=None, lmb=5e-3,
-                      scale_lr=False, size=size or (32 if side <= 48 else 64), bs=min(256, (n - n_test)//2),
-                      epochs=max(5, min(60, 150_000//n)))
-
 def named_run(name:str,      # of a data set
               labels:bool,   # use its labels to test with?
-              size:int=None, # of the views, pixels; chosen by the size of the images if not given
               root:str|Path=None # folder that holds data sets
-             )->ShortRun:    # raises `OSError` or `ValueError`
-    "The images of a published data set to train on, and settings for them; its test images stay unseen"
+             )->ShortRun:    # without a recipe; raises `OSError` or `ValueError`
+    "The images of a published data set to train on; its test images stay unseen"
     images = read_part(name, "train" if labels else "unlabelled", root)
     side = data_card(name).size or size_and_channels(images.files)[0]
     labels = labels and images.y.ndim == 1   # kNN and few labels need one class per image
-    n_test = min(2000, images.n//5)
     about = f"{images.n:,} training images of {name}" + (f" in {len(images.vocab)} classes" if labels else "")
-    return ShortRun(name, name, images.n, n_test, labels, short_recipe(name, images.n, n_test, side, size), about, root)
+    return ShortRun(name, name, images.n, min(2000, images.n//5), labels, side, about, root)
 
 # %% ../nbs/50_runs.ipynb #1ccaa6e3
 def encoder_rows(learn:Learner, # of a short run
@@ -1172,12 +1443,19 @@ def save_short_run(run:ShortRun,        # from `short_run`
     return [*(out/name for name in names), *pictures, page]
 
 # %% ../nbs/50_runs.ipynb #6e5da575
-def diagnose_short_run(run:ShortRun,  # from `short_run`
-                       batches:int=5, # to run
-                       seed:int=0     # of the weights and the views
-                      )->Diagnosis:
-    "Run a few batches with the settings of a short run, and list the problems found"
+def diagnose_run(data="digits",          # as for `pretrain`
+                 recipe:str=None,        # name, one of `RECIPES`; chosen by images and machine if not given
+                 root:str|Path=None,     # folder that holds data sets; fastai's data folder if not given
+                 batches:int=5,          # to run
+                 seed:int=0,             # of the weights and the views
+                 column:str=None,        # of the paths in a table
+                 **kwargs                # settings of the recipe to replace; `None` for not given
+                )->tuple:                # what was found, and what the run is in words; raises `OSError`, `ValueError`
+    "Run a few batches as `pretrain` would, and list the problems found"
+    changes = {k: v for k,v in kwargs.items() if v is not None}
+    root = root and os.path.abspath(root)
+    s = run_settings(Path(), False, images=data, data=named_data(data) or str(data), recipe=recipe, seed=seed,
+                     root=root, column=column, changes=changes)
     set_seed(seed)
-    all_now = isinstance(run.images, ImageSource)   # of a data set only the batches that are needed
-    dls = run_dls(run.images, run.recipe, valid_pct=0, in_memory=all_now, root=run.root)
-    return diagnose(bt_learner(dls, recipe=run.recipe), batches, run.recipe.lr)
+    dls = run_dls(data, s["recipe"], 0, seed, root=root, column=column)
+    return diagnose(bt_learner(dls, recipe=s["recipe"]), batches),stated(s, dls)
