@@ -48,7 +48,10 @@ def test_plots_take_tensors_and_return_axes():
     ax = plot_cross_correlation(torch.eye(300))
     assert ax.get_title() == "diagonal 1.00, rest 0.00 (RMS)"
     assert ax.get_images()[0].get_array().shape == (128, 128)
-    assert plot_losses([3., 2., 1.], (4., .5)).get_yscale() == "log"
+    ax = plot_losses([3., 2., 1.], (4., .5))
+    assert ax.get_yscale() == "log" and ax.yaxis.get_major_formatter()(100.) == "100"
+    assert [(t.get_text(), t.xy[1]) for t in ax.texts] == [
+        ("independent views", 4.), ("identical views, random batch", .5)]
     assert len(plot_neighbours(torch.rand(2, 3, 8, 8), torch.rand(2, 4, 3, 8, 8))) == 10
     ax = plot_spectrum({"h": singular_values(torch.randn(40, 6)), "z": singular_values(torch.randn(40, 9))})
     assert len(ax.lines) == 2 and "of 9" in ax.get_legend().get_texts()[1].get_text()
