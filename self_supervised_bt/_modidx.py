@@ -2739,6 +2739,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.maps.framed': ('maps.html#framed', 'self_supervised_bt/maps.py'),
                                          'self_supervised_bt.maps.grid_picks': ('maps.html#grid_picks', 'self_supervised_bt/maps.py'),
                                          'self_supervised_bt.maps.image_map': ('maps.html#image_map', 'self_supervised_bt/maps.py'),
+                                         'self_supervised_bt.maps.in_order': ('maps.html#in_order', 'self_supervised_bt/maps.py'),
                                          'self_supervised_bt.maps.map_page': ('maps.html#map_page', 'self_supervised_bt/maps.py'),
                                          'self_supervised_bt.maps.missing_text': ('maps.html#missing_text', 'self_supervised_bt/maps.py'),
                                          'self_supervised_bt.maps.mosaic': ('maps.html#mosaic', 'self_supervised_bt/maps.py'),

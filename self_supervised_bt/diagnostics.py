@@ -214,6 +214,7 @@ def map_2d(h:Tensor,        # (N,F) representations
 # Ten colours that stay apart with each kind of colour blindness, and from white and black; a test measures it
 PALETTE = ("#314dfd", "#b87800", "#2bce05", "#d9006c", "#8ddaec",
            "#9315b4", "#ffaf96", "#506203", "#c896ff", "#0096b5")
+SHAPES = "os^D"   # of matplotlib: the next ten classes have the next one
 
 # %% ../nbs/32_diagnostics.ipynb #ed641727
 def plot_map(xy:Tensor,         # (N,2)
@@ -226,12 +227,12 @@ def plot_map(xy:Tensor,         # (N,2)
     dots = dict(s=6, alpha=.6, linewidths=0)
     classes = [] if y is None else y.unique().tolist()
     if y is None: ax.scatter(*xy.T, color="0.4", **dots)
-    colours = PALETTE if len(classes) <= 10 else plt.get_cmap("tab20").colors
     for c in classes:
         of_class = xy[(y == c).cpu().numpy()]
-        colour = "0.7" if c < 0 else colours[c % len(colours)]
+        colour = "0.7" if c < 0 else PALETTE[c % len(PALETTE)]
+        shape = "o" if c < 0 else SHAPES[c//len(PALETTE) % len(SHAPES)]
         label = "none" if c < 0 else str(names[c] if names else c)
-        ax.scatter(*of_class.T, color=colour, label=label, **dots)
+        ax.scatter(*of_class.T, color=colour, marker=shape, label=label, **dots)
     if 0 < len(classes) <= 20: ax.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1,.5))
     ax.set(xticks=[], yticks=[])
     return ax

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import re
 import warnings
 from collections import Counter
 from functools import partial
@@ -284,14 +285,19 @@ def colour_columns(table:pd.DataFrame, # one row per image
     present = [name for name in ("label", "cluster") if name in table and name != colour]
     return ([] if colour is None else [colour]) + [name for name in present if table[name].notna().any()]
 
+def in_order(value)->list|object: # to sort by
+    "Text with its numbers as numbers: `class 2` comes before `class 10`"
+    if not isinstance(value, str): return value
+    return [int(part) if i % 2 else part for i,part in enumerate(re.split(r"(\d+)", value))]
+
 def classes_of(column:pd.Series # of a table
               )->tuple:         # (N,) class indices, -1 for none, and the names; raises `ValueError`
     "The classes of a column, in the order of numbers or letters"
     values = [v if there else None for v,there in zip(column, column.notna())]
-    try: found = sorted({v for v in values if v is not None})
+    try: found = sorted({v for v in values if v is not None}, key=in_order)
     except TypeError:   # some cannot be compared, or are lists
         values = [None if v is None else str(v) for v in values]
-        found = sorted({v for v in values if v is not None})
+        found = sorted({v for v in values if v is not None}, key=in_order)
     if len(found) > 1000:
         raise ValueError(f"colour must be a column of at most 1,000 classes, and {column.name} has {len(found):,}: for "
                          f"numbers make ranges of them, e.g. pd.cut(table[{str(column.name)!r}], 8)")

@@ -120,6 +120,9 @@ def test_the_colours_stay_apart(sight):
 def test_points_without_a_class_are_grey():
     ax = plot_map(torch.randn(30, 2), torch.arange(30) % 3 - 1, ["cat", "dog"])
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["none", "cat", "dog"]
+    twelve = plot_map(torch.randn(24, 2), torch.arange(24) % 12).collections
+    looks = {(tuple(c.get_facecolor()[0]), len(c.get_paths()[0].vertices)) for c in twelve}
+    assert len(looks) == 12, "two classes look alike"
     grey = ax.collections[0].get_facecolor()[0]
     assert grey[0] == grey[1] == grey[2]
 

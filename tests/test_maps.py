@@ -221,6 +221,7 @@ def test_relative_paths_of_another_folder(files):
 def test_classes_have_an_order_and_gaps():
     codes, names = classes_of(pd.Series([10, 9, None, 10]))
     assert names == ["9", "10"] and codes.tolist() == [1, 0, -1, 1]
+    assert classes_of(pd.Series(["k 10", "k 2", "a"]))[1] == ["a", "k 2", "k 10"]
     codes, names = classes_of(pd.Series(["b", 1, "a", float("nan")], dtype=object))
     assert sorted(names) == ["1", "a", "b"] and codes[3] == -1
     with pytest.raises(ValueError, match="pd.cut"): classes_of(pd.Series(np.arange(2000.), name="loss"))
