@@ -360,7 +360,7 @@ def bt_similar(table:str,         # file from bt_embed
 @one_line_errors
 def bt_duplicates(table:str,            # file from bt_embed
                   threshold:float=None, # cosine similarity of near-duplicates; by the nearest distances if not given
-                  chance:float=.05,     # expected share of ordinary images among those found, by which it is chosen
+                  chance:float=.01,     # expected share of ordinary images among those found, by which it is chosen
                   search:str="auto",    # exact, flat, ivf or hnsw; by the number of rows
                   out:str=None,         # table to write, .csv; beside the table if not given, and pictures with it
                   groups:int=12         # groups in the picture

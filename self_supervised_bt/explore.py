@@ -1108,7 +1108,7 @@ def plot_similar(found:pd.DataFrame, # from `similar`
 
 # %% ../nbs/43_explore.ipynb #e3ee06a2
 LATE = 16       # K, the neighbour by which the density is measured
-CHANCE = .05    # expected share of ordinary images among those found
+CHANCE = .01    # expected share of ordinary images among those found
 FLOOR = 1e-6    # distances below are rounding: identical images
 FEWEST = 40     # rows, to see a distribution
 
@@ -1199,8 +1199,8 @@ def why_text(d:NearestDistances, # of a table
                 f"would take {1 - d.threshold(chance):.6g}.")
     most = f"at most {percent(chance)} by chance"
     if at > FLOOR: return f"{middle} Threshold {1 - at:.6g}, the lowest with {most}: {above}"
-    return (f"{middle} No threshold has {most}: only identical images are grouped, which {found:,} are. Pass a threshold "
-            "to see less similar ones.")
+    return (f"{middle} No threshold has {most}: only identical images are grouped, which {found:,} are. Pass a "
+            "threshold to see less similar ones.")
 
 # %% ../nbs/43_explore.ipynb #cf66853d
 def near_duplicates(table:pd.DataFrame,   # from `embed` or `explore.load_table`
@@ -1210,7 +1210,7 @@ def near_duplicates(table:pd.DataFrame,   # from `embed` or `explore.load_table`
                    )->pd.DataFrame:       # `group`, `file` or `index`, `label`, `similarity` to the nearest other
     "Groups of nearly equal images; `attrs` has the threshold and why; raises `ValueError`"
     check_threshold(threshold)
-    if not 0 < chance < 1: raise ValueError(f"chance must be above 0 and below 1, got {chance!r}: e.g. .01 to find less")
+    if not 0 < chance < 1: raise ValueError(f"chance must be above 0 and below 1, got {chance!r}: e.g. .05 for more")
     h,column = matrix_of(table),key_column(table)
     fewest = 2 if threshold is not None else FEWEST
     if len(h) < fewest:
