@@ -6,8 +6,8 @@
 Some images of the folder get a copy of each kind: saved as JPEG again, resized to 3/4 and back, cropped to 9/10 of each
 side, mirrored. Found is a pair of an original and its copy in one group. Every other pair in a group counts as false,
 also where the folder has duplicates of its own; "without copies" is the number of pairs that are grouped when nothing
-is planted. Hashes have 64 bits; a pair is found at a Hamming distance of at most `d`, and the threshold of the
-representations is the default. Seconds are those of reading, encoding or hashing, and comparing.
+is planted. Hashes have 64 bits; a pair is found at a Hamming distance of at most `d`, and representations at the threshold
+that near_duplicates chooses for this `chance`. Seconds are those of reading, encoding or hashing, and comparing.
 """
 import argparse
 import io
@@ -134,14 +134,18 @@ def main():
         print(f"{len(chosen):,} images of {Path(a.folder).name}, {a.copied} of them with {len(KINDS)} copies\n"
               f"encoder: {about}\n")
         columns = "".join(f"{kind:>9}" for kind in (*KINDS, "recall"))
-        print(f"{'':20}{'precision':>10}{columns}{'false pairs':>13}{'without copies':>16}{'seconds':>9}", flush=True)
+        print(f"{'':26}{'precision':>10}{columns}{'false pairs':>13}{'without copies':>16}{'seconds':>9}", flush=True)
         for name, how in {"embed": {}, 'embed, tta="flip"': dict(tta="flip")}.items():
             start = time.perf_counter()
             table = embed(model, names, labels=False, num_workers=0, progress=False, **how)
-            found = near_duplicates(table)
             seconds = time.perf_counter() - start
-            alone = near_duplicates(table.head(len(chosen)))
-            show(name, scores(dict(zip(found.file, found.group)), copies), alone.groupby("group").size(), seconds)
+            for chance in (.05, .01, .001):
+                start = time.perf_counter()
+                found = near_duplicates(table, chance=chance)
+                searched = time.perf_counter() - start
+                alone = near_duplicates(table.head(len(chosen)), chance=chance).groupby("group").size()
+                numbers = scores(dict(zip(found.file, found.group)), copies)
+                show(f"{name}, {100*chance:g} %", numbers, alone, seconds + searched)
         for name, function in {"phash": imagehash.phash, "dhash": imagehash.dhash}.items():
             start = time.perf_counter()
             hashes = [function(Image.open(f).convert("RGB")) for f in names]
@@ -158,7 +162,7 @@ def show(name, numbers, sizes, seconds):
     *shares, false = numbers
     alone = sum(n*(n - 1)//2 for n in sizes)
     columns = "".join(f"{v:9.1f}" for v in shares[1:])
-    print(f"{name:20}{shares[0]:10.1f}{columns}{false:13,}{alone:16,}{seconds:9.1f}", flush=True)
+    print(f"{name:26}{shares[0]:10.1f}{columns}{false:13,}{alone:16,}{seconds:9.1f}", flush=True)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -1660,6 +1660,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.part_about': ( 'explore.html#part_about',
                                                                                        'self_supervised_bt/explore.py'),
+                                            'self_supervised_bt.explore.percent': ('explore.html#percent', 'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.pieces': ('explore.html#pieces', 'self_supervised_bt/explore.py'),
                                             'self_supervised_bt.explore.plot_groups': ( 'explore.html#plot_groups',
                                                                                         'self_supervised_bt/explore.py'),

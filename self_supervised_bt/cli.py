@@ -569,13 +569,14 @@ bt_duplicates photos.parquet --threshold .95
 """)
 def bt_duplicates(table:str,            # file from bt_embed
                   threshold:float=None, # cosine similarity of near-duplicates; by the nearest distances if not given
+                  chance:float=.01,     # expected share of ordinary images among those found, by which it is chosen
                   search:str="auto",    # exact, flat, ivf or hnsw; by the number of rows
                   out:str=None,         # table to write, .csv; beside the table if not given, and pictures with it
                   groups:int=12         # groups in the picture
                  ):
     "Groups of nearly equal images, and why they count as such"
     from self_supervised_bt.explore import load_table, near_duplicates, plot_groups, plot_threshold
-    found = near_duplicates(load_table(table), threshold, search)
+    found = near_duplicates(load_table(table), threshold, search, chance)
     print(f"{textwrap.fill(found.attrs['why'], 80)}\n\n{len(found):,} images in {found.group.nunique():,} groups")
     out = Path(out) if out else Path(table).with_suffix(".duplicates.csv")
     found.to_csv(out, index_label="row")

@@ -378,7 +378,7 @@ def matrix_of(table:pd.DataFrame # from `embed`, or any with a column `h`
         raise ValueError(f"table must have a column h of representations, as embed gives it, got {what}")
     if not len(table): raise ValueError("table has no rows: there is nothing to search")
     rows = table["h"].tolist()
-    widths = Counter(np.shape(row) for row in rows)
+    widths = Counter(row.shape if isinstance(row, np.ndarray) else np.shape(row) for row in rows)
     if len(widths) > 1 or len(next(iter(widths))) != 1:
         raise ValueError(f"all h of a table must be vectors of one width, got the shapes {some_names(list(widths))}: "
                          "were tables of several encoders joined?")
@@ -1108,7 +1108,7 @@ def plot_similar(found:pd.DataFrame, # from `similar`
 
 # %% ../nbs/43_explore.ipynb #e3ee06a2
 LATE = 16       # K, the neighbour by which the density is measured
-CHANCE = .05    # expected share of ordinary images among those found
+CHANCE = .01    # expected share of ordinary images among those found
 FLOOR = 1e-6    # distances below are rounding: identical images
 FEWEST = 40     # rows, to see a distribution
 
@@ -1129,9 +1129,9 @@ class NearestDistances:
         return float((1 - (1 - p)**(self.k - 1)).mean()*self.n)
     def found(self, r): return int(np.searchsorted(self.first, r*(1 + 1e-9), side="right"))
 
-    def threshold(self)->float: # distance, `FLOOR` if no larger one is right
+    def threshold(self, chance=CHANCE)->float: # distance, `FLOOR` if no larger one is right
         tried = np.geomspace(FLOOR, self.most, 512)
-        right = [r for r in tried if self.found(r) and self.expected(r) <= CHANCE*self.found(r)]
+        right = [r for r in tried if self.found(r) and self.expected(r) <= chance*self.found(r)]
         return float(max(right, default=FLOOR))
 
     def histogram(self, bins=48)->dict: # edges of log10 of the distance, found and expected images per bin
@@ -1180,31 +1180,37 @@ def check_threshold(threshold)->None: # raises `ValueError`
     raise ValueError(f"threshold must be a cosine similarity above 0 and at most 1, got {threshold!r}: leave it out to "
                      "have it chosen by the nearest distances")
 
+def percent(share:float)->str: return f"{100*share:g} %"
+
 def why_text(d:NearestDistances, # of a table
              at:float,           # distance
-             given:bool          # by the user?
+             given:bool,         # by the user?
+             chance:float=CHANCE # as for `near_duplicates`
             )->str:
     "The threshold and its reason in words"
-    found,chance = d.found(at),d.expected(at)
+    found,ordinary = d.found(at),d.expected(at)
     middle = f"Of {d.n:,} images, half have a nearest other image of similarity {1 - d.first[d.n//2]:.4g} or more."
     above = f"{found:,} have one above it."
     if d.n < FEWEST: return f"{middle} Threshold {1 - at:.6g}, as given: {above}"
-    above += (f" By the distances to their {d.k//2}th to {d.k}th neighbours, {chance:.3g} would have one without "
-              f"copies ({chance/max(found, 1):.1%} of them).")
+    above += (f" By the distances to their {d.k//2}th to {d.k}th neighbours, {ordinary:.3g} would have one without "
+              f"copies ({ordinary/max(found, 1):.1%} of them).")
     if given:
-        return (f"{middle} Threshold {1 - at:.6g}, as given: {above} The rule, at most {CHANCE:.0%} by chance, would "
-                f"take {1 - d.threshold():.6g}.")
-    if at > FLOOR: return f"{middle} Threshold {1 - at:.6g}, the lowest with at most {CHANCE:.0%} by chance: {above}"
-    return (f"{middle} No threshold has at most {CHANCE:.0%} by chance: only identical images are grouped, which "
-            f"{found:,} are. Pass a threshold to see less similar ones.")
+        return (f"{middle} Threshold {1 - at:.6g}, as given: {above} The rule, at most {percent(chance)} by chance, "
+                f"would take {1 - d.threshold(chance):.6g}.")
+    most = f"at most {percent(chance)} by chance"
+    if at > FLOOR: return f"{middle} Threshold {1 - at:.6g}, the lowest with {most}: {above}"
+    return (f"{middle} No threshold has {most}: only identical images are grouped, which {found:,} are. Pass a "
+            "threshold to see less similar ones.")
 
 # %% ../nbs/43_explore.ipynb #cf66853d
 def near_duplicates(table:pd.DataFrame,   # from `embed` or `explore.load_table`
                     threshold:float=None, # cosine similarity of near-duplicates; by the nearest distances if not given
-                    search="auto"         # as for `similar`
+                    search="auto",        # as for `similar`
+                    chance:float=CHANCE   # expected share of ordinary images among those found, by which it is chosen
                    )->pd.DataFrame:       # `group`, `file` or `index`, `label`, `similarity` to the nearest other
     "Groups of nearly equal images; `attrs` has the threshold and why; raises `ValueError`"
     check_threshold(threshold)
+    if not 0 < chance < 1: raise ValueError(f"chance must be above 0 and below 1, got {chance!r}: e.g. .05 for more")
     h,column = matrix_of(table),key_column(table)
     fewest = 2 if threshold is not None else FEWEST
     if len(h) < fewest:
@@ -1212,11 +1218,12 @@ def near_duplicates(table:pd.DataFrame,   # from `embed` or `explore.load_table`
                          (" to choose a threshold: pass one, e.g. threshold=.98" if threshold is None else ""))
     s,idx = other_rows(h, min(LATE, len(h) - 1), search)
     d = NearestDistances(s)
-    at = d.threshold() if threshold is None else max(1 - threshold, FLOOR)
+    at = d.threshold(chance) if threshold is None else max(1 - threshold, FLOOR)
     rows,group = duplicate_groups(h, s[:,0], idx[:,0], 1 - at)
     found = table.iloc[rows][[c for c in (column, "label") if c in table]].assign(similarity=s[rows, 0])
     found.insert(0, "group", group)
-    found.attrs = dict(threshold=1 - at, why=why_text(d, at, threshold is not None), nearest=d.histogram())
+    found.attrs = dict(threshold=1 - at, why=why_text(d, at, threshold is not None, chance),
+                       nearest=d.histogram())
     return found
 
 # %% ../nbs/43_explore.ipynb #13bc00c4

@@ -505,6 +505,8 @@ def test_expected_distances_fit_images_without_copies():
 def test_thresholds_that_are_given(table):
     for threshold in (0, -1, 1.01, "high", float("nan"), True):
         with pytest.raises(ValueError, match="threshold must be a cosine similarity"): near_duplicates(table, threshold)
+    for chance in (0, 1, -.1):
+        with pytest.raises(ValueError, match="chance must be above 0 and below 1"): near_duplicates(table, chance=chance)
     with pytest.raises(ValueError, match="2 are needed"): near_duplicates(table.head(1), .9)
     with pytest.raises(ValueError, match="40 are needed to choose a threshold"): near_duplicates(table.head(39))
     assert "as given" in near_duplicates(table, .9).attrs["why"]
@@ -512,6 +514,14 @@ def test_thresholds_that_are_given(table):
     assert len(none) == 0 and list(none) == ["group", "file", "similarity"]
     assert len(near_duplicates(a_table(np.array([[1, 0], [1, 0.]])), 1)) == 2
     for n in (2, 3, 5): assert near_duplicates(a_table(np.ones((n, 3))), .9).group.tolist() == [0]*n
+
+
+def test_a_smaller_chance_finds_less():
+    h = clustered(np.random.default_rng(0), 800, 6)
+    rows = a_table(np.concatenate([h, h[:80]*(1 + .03*np.random.default_rng(1).normal(size=(80, 24)))]))
+    found = [near_duplicates(rows, chance=chance) for chance in (.2, .05, .01)]
+    assert set(found[0].file) >= set(found[1].file) >= set(found[2].file) and len(found[0]) > len(found[2])
+    assert "at most 1 % by chance" in found[2].attrs["why"]
 
 
 def test_the_first_of_each_group_is_kept_by_its_index(table, net, folder):
