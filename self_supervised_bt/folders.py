@@ -415,8 +415,8 @@ def file_dls(files:list,          # image files
     if value_range is None: value_range = white_of(names)
     some = some_images(names, size, n_in, value_range)
     if n_in not in (1, 3) and not len(some):
-        raise ValueError(f"n_in={n_in}, and no file that was looked at is an array of so many channels: pass 1 (grey) or "
-                         "3 (RGB) for photographs")
+        raise ValueError(f"n_in={n_in}, and no file that was looked at is an array of so many channels: pass 1 (grey) "
+                         "or 3 (RGB) for photographs")
     warn_of_empty_images(some)
     def make_dl(idx, split_idx, **kwargs):
         part_y = None if y is None else y[idx]

@@ -401,7 +401,8 @@ def test_invalid_arguments_raise(wild, folder, tmp_path):
     root = wild[0]
     right = dict(size=8, bs=16, device="cpu")
     wrong = [(dict(bs=145), "bs=145"), (dict(bad="ignore"), "bad must be"), (dict(valid_pct=1.), "valid_pct"),
-             (dict(size=0), "size must"), (dict(n_in=4), "n_in=4, and no file"), (dict(n_in=0), "n_in must"), (dict(labels="inner"), "labels must be")]
+             (dict(size=0), "size must"), (dict(n_in=4), "n_in=4, and no file"), (dict(n_in=0), "n_in must"),
+             (dict(labels="inner"), "labels must be")]
     for kwargs, words in wrong:
         with pytest.raises(ValueError, match=words): unlabelled_dls(root, **{**right, **kwargs})
     with pytest.raises(ValueError, match="at least two folders"): unlabelled_dls(root/"a", 8, bs=8, labels=True)

@@ -129,7 +129,7 @@ def test_a_moved_folder_resumes_and_changed_images_do_not(trained, unfinished, t
     moved = shutil.copytree(trained[0]/"images", tmp_path/"moved/pictures")
     settings = json.loads((unfinished/"run.json").read_text())
     (unfinished/"run.json").write_text(json.dumps({**settings, "data": str(tmp_path/"gone")}))
-    with pytest.raises(ValueError, match="no longer a folder: if it was moved, pass its new place"):
+    with pytest.raises(ValueError, match="no longer there: if it was moved, pass its new place"):
         pretrain(out=unfinished, resume=True)
     picture = moved/"dark/01.png"
     pixels = picture.read_bytes()
