@@ -6,8 +6,8 @@
 Some images of the folder get a copy of each kind: saved as JPEG again, resized to 3/4 and back, cropped to 9/10 of each
 side, mirrored. Found is a pair of an original and its copy in one group. Every other pair in a group counts as false,
 also where the folder has duplicates of its own; "without copies" is the number of pairs that are grouped when nothing
-is planted. Hashes have 64 bits; a pair is found at a Hamming distance of at most `d`, and representations at the threshold
-that near_duplicates chooses for this `chance`. Seconds are those of reading, encoding or hashing, and comparing.
+is planted. Hashes have 64 bits; a pair is found at a Hamming distance of at most `d`, and representations at the
+threshold that near_duplicates chooses for this `chance`. Seconds are those of reading, encoding or hashing.
 """
 import argparse
 import io
