@@ -309,6 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.Stopped.__str__': ('cli.html#stopped.__str__', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.advising': ('cli.html#advising', 'self_supervised_bt/cli.py'),
+                                        'self_supervised_bt.cli.as_text': ('cli.html#as_text', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.bt_classify': ('cli.html#bt_classify', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.bt_demo': ('cli.html#bt_demo', 'self_supervised_bt/cli.py'),
                                         'self_supervised_bt.cli.bt_diagnose': ('cli.html#bt_diagnose', 'self_supervised_bt/cli.py'),
