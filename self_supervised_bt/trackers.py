@@ -44,7 +44,7 @@ class EpochTracker(Callback):
 
 # %% ../nbs/36_trackers.ipynb #6cb9796d
 def tensorboard_callback(out:Path, recipe:dict)->list: # callbacks
-    "fastai's callback, into the folder `tensorboard` of the run; an optimizer's settings that are no numbers are left out"
+    "fastai's callback, into the folder `tensorboard` of the run, without the optimizer's settings that are no numbers"
     from fastai.callback.tensorboard import TensorBoardCallback
     class NumbersToTensorBoard(TensorBoardCallback):
         def after_batch(self):

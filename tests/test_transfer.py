@@ -280,7 +280,7 @@ def test_a_named_set_in_memory_and_its_diagnosis(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="bt_diagnose: --bs 512 is larger than"):
         bt_diagnose("dtd", root=str(sets), bs=512)
     run = runs.short_run("dtd", root=sets)
-    assert run.about == "12 training images of dtd in 3 classes" and run.recipe.size == 32
+    assert run.about == "12 training images of dtd in 3 classes" and run.recipe.name == "cifar"
 
 
 def test_whether_test_images_were_seen(tmp_path, monkeypatch):
