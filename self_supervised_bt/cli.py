@@ -174,6 +174,13 @@ def columns(most:int # to use
     "Width of the terminal; 80 where the output goes to a file"
     return min(most, shutil.get_terminal_size((80, 24)).columns)
 
+def as_text(table,       # a `DataFrame`
+            most:int=120 # columns
+           )->str:
+    "A table in the width of the terminal"
+    from self_supervised_bt.compared import text_table
+    return text_table(table, columns(most))
+
 def parser_of(f:callable,  # a command
               pos:tuple,   # as for `command`
               examples:str # as for `command`
@@ -191,17 +198,18 @@ def parser_of(f:callable,  # a command
 # %% ../nbs/52_cli.ipynb #1bcc009b
 def command(f:callable=None, # its parameters become options
             pos:tuple=None,  # parameters with a default that are given without `--`
-            examples:str=""  # lines that can be copied
+            examples:str="", # lines that can be copied
+            quick:bool=False # does it need neither PyTorch nor a line that says so?
            )->callable:
     "A function as a console command, which answers within a second"
-    if f is None: return partial(command, pos=pos, examples=examples)
+    if f is None: return partial(command, pos=pos, examples=examples, quick=quick)
     call = one_line_errors(f)
     @wraps(f)
     def run(*args, **kwargs):
         if args or kwargs or not is_script(inspect.currentframe().f_back): return call(*args, **kwargs)
         os.environ["MPLBACKEND"] = "Agg"   # pictures are written to files, no screen is needed
         given = vars(parser_of(f, pos, examples).parse_args())
-        sys.meta_path.insert(0, LoadingIsSaid(f.__name__))
+        if not quick: sys.meta_path.insert(0, LoadingIsSaid(f.__name__))
         call(**{k: given[k] for k in inspect.signature(f).parameters})
     return run
 
@@ -216,7 +224,7 @@ class LoadingIsSaid:
     said = False
     def __init__(self, name): self.name = name # of the command
     def find_spec(self, name, path=None, target=None):
-        if name in ("torch", "matplotlib") and not self.said:
+        if name in ("torch", "matplotlib", "pandas") and not self.said:
             self.said = True
             if is_rank_0(): print(f"{self.name}: loading PyTorch ...", flush=True)
 
@@ -235,7 +243,6 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
             recipe:str=None   # as for bt_pretrain; chosen by the images for a CPU and a short run if not given
            ):
     "Train an encoder on images without labels, and show whether it worked"
-    from self_supervised_bt.compared import text_table
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=size)
@@ -247,7 +254,7 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
         compared = train_and_compare(run, seed)
     measure = " (%, mean ± standard deviation over 10 samples of the labels)" if run.labels else ""
     print(f"\nTrained in {compared.seconds:.0f} s. On the {run.n_test:,} held-out images{measure}:\n\n"
-          f"{text_table(compared.table, columns(120))}\n\n{table_verdict(compared.table, run.n_test)}\n")
+          f"{as_text(compared.table)}\n\n{table_verdict(compared.table, run.n_test)}\n")
     files = save_short_run(run, compared, folder, seed)
     print(f"Saved in {folder}/: {', '.join(str(f.relative_to(folder)) for f in files)}\n"
           f"Open {files[-1]} in a browser to see the report.")
@@ -408,13 +415,12 @@ def bt_evaluate(run:str,          # folder of a run; or file, URL or name of pub
                 column:str=None   # of the paths in a table; guessed by its name if not given
                ):
     "Accuracy of the encoder of a run on labelled images"
-    from self_supervised_bt.compared import text_table
     from self_supervised_bt.runs import evaluate, save_evaluation
     protocols = tuple(protocol.split(","))
     sets = re.split(r",(?![^{}]*\})", data)   # a comma in braces belongs to a pattern
     with advising("nothing was written, start the same command again"):
         table = evaluate(run, sets, protocols, test, k, workers, root, download, not plain, labels or True, column)
-    print(f"Accuracy on the test images, %:\n\n{text_table(table, columns(120))}")
+    print(f"Accuracy on the test images, %:\n\n{as_text(table)}")
     if not plain: print("\nWhitened: by mean and covariance of the images to learn from, without their labels. "
                         "Compare rows\nof one kind only: other encoders can be whitened and averaged, too")
     if "semi-supervised" in protocols:
@@ -439,13 +445,12 @@ def bt_transfer(run:str=None,     # folder of a run; or file, URL or name of pub
                 download:bool=False # fetch data sets that are not there
                ):
     "Measure one encoder on many published data sets; the same command continues after an interruption"
-    from self_supervised_bt.compared import text_table
     from self_supervised_bt.datasets import data_table
     from self_supervised_bt.runs import transfer
-    if not run: return print(text_table(data_table(), columns(120)))
+    if not run: return print(as_text(data_table()))
     with advising("what was measured is kept, start the same command again"):
         folder,table = transfer(run, sets, root, out, size=size, k=k, num_workers=workers, download=download)
-    scores = text_table(table.drop(columns="by", errors="ignore"), columns(120))
+    scores = as_text(table.drop(columns="by", errors="ignore"))
     print(f"\nScores on the published test images, %:\n\n{scores}")
     for name in table.index[table.get("by", table.metric != table.metric).astype(bool)]:
         print(f"\nPublished for {name}: {table.by[name]}")
@@ -508,12 +513,13 @@ bt_embed runs/photos photos --out photos.parquet
 bt_embed runs/photos photos --out photos.parquet --tta flip
 """)
 def bt_embed(run:str,            # folder of a run; or file, URL or name of published weights
-             data:str,           # folder of images, or name of a data set
+             data:str,           # images as for bt_pretrain
              out:str="images.parquet", # file to write: .parquet, .csv or .npz
              size:int=None,      # of the images the encoder sees, pixels; as in its training if not given
              tta:str=None,       # average over flip, crops, sizes, or sizes in pixels; several with commas
              whiten:bool=False,  # with the whitening that the encoder remembers
-             labels:str=None,    # folders that name the class: outermost or innermost; found if not given
+             labels:str=None,    # folders that name the class, outermost or innermost, or a column; found if not given
+             column:str=None,    # of the paths in a table
              bs:int=64,          # images per batch
              workers:int=None,   # worker processes that read files
              device:str=None     # e.g. cuda:1 or cpu; the accelerator, if there is one
@@ -521,7 +527,8 @@ def bt_embed(run:str,            # folder of a run; or file, URL or name of publ
     "Representations of images with their file names; the same command continues one that was stopped"
     from self_supervised_bt.explore import embed_to_file
     from self_supervised_bt.runs import encoder_file
-    how = dict(size=size, tta=averaging(tta), whiten=whiten or None, labels=labels, device=device)
+    how = dict(size=size, tta=averaging(tta), whiten=whiten or None, labels=labels, column=column,
+               device=device)
     try: file,about = embed_to_file(encoder_file(run), data, out, bs, workers, sys.stdout.isatty(), **how)
     except Stopped as e:
         e.advice = f"what was embedded is kept, continue with {shlex.join(['bt_embed', *sys.argv[1:]])}"
@@ -642,14 +649,14 @@ def bt_experiment(name:str=None,      # of the experiment; they are listed if no
 @command(pos=["folder"], examples="""
 bt_runs
 bt_runs runs/photos-lr --csv runs.csv
-""")
+""", quick=True)
 def bt_runs(folder:str="runs", # folder of runs, with its subfolders
             csv:str=None       # file to write the table to
            ):
     "List runs side by side: the settings that differ, how far each is, and what was measured"
-    from self_supervised_bt.compared import run_table, text_table
+    from self_supervised_bt.compared import run_table
     table = run_table(folder)
-    print(text_table(table, columns(160)))
+    print(as_text(table, 160))
     if csv is None: return
     table.to_csv(csv)
     print(f"\nSaved as {csv}")

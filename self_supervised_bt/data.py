@@ -526,7 +526,8 @@ class NoDecoder(Exception):
 def learn_heif(file)->None: # raises `NoDecoder`
     "Let Pillow read HEIC, if this is one"
     if not str(file).lower().endswith(HEIF): return
-    try: from pillow_heif import register_heif_opener
+    try:
+        from pillow_heif import register_heif_opener
     except ImportError as e: raise NoDecoder("HEIC needs pillow-heif") from e
     register_heif_opener()
 
@@ -672,7 +673,8 @@ def is_array(file)->bool: return str(file).lower().endswith(ARRAYS)
 def tiff_array(f # a stream of bytes
               )->np.ndarray: # raises `NoDecoder`
     "The numbers in a TIFF"
-    try: from tifffile import imread
+    try:
+        from tifffile import imread
     except ImportError as e: raise NoDecoder("TIFF of other than 1 or 3 channels needs tifffile") from e
     return imread(f)
 

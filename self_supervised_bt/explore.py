@@ -42,7 +42,6 @@ from self_supervised_bt.data import (
     ImageTensors,
     device_or_default,
     digest,
-    image_files,
     patiently,
     read_image,
     some_names,
@@ -69,16 +68,18 @@ from self_supervised_bt.evaluation import (
 )
 
 # %% ../nbs/43_explore.ipynb #74012aeb
-from self_supervised_bt.folders import (
+from .folders import ImageFiles, class_folders, labelled_files, workers_for
+from .layers import encoder_channels
+from self_supervised_bt.sources import (
     LEVELS,
     FileNames,
-    ImageFiles,
-    class_folders,
+    NoLabels,
     folder_of_all,
-    labelled_files,
-    workers_for,
+    image_list,
+    image_source,
+    is_table,
+    name_in,
 )
-from .layers import encoder_channels
 from .transfer import bytes_of, encoder_identity, size_seen
 from .weights import as_picture, load_encoder
 from .zoo import is_path
@@ -168,7 +169,7 @@ class FileRows:
     def __init__(self, files, labels, size, n_in, value_range=None):
         self.images = ImageFiles(files, size, n_in, bad="leave out", value_range=value_range)
         self.labels,self.n = labels,len(self.images)
-    def keys(self, rows): return [self.images.files[i] for i in rows]
+    def keys(self, rows): return [name_in(self.images.files, i) for i in rows]
     def labels_of(self, rows): return self.labels and [self.labels[i] for i in rows]
     def identity(self): return self.images.identity()
     @property
@@ -187,7 +188,7 @@ class FileRows:
 
     def bad(self, start, stop)->list: # (file, reason) pairs
         rows = start + self.images.codes[start:stop].nonzero()[:,0]
-        return [(self.images.files[i], REASONS[self.images.codes[i] - 1]) for i in rows.tolist()]
+        return [(name_in(self.images.files, i), REASONS[self.images.codes[i] - 1]) for i in rows.tolist()]
 
 def missing_files(files:list # file names
                  )->list:    # their numbers; raises `FileNotFoundError` if none is there
@@ -305,11 +306,25 @@ def loader_rows(dl # from `BatchEncoder.takes`
     return FileRows(dataset.files, labels, dataset.size, dataset.n_in, dataset.value_range)
 
 # %% ../nbs/43_explore.ipynb #b174ff86
-def file_rows(data,               # folder, name of a data set, or image files
+def source_labels(data, labels, column, names:list)->list: # a class or `None` per image; `None` if there are no classes
+    "The labels of a table or of shards, or else the names of class folders; raises `ValueError`"
+    if labels is False: return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # it warns of images without a label, which stay here
+        try: source = image_source(data, True if labels is None else labels, column)
+        except NoLabels:
+            if labels is not None: raise
+            return None
+    if source.y is None: return folder_labels(names, labels)
+    known = {name_in(source.files, i): label_text(y, source.vocab) for i,y in enumerate(source.y)}
+    return [known.get(name) for name in names]
+
+def file_rows(data,               # folder, table, shards, pattern, name of a data set, or image files
               encoder:RowEncoder, # that will see the images
               size,               # as for `embed`, like the rest
               labels,
-              value_range
+              value_range,
+              column
              )->FileRows:         # raises `OSError` or `ValueError`
     "The rows of files"
     name,y = named_data(data),None
@@ -317,21 +332,27 @@ def file_rows(data,               # folder, name of a data set, or image files
         images = read_part(name, "train")
         if images.files is None: return ArrayRows(images.x, images.y, images.vocab)
         files,y,vocab = images.files,images.y,images.vocab
-    else: files = image_files(data) if isinstance(data, (str, Path)) else data
-    files = [str(f) for f in files]
-    if not files: raise ValueError("data is an empty list: pass image files, or the folder that holds them")
-    classes = folder_labels(files, labels) if y is None else [label_text(label, vocab) for label in y]
-    gone = [] if isinstance(data, (str, Path)) else missing_files(files)
-    if value_range is None: value_range = white_of(without(files, gone))
-    source = FileRows(FileNames(files), classes, encoder.read_size(size), encoder.n_in, value_range)
+    elif isinstance(data, list) and not data:
+        raise ValueError("data is an empty list: pass image files, or the folder that holds them")
+    else: files = image_source(data, column=column, check=False).files
+    files = image_list(files)
+    names = [name_in(files, i) for i in range(len(files))]
+    classes = source_labels(data, labels, column, names) if y is None else [label_text(label, vocab) for label in y]
+    listed = isinstance(files, FileNames) and not os.path.isdir(str(data))   # by a user, so some may be missing
+    gone = missing_files(names) if listed else []
+    there = files.take(without(range(len(files)), gone)) if gone else files
+    if value_range is None: value_range = white_of(there)
+    source = FileRows(files, classes, encoder.read_size(size), encoder.n_in, value_range)
     source.images.codes[gone] = 1 + REASONS.index("cannot be opened")
     return source
 
-def source_of(data, encoder, size=None, labels=None, value_range=None):
+def source_of(data, encoder, size=None, labels=None, value_range=None, column=None):
     "The rows of any data; raises `ValueError`, `TypeError` or `OSError`"
     names = isinstance(data, (list, tuple, L)) and all(isinstance(o, (str, Path)) for o in data)
-    if isinstance(data, (str, Path)) or names: return file_rows(data, encoder, size, labels, value_range)
-    for name,value in dict(labels=labels, value_range=value_range).items():
+    if names: data = list(data)
+    if isinstance(data, (str, Path)) or names or is_table(data):
+        return file_rows(data, encoder, size, labels, value_range, column)
+    for name,value in dict(labels=labels, value_range=value_range, column=column).items():
         if value is not None: raise ValueError(f"{name}={value!r} is for files, and data is a {type(data).__name__}: "
                                                f"leave {name} out")
     takes = encoder.batch.takes
@@ -798,23 +819,24 @@ def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest
 
 # %% ../nbs/43_explore.ipynb #df288459
 def embed(model,                # Learner, model, encoder; or run folder, file, URL, or name of published weights
-          data,                 # folder, image files, name of a data set, images, (images, labels), loader or dls
+          data,                 # folder, files, table of paths, shards, name, images, (images, labels), loader or dls
           out:str|Path=None,    # file to write, `.parquet`, `.csv` or `.npz`; an interrupted call continues
           size:int|tuple=None,  # height and width of the images, pixels; that of the views if not given
           tta:str|tuple=None,   # what `h` is averaged over, as for `encode`: "flip" also finds mirrored images
           levels:int=None,      # stages whose pooled maps are put beside each other, as for `encode`
           whiten:bool|str=None, # as for `encode`: `True`, or "fit" on these images
-          labels:bool|str=None, # folders as labels? `False`, "outermost", "innermost"; found if not given
+          labels:bool|str=None, # `False`, "outermost" or "innermost" folder, column of a table; found if not given
           bs:int=64,            # images per batch; a loader has its own
           num_workers:int=None, # worker processes that read files; by the number of cores if not given
           device=None,          # for an encoder from a file; fastai's default device if not given
           value_range:tuple|int=None, # black and white of files with more than 8 bits, as for `unlabelled_dls`
-          progress:bool=True    # show a progress bar?
+          progress:bool=True,   # show a progress bar?
+          column:str=None       # of the paths in a table; guessed by its name if not given
          )->pd.DataFrame:       # `file` or `index`, `label` if there are any, and `h`; `attrs` say how it was made
     "Representations of images with their names, in order; raises `ValueError` or `OSError`"
     check_positive_int("bs", bs)
     out = None if out is None else table_path(out)
-    pair = encoder_and_source(model, data, size, tta, levels, whiten, labels, device, value_range)
+    pair = encoder_and_source(model, data, size, tta, levels, whiten, labels, device, value_range, column)
     kwargs = dict(bs=bs, num_workers=num_workers, progress=progress)
     if out is not None and whiten != "fit": return load_table(embed_into(out, *pair, **kwargs))
     table = embed_rows(*pair, **kwargs)
@@ -823,13 +845,13 @@ def embed(model,                # Learner, model, encoder; or run folder, file, 
 
 # %% ../nbs/43_explore.ipynb #49cfd48b
 def encoder_and_source(model, data, size=None, tta=None, levels=None, whiten=None, labels=None, device=None,
-                       value_range=None)->tuple: # a `RowEncoder` and a source; raises `ValueError` or `OSError`
+                       value_range=None, column=None)->tuple: # `RowEncoder` and source; raises `ValueError`, `OSError`
     "What is embedded, and how; the arguments are those of `embed`"
     if whiten == "fit" and isinstance(model, (str, Path)):
         raise ValueError("whiten='fit' is remembered by an encoder in memory, and model is a file: load it with "
                          "load_encoder, fit the whitening, and save_encoder keeps it")
     encoder = RowEncoder(live_model(model, device), size, tta, levels, whiten)
-    return encoder,source_of(data, encoder, size, labels, value_range)
+    return encoder,source_of(data, encoder, size, labels, value_range, column)
 
 def embed_to_file(model, data, out, bs=64, num_workers=None, progress=True, **how)->tuple: # file, and its `attrs`
     "`embed` into a file without reading the table into memory"

@@ -743,7 +743,8 @@ def saved_dataset(path)->bool: # by Hugging Face's `save_to_disk`
 
 def need_datasets(path): # the library; raises `ImportError`
     "Hugging Face's `datasets`"
-    try: import datasets
+    try:
+        import datasets
     except ImportError as e:
         raise ImportError(f"{path} needs the library datasets: pip install 'self_supervised_bt[sources]'") from e
     return datasets
@@ -752,7 +753,8 @@ def parquet_images(paths:list, # Parquet files
                    column:str  # of the images, or `None`
                   ):           # a data set of Hugging Face, `None` if they hold no images; raises `ImportError`
     "Parquet files with the images inside, as Hugging Face has them; their content is read into memory"
-    try: import pyarrow.parquet as pq
+    try:
+        import pyarrow.parquet as pq
     except ImportError: return None   # `read_table` says it
     try: schema = pq.read_schema(paths[0])
     except Exception: return None     # `read_table` says it
