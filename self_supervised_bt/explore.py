@@ -306,7 +306,7 @@ def loader_rows(dl # from `BatchEncoder.takes`
     return FileRows(dataset.files, labels, dataset.size, dataset.n_in, dataset.value_range)
 
 # %% ../nbs/43_explore.ipynb #b174ff86
-def source_labels(data, labels, column, names:list)->list: # a class or `None` per image; `None` if there are no classes
+def source_labels(data, labels, column, files, names)->list: # a class or `None` per image; `None` without classes
     "The labels of a table or of shards, or else the names of class folders; raises `ValueError`"
     if labels is False: return None
     with warnings.catch_warnings():
@@ -315,10 +315,11 @@ def source_labels(data, labels, column, names:list)->list: # a class or `None` p
         except NoLabels:
             if labels is not None: raise
             return None
-    if source.y is None: return folder_labels(names, labels)
+    if source.y is None: return folder_labels(list(getattr(files, "inside", names)), labels)   # no shard is a class
     known = {name_in(source.files, i): label_text(y, source.vocab) for i,y in enumerate(source.y)}
     return [known.get(name) for name in names]
 
+# %% ../nbs/43_explore.ipynb #5a1b0c77
 def file_rows(data,               # folder, table, shards, pattern, name of a data set, or image files
               encoder:RowEncoder, # that will see the images
               size,               # as for `embed`, like the rest
@@ -337,7 +338,8 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
     else: files = image_source(data, column=column, check=False).files
     files = image_list(files)
     names = [name_in(files, i) for i in range(len(files))]
-    classes = source_labels(data, labels, column, names) if y is None else [label_text(label, vocab) for label in y]
+    if y is None: classes = source_labels(data, labels, column, files, names)
+    else: classes = [label_text(label, vocab) for label in y]
     listed = isinstance(files, FileNames) and not os.path.isdir(str(data))   # by a user, so some may be missing
     gone = missing_files(names) if listed else []
     there = files.take(without(range(len(files)), gone)) if gone else files

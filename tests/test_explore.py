@@ -21,6 +21,7 @@ from self_supervised_bt.evaluation import encode
 from self_supervised_bt.explore import embed, load_table, matrix_of, near_duplicates, save_table, similar
 from self_supervised_bt.folders import unlabelled_dls
 from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.sources import write_shards
 from self_supervised_bt.weights import save_encoder
 
 QUIET = dict(num_workers=0, progress=False)
@@ -144,6 +145,39 @@ def test_broken_and_missing_files_are_listed_and_the_rest_goes_on(net, folder, t
     np.testing.assert_allclose(matrix_of(table), h, atol=2e-6)
     with pytest.raises(ValueError, match="none of the images can be read.*not an image"):
         embed(net, [folder/"light"/"a.png"], **QUIET)
+
+
+def test_a_table_of_paths_keeps_rows_without_a_label_and_lists_missing_files(net, folder, tmp_path):
+    files = [str(f) for f in image_files(folder)][::-1]
+    paths = pd.DataFrame({"picture": [*files, "gone.jpg"], "kind": (["a", "b", ""]*14)[:len(files) + 1]})
+    paths.to_csv(tmp_path/"paths.csv", index=False)
+    with pytest.warns(UserWarning, match="1 of 41 files cannot be read"):
+        table = embed(net, tmp_path/"paths.csv", labels="kind", column="picture", **QUIET)
+    assert table.file.tolist() == files and [*dict(table.attrs["bad"])] == [str(tmp_path/"gone.jpg")]
+    assert table.label.fillna("").tolist() == paths.kind.tolist()[:-1]
+    of_folder = embed(net, folder, **QUIET)
+    np.testing.assert_array_equal(matrix_of(table), matrix_of(of_folder)[::-1])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert equal(table, embed(net, paths.assign(picture=[*files, tmp_path/"gone.jpg"]), labels="kind",
+                                  column="picture", **QUIET))
+    with pytest.raises(ValueError, match="column='path' is no column.*'picture', 'kind'"):
+        embed(net, tmp_path/"paths.csv", column="path", **QUIET)
+    with pytest.raises(ValueError, match="column='picture' is for files"):
+        embed(net, torch.zeros(3, 3, 16, 16), column="picture", **QUIET)
+
+
+def test_shards_and_patterns(net, folder, tmp_path):
+    of_folder = embed(net, folder, **QUIET).set_index("file")
+    write_shards(folder, tmp_path/"shards", per_shard=11)
+    table = embed(net, tmp_path/"shards", **QUIET)
+    assert len(table) == len(of_folder) and table.file.str.contains(".tar/").all()
+    for row in table.itertuples():
+        own = of_folder.loc[str(folder/row.file.split(".tar/")[1])]
+        assert row.label == own.label
+        np.testing.assert_array_equal(row.h, own.h)
+    some = embed(net, f"{folder}/{{dark,light}}/*1.png", **QUIET)
+    assert [f for f in of_folder.index if f.endswith("1.png")] == some.file.tolist()
+    np.testing.assert_array_equal(matrix_of(some), np.stack(of_folder.loc[some.file].h))
 
 
 def test_images_are_read_a_few_batches_ahead_only(net, folder, monkeypatch):
