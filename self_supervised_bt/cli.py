@@ -39,7 +39,9 @@ def one_line_errors(f:callable # command
     def command(*args, **kwargs):
         try:
             with stoppable(), plain_warnings(options):
-                check_options(signature.bind(*args, **kwargs).arguments, f.__name__)
+                given = signature.bind(*args, **kwargs)
+                given.apply_defaults()
+                check_options(given.arguments, f.__name__)
                 return f(*args, **kwargs)
         except Stopped as e:
             if is_rank_0(): print(f"\n{f.__name__}: {e}", file=sys.stderr)
@@ -129,6 +131,7 @@ def check_options(given:dict,    # name of a parameter to its value
                  )->None:        # raises `ValueError`
     "Refuse values that cannot be"
     choices = CHOICES | OWN_CHOICES.get(command, {})
+    if command == "bt_pretrain": check_start(**given)
     for name,value in given.items():
         if value is None or value == "": continue
         if name in POSITIVE and (not isinstance(value, int) or value < 1):
@@ -150,6 +153,15 @@ def leads_nowhere(place:str,  # as it was given
     if os.path.exists(place) or any(c in place for c in ":{*?["): return False
     if Path(place).name != place: return True
     return names is not None and place not in names and not get_close_matches(place.lower(), names)
+
+def check_start(data:str,    # as for `bt_pretrain`
+                out:str,
+                resume:bool,
+                **kwargs     # its other options
+               )->None:      # raises `ValueError`
+    "Refuse a run without images"
+    if data or resume and os.path.lexists(Path(out)/"run.json"): return
+    raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
 
 def check_place(name:str, # of a parameter
                 value:str # its value
@@ -384,17 +396,14 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 tracker:str=None  # tensorboard, wandb, trackio or mlflow, each installed by pip
                ):
     "Train an encoder on images without labels, with checkpoints from which it resumes after an interruption"
-    if not data and not (resume and os.path.lexists(Path(out)/"run.json")):
-        raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
     settings = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, method=method, lmb=lmb, hidden_size=width,
                     projection_size=width, weights=weights, pretrained=pretrained or None)
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep, tracker=tracker)
     with saying_how_to_resume(out, again):
         from self_supervised_bt.runs import pretrain
         changes = given_settings(None if resume else recipe, settings)
-        results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None,
-                           root, download, column, None, as_range(value_range), eval, eval_every,
-                           tracker, again, **changes)
+        results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None, root,
+                           download, column, None, as_range(value_range), eval, eval_every, tracker, again, **changes)
     print_results(out, results)
 
 # %% ../nbs/52_cli.ipynb #4fe760c9

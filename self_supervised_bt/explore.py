@@ -348,6 +348,7 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
     source.images.codes[gone] = 1 + REASONS.index("cannot be opened")
     return source
 
+# %% ../nbs/43_explore.ipynb #5a1b0c78
 def source_of(data, encoder, size=None, labels=None, value_range=None, column=None):
     "The rows of any data; raises `ValueError`, `TypeError` or `OSError`"
     names = isinstance(data, (list, tuple, L)) and all(isinstance(o, (str, Path)) for o in data)

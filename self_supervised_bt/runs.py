@@ -294,6 +294,7 @@ def run_settings(out:Path,    # folder of the run
                                s.get("column"), n, **changes)
     return {**s, "base_recipe": recipe.name.removesuffix(", changed"), "recipe": recipe, "reason": reason}
 
+# %% ../nbs/50_runs.ipynb #3c71b0a5
 def saved_settings(file:Path, # of a run's settings
                    given:dict # settings given by the caller
                   )->dict:    # all settings; raises `ValueError`
@@ -737,25 +738,34 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
     check_tracker(tracker)
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
-    if isinstance(value_range, tuple): value_range = list(value_range)   # as in run.json
-    check_value_range(value_range)
     s = run_settings(out, resume, download, data, n, data=None if data is None else as_data(data), recipe=recipe,
                      valid_pct=valid_pct, bad=bad, seed=seed, half=half, root=root and os.path.abspath(root),
-                     column=column, value_range=value_range, eval_every=eval_every,
+                     column=column, value_range=checked_range(value_range), eval_every=eval_every,
                      labelled=labelled and as_data(labelled), changes=kwargs)
     if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
-    set_seed(s["seed"])
-    images = s["data"] if data is None or on_disk(data) else data
-    dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
-                  s.get("root"), download, s.get("column"), n, s.get("value_range"))
-    s = {**s, "recipe": with_own_stats(s["recipe"], dls)}
+    s,dls = images_of_run(data, s, num_workers, download, n)
     with run_lock(out):
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
         return train_run(out, s, dls, loaded, run_checkpoints(out, dls, every, keep, resume, resume_with), tracker)
 
 # %% ../nbs/50_runs.ipynb #8e973072
+def checked_range(value_range): # as for `unlabelled_dls`; as run.json has it; raises `ValueError`
+    "The meaning of values above 8 bits"
+    if isinstance(value_range, tuple): value_range = list(value_range)
+    check_value_range(value_range)
+    return value_range
+
+def images_of_run(data, s:dict, num_workers, download, n)->tuple: # settings and `dls`; arguments of `pretrain`
+    "Set the seed of a run, and read its images; the settings get the statistics of many channels"
+    set_seed(s["seed"])
+    images = s["data"] if data is None or on_disk(data) else data
+    dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
+                  s.get("root"), download, s.get("column"), n, s.get("value_range"))
+    return {**s, "recipe": with_own_stats(s["recipe"], dls)},dls
+
+# %% ../nbs/50_runs.ipynb #8e973073
 def train_run(out, s, dls, loaded, checkpoints, tracker)->dict: # the content of results.json, empty but for rank 0
     "Say what a run is about to do, train, and write its results"
     cbs = [checkpoints]
