@@ -39,9 +39,7 @@ def one_line_errors(f:callable # command
     def command(*args, **kwargs):
         try:
             with stoppable(), plain_warnings(options):
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                check_options(given.arguments, f.__name__)
+                check_options(signature.bind(*args, **kwargs).arguments, f.__name__)
                 return f(*args, **kwargs)
         except Stopped as e:
             if is_rank_0(): print(f"\n{f.__name__}: {e}", file=sys.stderr)
@@ -131,7 +129,7 @@ def check_options(given:dict,    # name of a parameter to its value
                  )->None:        # raises `ValueError`
     "Refuse values that cannot be"
     choices = CHOICES | OWN_CHOICES.get(command, {})
-    if command == "bt_pretrain": check_start(**given)
+    if command == "bt_pretrain": check_start(given)
     for name,value in given.items():
         if value is None or value == "": continue
         if name in POSITIVE and (not isinstance(value, int) or value < 1):
@@ -154,13 +152,11 @@ def leads_nowhere(place:str,  # as it was given
     if Path(place).name != place: return True
     return names is not None and place not in names and not get_close_matches(place.lower(), names)
 
-def check_start(data:str,    # as for `bt_pretrain`
-                out:str,
-                resume:bool,
-                **kwargs     # its other options
-               )->None:      # raises `ValueError`
+def check_start(given:dict # as for `check_options`, of `bt_pretrain`
+               )->None:    # raises `ValueError`
     "Refuse a run without images"
-    if data or resume and os.path.lexists(Path(out)/"run.json"): return
+    out = given.get("out", "runs/pretrain")
+    if given.get("data") or given.get("resume") and os.path.lexists(Path(out)/"run.json"): return
     raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
 
 def check_place(name:str, # of a parameter
@@ -558,7 +554,7 @@ def save_plot(axes, file:Path)->None: # as the ending says
 # %% ../nbs/52_cli.ipynb #6264287e
 @command(examples="""
 bt_similar photos.parquet photos/cat.jpg
-bt_similar photos.parquet other.jpg --model runs/photos --k 8 --out similar.png
+bt_similar photos.parquet other.jpg --model runs/photos --out found.png
 """)
 def bt_similar(table:str,         # file from bt_embed
                query:str,         # image: a file of the table, a row number, or another file with --model

@@ -257,7 +257,7 @@ def test_commands_that_evaluate_by_name(sets, tmp_path, capsys, one_C, monkeypat
     assert (evaluation["images"], evaluation["test images"], evaluation["classes"]) == (12, 6, 3)
     assert evaluation["seen in training"] == "not known"
     with pytest.raises(SystemExit, match="bt_evaluate: --test .* is for folders, 'dtd' has published test images"):
-        bt_evaluate(str(run), "dtd", test="x", root=str(sets))
+        bt_evaluate(str(run), "dtd", test=str(tmp_path), root=str(sets))
     with pytest.raises(SystemExit, match="bt_transfer: --root .* holds none of the known data sets: .* --download"):
         bt_transfer(str(run), root=str(tmp_path))
     with pytest.raises(SystemExit, match="bt_transfer: name must be that of a data set, got 'pets': did you mean"):
