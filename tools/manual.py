@@ -68,7 +68,8 @@ def with_links(text, source, page, made):
         return f"[{label}]({repository()}/{path})" if repository() else label
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)
     parts[::2] = [re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)", link, part) for part in parts[::2]]
-    return "".join(parts)
+    pictures = relpath("images", dirname(page) or ".")
+    return "".join(parts).replace("](images/", f"]({pictures}/")
 
 
 # Notebooks
