@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastai.callback.core import Callback
-from fastai.learner import CancelFitException, CancelTrainException, defaults
+from callbacks import EndEarly
+from fastai.learner import defaults
 from PIL import Image
 
 from self_supervised_bt import cli
@@ -17,14 +17,6 @@ root = Path(__file__).parents[1]
 pages = sorted((root/"docs/howto").glob("*.md"))
 SHORT = dict(recipe="cifar", epochs=1, bs=128, arch="resnet18", arch_args={}, pool_type=None, small_stem=False,
              nviews=2, hidden_size=32, projection_size=32, num_workers=0)
-
-
-class EndEarly(Callback):
-    "Ends every fit after its first training batch and the validation that follows"
-    order = 2000
-    def after_batch(self):
-        if self.training: raise CancelTrainException
-    def after_epoch(self): raise CancelFitException
 
 
 @pytest.fixture(scope="module")
