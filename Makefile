@@ -28,7 +28,7 @@ lint: $(READY) ## ruff check: names, import order, lines of 120 columns
 	$(BIN)/ruff check
 
 notebooks: $(READY) ## run every notebook
-	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev-test --do-print
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && cd nbs && $(ONE_THREAD) TMPDIR=$$scratch ../$(BIN)/nbdev-test --do-print
 
 pytest: $(READY) ## run the tests in tests/; for one file: .venv/bin/python -m pytest tests/test_losses.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile

@@ -128,6 +128,7 @@ TRIED = {   # name to what differs from the recipe
     "LARS": dict(opt="lars", lr=1., lr_bias=.05, wd=1e-6),
     "Muon, learning rate 0.02": dict(lr=.02),
     "Muon, learning rate 0.08": dict(lr=.08),
+    "half a cosine instead of one cycle": dict(schedule="cosine"),
     "λ 0.005": dict(lmb=.005),
     "λ 0.08": dict(lmb=.08),
     "projector 256, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04),
@@ -151,6 +152,11 @@ TRIED = {   # name to what differs from the recipe
     "full width": dict(arch_args=dict(channels=[64, 128, 256, 512], stem_width=32)),
     "with the stem's pool": dict(small_stem=False),
     "Mixed Barlow Twins": dict(lmb_reg=4.),
+    "Mixed, two views": dict(lmb_reg=4., nviews=2),
+    "SimCLR, two views": dict(method="simclr", nviews=2),
+    "BYOL, two views": dict(method="byol", nviews=2),
+    "W-MSE, two views": dict(method="wmse", nviews=2),
+    "VICReg, two views": dict(method="vicreg", nviews=2),
     "compiled": dict(compiled=True),   # with --cpu its compiler's seconds, those of other processes, do not count
 }
 

@@ -1,4 +1,5 @@
 "The how-to pages: their scripts run as they stand, their commands exist with these options, and most of them run too"
+import os
 import re
 import shlex
 import shutil
@@ -37,6 +38,18 @@ def place(tmp_path_factory):
     return home
 
 
+def copy(source, target):
+    "A file of its own, but for checkpoints, which are large and only ever replaced whole: these share their bytes"
+    return (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
+
+
+@pytest.fixture
+def here(place, tmp_path, monkeypatch):
+    "A copy of that folder, as the current one"
+    shutil.copytree(place, tmp_path/"here", copy_function=copy)
+    monkeypatch.chdir(tmp_path/"here")
+
+
 def blocks(page, language):
     "The code blocks of a page in one language"
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
@@ -72,9 +85,7 @@ def test_the_options_exist(page):
 
 
 @pytest.mark.parametrize("page", [p for p in pages if blocks(p, "python")], ids=lambda p: p.stem)
-def test_the_scripts_run(page, place, tmp_path, monkeypatch):
-    shutil.copytree(place, tmp_path/"here")
-    monkeypatch.chdir(tmp_path/"here")
+def test_the_scripts_run(page, here, monkeypatch):
     monkeypatch.setattr(defaults, "callbacks", [*defaults.callbacks, EndEarly])
     names = {}
     for block in blocks(page, "python"): exec(compile(block, page.name, "exec"), names)
@@ -89,9 +100,7 @@ def quick(words): return words[0] in QUICK
 
 
 @pytest.mark.parametrize("page", [p for p in pages if any(map(quick, commands(p)))], ids=lambda p: p.stem)
-def test_the_commands_run(page, place, tmp_path, monkeypatch, capsys):
-    shutil.copytree(place, tmp_path/"here")
-    monkeypatch.chdir(tmp_path/"here")
+def test_the_commands_run(page, here, capsys):
     for words in filter(quick, commands(page)): call(words)
 
 
