@@ -368,6 +368,7 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
         pipe = Pipeline(get_batch_augs(size, **{**_ALONE, **_SWITCH[name], **kwargs, name: value}), split_idx=0)
         views = displayable(pipe, pipe(x.expand(n,-1,-1,-1)))
         for ax,im in zip(row, [original, *views]): show_pixels(im, ax)
-        row[1].set_title(f"{name} = {value}", fontsize=9, loc="left")
-    axes[0,0].set_title("original", fontsize=9)
+        row[0].set_title("original", fontsize=9)
+        label = dict(xytext=(0,6), textcoords="offset points", fontsize=9, annotation_clip=False)
+        row[1].annotate(f"{name} = {value}", (0,1), xycoords="axes fraction", **label).set_in_layout(False)   # it is wide
     return list(axes.flat)

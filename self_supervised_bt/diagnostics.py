@@ -101,7 +101,7 @@ def plot_cross_correlation(c:Tensor,      # (D,D) cross-correlation
     if title is None: title = f"diagonal {c.diagonal().mean():.2f}, rest {_off_diagonal_rms(c):.2f} (RMS)"
     part = f" ({len(shown)} of {d})" if d > size else ""
     ax.set(title=title, xlabel="dimension of view 2" + part, ylabel="dimension of view 1", xticks=[], yticks=[])
-    ax.figure.colorbar(image, ax=ax, shrink=.8)
+    ax.figure.colorbar(image, ax=ax, shrink=.8, label="cross-correlation", ticks=[-1, -.5, 0, .5, 1])
     return ax
 
 # %% ../nbs/32_diagnostics.ipynb #feaebeb0
@@ -224,8 +224,8 @@ def plot_map(xy:Tensor,         # (N,2)
             )->Axes:
     "One point per image, coloured by class if labels are given"
     ax,xy = _axis(ax, 5, 4),xy.cpu().numpy()
-    dots = dict(s=6, alpha=.6, linewidths=0)
     classes = [] if y is None else y.unique().tolist()
+    dots = dict(s=12 if len(xy) <= 1000 or len(classes) > len(PALETTE) else 6, alpha=.85, linewidths=0)
     if y is None: ax.scatter(*xy.T, color="0.4", **dots)
     for c in classes:
         of_class = xy[(y == c).cpu().numpy()]
@@ -336,7 +336,7 @@ def plot_terms(table:pd.DataFrame, # the terms of `BarlowTwinsLoss`, indexed by 
     "The terms of the loss, and the entries of the cross-correlation matrix, over the steps"
     if axes is None: _,axes = plt.subplots(1, 2, figsize=(9,3), layout="constrained")
     axes[0].plot(table.index, table.invariance, label="invariance")
-    axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} x redundancy")
+    axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} × redundancy")
     axes[0].set(xlabel="step", ylabel="part of the loss")
     _log_scale(axes[0])
     axes[1].plot(table.index, table.diagonal_mean, label="mean of the diagonal (aim: 1)")
