@@ -742,6 +742,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics._umap': ( 'diagnostics.html#_umap',
                                                                                           'self_supervised_bt/diagnostics.py'),
+                                                'self_supervised_bt.diagnostics._whole_numbers': ( 'diagnostics.html#_whole_numbers',
+                                                                                                   'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics.check_neighbourhood': ( 'diagnostics.html#check_neighbourhood',
                                                                                                         'self_supervised_bt/diagnostics.py'),
                                                 'self_supervised_bt.diagnostics.dead_dimensions': ( 'diagnostics.html#dead_dimensions',

@@ -147,7 +147,7 @@ def _values(o):
 
 def _value(v):
     "A setting as text, floats with four digits"
-    if isinstance(v, tuple): return f"({', '.join(map(_value, v))})"
+    if isinstance(v, tuple): return str(tuple(float(f"{x:.4g}") if isinstance(x, float) else x for x in v))
     return f"{v:.4g}" if isinstance(v, float) else str(v)
 
 def _shared(views):
@@ -212,7 +212,7 @@ def _terms(run):
     axes = plot_terms(table, run.bt.lmb or 1., panels) if of_barlow_twins else plot_columns(table, names)
     return axes[0],"at the end " + ", ".join(f"{_words(name)} {_short(table[name].iloc[-1])}" for name in names)
 
-def _words(name): return name.replace("off_diagonal", "off-diagonal").replace("rms", "RMS").replace("_", " ")
+def _words(name): return name.replace("off_diagonal_rms", "off-diagonal RMS").replace("_", " ")
 
 TERMS = ("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
 
