@@ -370,5 +370,5 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
         for ax,im in zip(row, [original, *views]): show_pixels(im, ax)
         row[0].set_title("original", fontsize=9)
         label = dict(xytext=(0,6), textcoords="offset points", fontsize=9, annotation_clip=False)
-        row[1].annotate(f"{name} = {value}", (0,1), xycoords="axes fraction", **label).set_in_layout(False)   # it is wide
+        row[1].annotate(f"{name} = {value}", (0,1), xycoords="axes fraction", **label).set_in_layout(False)
     return list(axes.flat)

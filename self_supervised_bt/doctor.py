@@ -571,8 +571,8 @@ def check_history(s):
         if best - last <= bound: continue
         course = f", while the loss went from {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
         yield Finding("accuracy falls", f"{name} fell from {in_percent(best)} to {in_percent(values[-1])}{course}",
-                      "go back to the checkpoint of the best epoch, use a lower learning rate, or fewer epochs; the views may "
-                      "allow a shortcut")
+                      "go back to the checkpoint of the best epoch, use a lower learning rate, or fewer epochs; the "
+                      "views may allow a shortcut")
         break
     ranks = column(s.learn, "effective_rank_z")
     if len(ranks) < 2 or ranks[-1] >= min(4, max(ranks)/4): return
@@ -718,5 +718,6 @@ def _loss_in_words(s):
 def _on_its_scale(s, independent, identical):
     "The loss of another method, between the losses that random embeddings have"
     share = (independent - s.losses[0])/(independent - identical)
-    meaning = "higher than for independent views" if share < 0 else f"{in_percent(min(share, 1), 0)} of the way to identical views"
+    way = f"{in_percent(min(share, 1), 0)} of the way to identical views"
+    meaning = "higher than for independent views" if share < 0 else way
     return f"{s.losses[0]:.4g}: {meaning} (independent views give {independent:.4g}, identical views {identical:.4g})"

@@ -40,6 +40,7 @@ except ImportError: fcntl = None   # Windows
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions, read_checkpoint
 from .classifiers import linear_transfer, subset_probe
+from .compared import say
 from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     check_value_range,
@@ -770,7 +771,7 @@ def train_run(out, s, dls, loaded, checkpoints, tracker)->dict: # the content of
     "Say what a run is about to do, train, and write its results"
     cbs = [checkpoints]
     if not rank_distrib():
-        print(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}", flush=True)
+        say(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}")
         cbs += [RunFiles(out, s), *watching(out, s, dls, tracker)]
     try: learn = run_learner(dls, s["recipe"], s["half"], cbs, loaded)
     except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
