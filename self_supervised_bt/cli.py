@@ -175,7 +175,8 @@ def check_place(name:str, # of a parameter
 class Help(RawDescriptionHelpFormatter):
     "As wide as the terminal, 100 columns at most; examples stand as they were written"
     def __init__(self, prog, **kwargs): super().__init__(prog, max_help_position=24, width=columns(100), **kwargs)
-    def _expand_help(self, action): return self._get_help_string(action)   # a % in a help text is a %
+    def _expand_help(self, action):   # a % in a help text is a %, and a flag is off unless given
+        return self._get_help_string(action).removesuffix(" (default: False)")
 
 def columns(most:int # to use
            )->int:
@@ -245,27 +246,28 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
             out:str=None,     # folder for the results; runs/NAME if not given
             root:str=None,    # folder that holds data sets; fastai's data folder if not given
             epochs:int=None,  # number of epochs; chosen by the number of images if not given
-            size:int=None,    # of the views, pixels; chosen by the size of the images if not given
-            seed:int=0,       # of the split, the weights and the views
-            no_labels:bool=False, # ignore class folders?
+            size:int=None,    # side of the views, pixels; chosen by the size of the images if not given
+            seed:int=0,       # random seed of the split, the weights and the views
+            no_labels:bool=False, # ignore class folders, and labels of a data set
             recipe:str=None   # as for bt_pretrain; chosen by the images for a CPU and a short run if not given
            ):
     "Train an encoder on images without labels, and show whether it worked"
+    from self_supervised_bt.compared import say
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=size)
     folder = short_run_folder(run, out)
     r = run.recipe
-    print(f"{run.about}\n{run.n - run.n_test:,} to train on without labels, {run.n_test:,} held out. "
-          f"Recipe {r.name}: {r.epochs} epochs of {r.arch}, {r.nviews} views of {r.size}x{r.size} pixels\n", flush=True)
+    say(f"{run.about}\n{run.n - run.n_test:,} to train on without labels, {run.n_test:,} held out. "
+        f"Recipe {r.name}: {r.epochs} epochs of {r.arch}, {r.nviews} views of {r.size}x{r.size} pixels\n")
     with advising("a short run has no checkpoints and nothing was saved, start the same command again"):
         compared = train_and_compare(run, seed)
     measure = " (%, mean ± standard deviation over 10 samples of the labels)" if run.labels else ""
-    print(f"\nTrained in {compared.seconds:.0f} s. On the {run.n_test:,} held-out images{measure}:\n\n"
-          f"{as_text(compared.table)}\n\n{table_verdict(compared.table, run.n_test)}\n")
+    say(f"\nTrained in {compared.seconds:.0f} s. On the {run.n_test:,} held-out images{measure}:\n\n"
+        f"{as_text(compared.table)}\n\n{table_verdict(compared.table, run.n_test)}\n")
     files = save_short_run(run, compared, folder, seed)
-    print(f"Saved in {folder}/: {', '.join(str(f.relative_to(folder)) for f in files)}\n"
-          f"Open {files[-1]} in a browser to see the report.")
+    say(f"Saved in {folder}/: {', '.join(str(f.relative_to(folder)) for f in files)}\n"
+        f"Open {files[-1]} in a browser to see the report.")
 
 # %% ../nbs/52_cli.ipynb #ae0d1321
 @command(examples="""
@@ -274,21 +276,22 @@ bt_diagnose --data photos --bs 64 --width 4096
 """)
 def bt_diagnose(data:str="digits", # images as for bt_pretrain
                 root:str=None,  # folder that holds data sets; fastai's data folder if not given
-                column:str=None, # of the paths in a table
-                size:int=None,  # of the views, pixels; chosen by the images if not given, like bs, width and lr
+                column:str=None, # column of the paths in a table
+                size:int=None,  # side of the views, pixels; chosen by the images if not given, like bs, width and lr
                 bs:int=None,    # images per batch
-                width:int=None, # of projector and embedding
+                width:int=None, # width of the projector's layers and of the embedding
                 lmb:float=None, # λ, weight of the redundancy term
                 lr:float=None,  # largest learning rate, for 256 images per batch
                 batches:int=5,  # number of batches to run
-                seed:int=0,     # of the weights and the views
+                seed:int=0,     # random seed of the weights and the views
                 recipe:str=None # as for bt_pretrain, whose settings are checked
                ):
     "Run a few batches with the settings that bt_pretrain would use, and print the problems found and what to do"
+    from self_supervised_bt.compared import say
     from self_supervised_bt.runs import diagnose_run
     found,words = diagnose_run(data, recipe, root, batches, seed, column, size=size, bs=bs, hidden_size=width,
                                projection_size=width, lr=lr, lmb=lmb)
-    print(f"{words}\n\n{found}")
+    say(f"{words}\n\n{found}")
     if not found.ok: raise SystemExit(1)
 
 # %% ../nbs/52_cli.ipynb #6de4e856
@@ -334,11 +337,17 @@ def advising(advice:str # what to do
 def print_results(out:str,     # folder of a run
                   results:dict # content of its results.json, empty if this is not rank 0
                  )->None:
-    "A line per result"
+    "A line per result, and the commands that use the run"
+    from self_supervised_bt.compared import cell_text
     if not results: return
     print(f"\nSaved in {out}/\n")
     for name,value in results.items():
-        if not isinstance(value, dict): print(f"  {name:22} {value}")
+        if isinstance(value, dict): continue
+        text = f"{100*value:.1f} %" if name == "positive_pair_accuracy" else cell_text(value)
+        print(f"  {name.replace('_', ' '):22} {text}")
+    run = shlex.quote(str(out))
+    print(f"\nA page about this run, its accuracy, representations of images:\n\n  bt_report {run}\n"
+          f"  bt_evaluate {run} labelled\n  bt_embed {run} photos --out photos.parquet")
 
 # %% ../nbs/52_cli.ipynb #2c142ded
 PRETRAIN_EXAMPLES = """
@@ -366,29 +375,29 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 recipe:str=None,  # cifar, laptop, small-gpu, paper, ...; chosen by images and machine if not given
                 out:str="runs/pretrain", # folder of the run
                 resume:bool=False, # resume the run in that folder; with more --epochs also one that has ended
-                epochs:int=None,  # this and all below: the recipe's if not given
+                epochs:int=None,  # number of epochs; this and what follows: as in the recipe if not given
                 bs:int=None,      # images per batch, over all ranks
-                size:int=None,    # of the views, pixels
+                size:int=None,    # side of the views, pixels
                 arch:str=None,    # architecture, known to fastai, torchvision or timm
                 weights:str=None, # run, file, URL or name of weights to continue from; they say which architecture
-                pretrained:bool=False, # ImageNet weights of the architecture to start from?
+                pretrained:bool=False, # start from the architecture's ImageNet weights
                 lr:float=None,    # largest learning rate, for 256 images per batch
                 method:str=None,  # barlow twins, simclr, byol, wmse or vicreg
                 lmb:float=None,   # λ, weight of the redundancy term
-                width:int=None,   # of projector and embedding
+                width:int=None,   # width of the projector's layers and of the embedding
                 valid_pct:float=None, # share of the images held out, never trained on; .05 if not given
                 workers:int=None, # worker processes that read files
                 bad:str=None,     # broken files: "skip" and list them, or "raise"
                 every:int=None,   # batches between checkpoints, in addition to one per epoch
                 keep:int=3,       # number of checkpoints to keep
-                seed:int=None,    # of the split, the weights and the views
-                half:bool=False,  # bfloat16 in the model
+                seed:int=None,    # random seed of the split, the weights and the views
+                half:bool=False,  # train in mixed precision, bfloat16
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 download:bool=False, # fetch a data set that is not there
-                column:str=None,  # of the paths in a table; guessed by its name if not given
+                column:str=None,  # column of the paths in a table; guessed by its name if not given
                 value_range:str=None, # black,white or white of images above 8 bits, e.g. 0,4095; found if not given
                 eval:str=None,    # labelled images, class folders or name: kNN top-1 is measured every few epochs
-                eval_every:int=None, # epochs between; so that it is measured 20 times if not given
+                eval_every:int=None, # epochs between measurements; chosen to make 20 of them if not given
                 tracker:str=None  # tensorboard, wandb, trackio or mlflow, each installed by pip
                ):
     "Train an encoder on images without labels, with checkpoints from which it resumes after an interruption"
@@ -409,30 +418,31 @@ bt_evaluate runs/photos labelled --protocol knn,linear,semi-supervised
 """)
 def bt_evaluate(run:str,          # folder of a run; or file, URL or name of published weights
                 data:str,         # folder with one folder of images per class, table, shards, name; several with commas
-                protocol:str="knn,linear", # of knn, linear, semi-supervised, transfer
+                protocol:str="knn,linear", # knn, linear, semi-supervised or transfer; several with commas
                 test:str=None,    # folder of test images; a fifth of the data if not given, unseen images if possible
-                k:int=20,         # neighbours that vote
+                k:int=20,         # number of neighbours that vote
                 workers:int=None, # worker processes that read files
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 download:bool=False, # fetch a data set that is not there
-                plain:bool=False, # leave out the rows that are whitened, averaged over flips, and both?
+                plain:bool=False, # leave out the rows that are whitened, averaged over flips, and both
                 labels:str=None,  # column of a table that holds them; innermost or outermost folder
-                column:str=None   # of the paths in a table; guessed by its name if not given
+                column:str=None   # column of the paths in a table; guessed by its name if not given
                ):
     "Accuracy of the encoder of a run on labelled images"
+    from self_supervised_bt.compared import say
     from self_supervised_bt.runs import evaluate, save_evaluation
     protocols = tuple(protocol.split(","))
     sets = re.split(r",(?![^{}]*\})", data)   # a comma in braces belongs to a pattern
     with advising("nothing was written, start the same command again"):
         table = evaluate(run, sets, protocols, test, k, workers, root, download, not plain, labels or True, column)
-    print(f"Accuracy on the test images, %:\n\n{as_text(table)}")
-    if not plain: print("\nWhitened: by mean and covariance of the images to learn from, without their labels. "
-                        "Compare rows\nof one kind only: other encoders can be whitened and averaged, too")
+    say(f"Accuracy on the test images, %:\n\n{as_text(table)}")
+    if not plain: say("\nWhitened: by mean and covariance of the images to learn from, without their labels. Compare "
+                      "rows of one kind only: other encoders can be whitened and averaged, too")
     if "semi-supervised" in protocols:
-        print("\nWith 1 and 10 % of the labels: mean ± standard deviation over five samples of them")
+        say("\nWith 1 and 10 % of the labels: mean ± standard deviation over five samples of them")
     if any(n not in (0, "not known") for n in table["seen in training"]):
-        print("\nImages seen in training, without labels, say little about others: pass unseen ones with --test, "
-              "or hold more out with bt_pretrain --valid-pct")
+        say("\nImages seen in training, without labels, say little about others: pass unseen ones with --test, "
+            "or hold more out with bt_pretrain --valid-pct")
     save_evaluation(run, table, protocols, test)
 
 # %% ../nbs/52_cli.ipynb #e80fa7c1
@@ -444,8 +454,8 @@ def bt_transfer(run:str=None,     # folder of a run; or file, URL or name of pub
                 sets:str=None,    # names of data sets, separated by commas; all that are below --root if not given
                 root:str=None,    # folder that holds data sets; fastai's data folder if not given
                 out:str=None,     # folder for a JSON file per data set; "transfer" in the run's folder if not given
-                size:int=None,    # of the images the encoder sees, pixels; as in its training if not given
-                k:int=20,         # neighbours that vote
+                size:int=None,    # side of the images the encoder sees, pixels; as in its training if not given
+                k:int=20,         # number of neighbours that vote
                 workers:int=None, # worker processes that read files
                 download:bool=False # fetch data sets that are not there
                ):
@@ -496,12 +506,13 @@ def bt_export(run:str,        # folder of a run; or file, URL or name of publish
              ):
     "Write the encoder for other tools; without --format weights for plain timm, and the code that loads them"
     if license and not format: raise ValueError("license is for the model card: add --format timm")
+    from self_supervised_bt.compared import say
     from self_supervised_bt.export import export_text
     from self_supervised_bt.runs import export_formats, export_run
     if format:
         out,table = export_formats(run, format, out, license)
-        print(f"{export_text(table)}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
-              "representations,\nup to this share of the largest number.")
+        say(f"{export_text(table)}\n\nSaved in {out}/. Every file was opened again and gives the encoder's "
+            "representations, up to this share of the largest number.")
         return
     file,code = export_run(run, out)
     print(f"{code}\nSaved as {file}, and these lines as {file.with_suffix('.py')}; both were tested.")
@@ -520,11 +531,11 @@ bt_embed runs/photos photos --out photos.parquet --tta flip
 def bt_embed(run:str,            # folder of a run; or file, URL or name of published weights
              data:str,           # images as for bt_pretrain
              out:str="images.parquet", # file to write: .parquet, .csv or .npz
-             size:int=None,      # of the images the encoder sees, pixels; as in its training if not given
+             size:int=None,      # side of the images the encoder sees, pixels; as in its training if not given
              tta:str=None,       # average over flip, crops, sizes, or sizes in pixels; several with commas
-             whiten:bool=False,  # with the whitening that the encoder remembers
+             whiten:bool=False,  # apply the whitening that is stored with the encoder
              labels:str=None,    # folders that name the class, outermost or innermost, or a column; found if not given
-             column:str=None,    # of the paths in a table
+             column:str=None,    # column of the paths in a table
              bs:int=64,          # images per batch
              workers:int=None,   # worker processes that read files
              device:str=None     # e.g. cuda:1 or cpu; the accelerator, if there is one
@@ -558,7 +569,7 @@ bt_similar photos.parquet other.jpg --model runs/photos --out found.png
 """)
 def bt_similar(table:str,         # file from bt_embed
                query:str,         # image: a file of the table, a row number, or another file with --model
-               k:int=10,          # images to find
+               k:int=10,          # number of images to find
                model:str=None,    # run or file of the encoder that made the table, for another image
                search:str="auto", # exact, flat, ivf or hnsw; by the numbers of rows and queries
                out:str=None       # picture to write, .png
@@ -584,12 +595,13 @@ def bt_duplicates(table:str,            # file from bt_embed
                   chance:float=.01,     # expected share of ordinary images among those found, by which it is chosen
                   search:str="auto",    # exact, flat, ivf or hnsw; by the number of rows
                   out:str=None,         # table to write, .csv; beside the table if not given, and pictures with it
-                  groups:int=12         # groups in the picture
+                  groups:int=12         # number of groups in the picture
                  ):
     "Groups of nearly equal images, and why they count as such"
+    from self_supervised_bt.compared import say
     from self_supervised_bt.explore import load_table, near_duplicates, plot_groups, plot_threshold
     found = near_duplicates(load_table(table), threshold, search, chance)
-    print(f"{textwrap.fill(found.attrs['why'], 80)}\n\n{len(found):,} images in {found.group.nunique():,} groups")
+    say(f"{found.attrs['why']}\n\n{len(found):,} images in {found.group.nunique():,} groups")
     out = Path(out) if out else Path(table).with_suffix(".duplicates.csv")
     found.to_csv(out, index_label="row")
     pictures = [out.with_suffix(".threshold.png")]
@@ -598,8 +610,9 @@ def bt_duplicates(table:str,            # file from bt_embed
         pictures.append(out.with_suffix(".groups.png"))
         save_plot(plot_groups(found, groups), pictures[1])
         print("\n" + found[["group", "file", "similarity"]].head(12).to_string(index=False))
-    print(f"\nSaved in {', '.join(map(str, [out, *pictures]))}\nWithout all but the first image of each group: "
-          "table.drop(found.index[found.duplicated('group')])")
+    say(f"\nSaved in {', '.join(map(str, [out, *pictures]))}")
+    if len(found): say("In Python, the table with one image of each group:\n\n"
+                       "  table.drop(found.index[found.duplicated('group')])")
 
 # %% ../nbs/52_cli.ipynb #7d1b44a0
 @command(examples="""
@@ -613,8 +626,8 @@ def bt_map(table:str,          # .parquet, .csv or .npz file with a representati
            clusters:int=None,  # number of k-means clusters
            limit:int=5000,     # images at most, sampled at random
            root:str=None,      # folder where relative paths of images start
-           title:str=None,     # of the page; the name of the table if not given
-           seed:int=0          # of t-SNE, UMAP and k-means
+           title:str=None,     # title of the page; the name of the table if not given
+           seed:int=0          # random seed of t-SNE, UMAP and k-means
           ):
     "A map on which similar images lie close to each other: a page for a browser, or a picture"
     from self_supervised_bt.explore import load_table
@@ -627,7 +640,7 @@ def bt_map(table:str,          # .parquet, .csv or .npz file with a representati
 bt_experiment
 bt_experiment table5 --seeds 5
 """)
-def bt_experiment(name:str=None,      # of the experiment; they are listed if not given
+def bt_experiment(name:str=None,      # name of the experiment; all are listed if not given
                   data:str="digits",  # digits, name of a data set, or a folder with one folder per class
                   seeds:int=3,        # trainings per row
                   scale:str="small",  # small, or paper for the settings of the papers
@@ -635,8 +648,8 @@ def bt_experiment(name:str=None,      # of the experiment; they are listed if no
                   images:int=None,    # images to train on; all if not given
                   root:str=None,      # folder that holds data sets; fastai's data folder if not given
                   download:bool=False, # fetch a data set that is not there
-                  epochs:int=None,    # of the baseline; the recipe's if not given
-                  half:bool=False     # bfloat16 in the model
+                  epochs:int=None,    # epochs of the baseline; as in the recipe if not given
+                  half:bool=False     # train in mixed precision, bfloat16
                  ):
     "Train the rows of a table of the papers with several seeds, and test the differences"
     from self_supervised_bt.experiments import EXPERIMENTS, run_experiment

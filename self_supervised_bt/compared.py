@@ -8,6 +8,9 @@ __all__ = []
 # %% ../nbs/50_compared.ipynb #29035430
 import json
 import os
+import re
+import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -132,28 +135,52 @@ def cell_text(value # of a table
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 def laid_out(table:pd.DataFrame, # of texts
-             wrap:bool           # break headings at spaces?
+             wrap:bool,          # break headings at spaces?
+             most:int=None       # columns of a cell, longer ones continue below; any number if not given
             )->str:
     "The lines of a table"
     columns = [list(map(str, table.index)), *(list(table.iloc[:, i]) for i in range(table.shape[1]))]
     heads,widths = [],[]
     for name,cells in zip(("", *map(str, table.columns)), columns):
         width = max(map(len, [*cells, *(name.split() if wrap else [name]), ""]))
-        heads.append(textwrap.wrap(name, width) or [""])
-        widths.append(width)
-    height = max(map(len, heads))
-    rows = [[([""]*(height - len(h)) + h)[i] for h in heads] for i in range(height)] + list(map(list, zip(*columns)))
+        widths.append(min(width, most) if most and widths else width)   # the first column are the names of the rows
+        heads.append(name)
     def line(cells):
         first,*rest = zip(cells, widths)
         return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c,w in rest)]).rstrip()
-    return "\n".join(map(line, rows))
+    def lines(cells, at_end=False):
+        parts = [textwrap.wrap(cell, max(w, 1)) or [""] for cell,w in zip(cells, widths)]
+        height = max(map(len, parts))
+        above = [[""]*(height - len(p)) if at_end else [] for p in parts]
+        return [line(row) for row in zip(*(a + p + [""]*(height - len(a + p)) for a,p in zip(above, parts)))]
+    return "\n".join([*lines(heads, at_end=True), *(one for row in zip(*columns) for one in lines(row))])
 
 def text_table(table:pd.DataFrame,
                width:int=80       # columns of the terminal
               )->str:
-    "A table as text, in the width of a terminal"
+    "A table as text, in the width of a terminal: if it is too wide a row becomes a column, and its cells are broken"
     texts = table.map(cell_text)
     for shape,wrap in ((texts, False), (texts, True), (texts.T, True)):
         text = laid_out(shape, wrap)
         if max(map(len, text.splitlines())) <= width: return text
-    return texts.to_string(line_width=width)
+    room = width - max(map(len, map(str, table.columns)))
+    n = max(1, min(len(texts), room//18))   # rows side by side
+    parts = [texts.iloc[i:i + n].T for i in range(0, len(texts), n)]
+    return "\n\n".join(laid_out(part, True, max(room//n - 2, 8)) for part in parts)
+
+# %% ../nbs/50_compared.ipynb #5a1e0c41
+def fitted(line:str, # of text
+           width:int # columns
+          )->str:
+    "A line broken between words, with what follows below its text; tables stay as they are"
+    hang = re.match(r"! |  -> |\w+  +|\s*", line)[0]
+    if len(line) <= width or "  " in line[len(hang):]: return line
+    return textwrap.fill(line, width, subsequent_indent=" "*len(hang), break_long_words=False, break_on_hyphens=False)
+
+def say(text:str # lines
+       )->None:
+    "Print; on a terminal, lines that are too long for it are broken between words"
+    if sys.stdout.isatty():
+        width = min(120, shutil.get_terminal_size((80, 24)).columns)
+        text = "\n".join(fitted(line, width) for line in text.split("\n"))
+    print(text, flush=True)

@@ -53,6 +53,13 @@ def check_number(name:str,       # name of the argument
     if number and 0 <= value <= most and (zero or value > 0): return
     raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, of at most {most:g}, got {value!r}")
 
+# %% ../nbs/00_core.ipynb #5a1e0c32
+def in_percent(share:float,  # 1 is all
+               decimals:int=1 # after the point
+              )->str:
+    "A share as text"
+    return f"{100*share:.{decimals}f} %"
+
 # %% ../nbs/00_core.ipynb #dfe708b3
 def rng_states()->dict: # plain data and tensors
     "States of the global random generators: Python, NumPy, PyTorch, and the current accelerator if it was used"

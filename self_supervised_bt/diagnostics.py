@@ -16,7 +16,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
 from .core import check_choice, check_number, check_positive_int, undisturbed
@@ -62,6 +62,10 @@ def _log_scale(ax):
     ax.set_yscale("log")
     for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): set_formatter(LogFormatter())
 
+def _whole_numbers(axis):
+    "Ticks at whole numbers only, for what is counted"
+    axis.set_major_locator(MaxNLocator(integer=True))
+
 def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.losses`
                 expected:tuple=None, # what `expected_losses` returns, shown as lines
                 ax:Axes=None         # axis to draw on
@@ -76,6 +80,7 @@ def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.l
         ax.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, dy), fontsize=8,
                     textcoords="offset points", ha="right", va=va)
     ax.set(xlabel="step", ylabel="training loss (smoothed)")
+    _whole_numbers(ax.xaxis)
     _log_scale(ax)
     return ax
 
@@ -101,7 +106,7 @@ def plot_cross_correlation(c:Tensor,      # (D,D) cross-correlation
     if title is None: title = f"diagonal {c.diagonal().mean():.2f}, rest {_off_diagonal_rms(c):.2f} (RMS)"
     part = f" ({len(shown)} of {d})" if d > size else ""
     ax.set(title=title, xlabel="dimension of view 2" + part, ylabel="dimension of view 1", xticks=[], yticks=[])
-    ax.figure.colorbar(image, ax=ax, shrink=.8)
+    ax.figure.colorbar(image, ax=ax, shrink=.8, label="cross-correlation", ticks=[-1, -.5, 0, .5, 1])
     return ax
 
 # %% ../nbs/32_diagnostics.ipynb #feaebeb0
@@ -123,6 +128,7 @@ def plot_std(std:Tensor,  # (D,) standard deviation of each dimension over a bat
     ax.set_xticks(ticks, [f"$10^{{{t}}}$" for t in ticks])
     ax.set(title=f"{int(dead_dimensions(std))} of {len(std)} dimensions dead",
            xlabel="standard deviation over the batch", ylabel="dimensions")
+    _whole_numbers(ax.yaxis)
     return ax
 
 # %% ../nbs/32_diagnostics.ipynb #73b9deca
@@ -224,8 +230,8 @@ def plot_map(xy:Tensor,         # (N,2)
             )->Axes:
     "One point per image, coloured by class if labels are given"
     ax,xy = _axis(ax, 5, 4),xy.cpu().numpy()
-    dots = dict(s=6, alpha=.6, linewidths=0)
     classes = [] if y is None else y.unique().tolist()
+    dots = dict(s=12 if len(xy) <= 1000 or len(classes) > len(PALETTE) else 6, alpha=.85, linewidths=0)
     if y is None: ax.scatter(*xy.T, color="0.4", **dots)
     for c in classes:
         of_class = xy[(y == c).cpu().numpy()]
@@ -336,13 +342,15 @@ def plot_terms(table:pd.DataFrame, # the terms of `BarlowTwinsLoss`, indexed by 
     "The terms of the loss, and the entries of the cross-correlation matrix, over the steps"
     if axes is None: _,axes = plt.subplots(1, 2, figsize=(9,3), layout="constrained")
     axes[0].plot(table.index, table.invariance, label="invariance")
-    axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} x redundancy")
+    axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} × redundancy")
     axes[0].set(xlabel="step", ylabel="part of the loss")
     _log_scale(axes[0])
     axes[1].plot(table.index, table.diagonal_mean, label="mean of the diagonal (aim: 1)")
     axes[1].plot(table.index, table.off_diagonal_rms, label="RMS of the rest (aim: 0)")
     axes[1].set(xlabel="step", ylabel="entries of c", ylim=(min(0, table.diagonal_mean.min()), 1))
-    for ax in axes: ax.legend(fontsize=8)
+    for ax in axes:
+        ax.legend(fontsize=8)
+        _whole_numbers(ax.xaxis)
     return list(axes)
 
 # %% ../nbs/32_diagnostics.ipynb #5b1c0d02
@@ -355,6 +363,7 @@ def plot_columns(table:pd.DataFrame, # indexed by step; `learn.diagnostics.table
     for ax,name in zip(axes, names):
         ax.plot(table.index, table[name])
         ax.set(xlabel="step", title=name)
+        _whole_numbers(ax.xaxis)
     return list(axes)
 
 # %% ../nbs/32_diagnostics.ipynb #ede85048

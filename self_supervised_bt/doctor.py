@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import check_positive_int, undisturbed
+from .core import check_positive_int, in_percent, undisturbed
 from .diagnostics import expected_losses, loss_of_pairs, losses_to_expect
 from .evaluation import standardised_rank
 from .fitting import batch_size_of, epoch_values, images_per_epoch, loader_kept
@@ -458,7 +458,8 @@ def _mean_and_std(x):
 def check_augmentation(s):
     "Are the views too similar, or too different?"
     v1,v2 = s.views[:2]
-    share = f"a view is closer to the other view of its image than to views of other images in {s.share_closer:.1%} of"
+    closer = in_percent(s.share_closer)
+    share = f"a view is closer to the other view of its image than to views of other images in {closer} of"
     if s.shared_pipeline:
         yield Finding("same crop for all images",
                       f"pipeline {s.shared_pipeline} samples one crop and one set of colours for the whole batch",
@@ -569,9 +570,9 @@ def check_history(s):
         bound = max(.03, 3*(2*best*(1 - best)/_labelled(s.learn))**.5)
         if best - last <= bound: continue
         course = f", while the loss went from {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
-        yield Finding("accuracy falls", f"{name} fell from {best:.1%} to {values[-1]:.1%}{course}", "go back to the "
-                      "checkpoint of the best epoch, use a lower learning rate, or fewer epochs; the views may allow "
-                      "a shortcut")
+        yield Finding("accuracy falls", f"{name} fell from {in_percent(best)} to {in_percent(values[-1])}{course}",
+                      "go back to the checkpoint of the best epoch, use a lower learning rate, or fewer epochs; the "
+                      "views may allow a shortcut")
         break
     ranks = column(s.learn, "effective_rank_z")
     if len(ranks) < 2 or ranks[-1] >= min(4, max(ranks)/4): return
@@ -654,7 +655,7 @@ def check_loader(s):
     if s.waiting <= .5 or load <= .01: return
     yield Finding("loader too slow",
                   f"a batch takes {1000*load:.0f} ms to load and {1000*train:.0f} ms to train on: "
-                  f"{s.waiting:.0%} of the time is waiting for data",
+                  f"{in_percent(s.waiting, 0)} of the time is waiting for data",
                   "use more workers (num_workers) or smaller files, or keep the images in memory: tensor_dls(x)")
 
 # %% ../nbs/33_doctor.ipynb #bea3a3a9
@@ -694,11 +695,11 @@ def _facts(s):
     return {"batch": f"{n} images of {image}, {len(s.views)} views of {view}",
             "loss": _loss_in_words(s),
             "views": "closer to the other view of their image than to views of other images in "
-                     f"{s.share_closer:.0%} of pairs (chance: 50%)",
+                     f"{in_percent(s.share_closer, 0)} of pairs (chance: 50 %)",
             "embedding": f"{d} dimensions, {s.dead} dead, standardised rank {s.rank:.0f} of {min(n, d)}, "
                          f"mean of the diagonal of c {s.diagonal:.2f}",
             "step": f"changes the weights by {s.weight_change:.1e} of their norm at learning rate {_rate(s)}; "
-                    f"{s.waiting:.0%} of the time is waiting for data"}
+                    f"{in_percent(s.waiting, 0)} of the time is waiting for data"}
 
 def _loss_in_words(s):
     "The loss, and where it lies between the losses to expect"
@@ -717,5 +718,6 @@ def _loss_in_words(s):
 def _on_its_scale(s, independent, identical):
     "The loss of another method, between the losses that random embeddings have"
     share = (independent - s.losses[0])/(independent - identical)
-    meaning = "higher than for independent views" if share < 0 else f"{min(share, 1):.0%} of the way to identical views"
+    way = f"{in_percent(min(share, 1), 0)} of the way to identical views"
+    meaning = "higher than for independent views" if share < 0 else way
     return f"{s.losses[0]:.4g}: {meaning} (independent views give {independent:.4g}, identical views {identical:.4g})"

@@ -33,7 +33,7 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .core import check_positive_int, undisturbed, unwrapped
+from .core import check_positive_int, in_percent, undisturbed, unwrapped
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
@@ -1020,8 +1020,8 @@ def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views o
                     )->pd.DataFrame: # a row per representation
     "What can be measured without labels: positive pairs found, and effective rank of `h`"
     def row(h1, h2):
-        return {"positive pairs found": f"{100*positive_pair_accuracy(h1, h2):.1f}%",
-                "chance": f"{100/len(h1):.1f}%",
+        return {"positive pairs found": in_percent(positive_pair_accuracy(h1, h2)),
+                "chance": in_percent(1/len(h1)),
                 "effective rank of h": f"{effective_rank(h1):.1f}",
                 "width": h1.shape[1]}
     return pd.DataFrame({name: row(*hs) for name,hs in reps.items()}).T

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/43_explore.ipynb #d4f956ba
-from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
+from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     PATIENCE,
     REASONS,
@@ -1218,7 +1218,7 @@ def why_text(d:NearestDistances, # of a table
     above = f"{found:,} have one above it."
     if d.n < FEWEST: return f"{middle} Threshold {1 - at:.6g}, as given: {above}"
     above += (f" By the distances to their {d.k//2}th to {d.k}th neighbours, {ordinary:.3g} would have one without "
-              f"copies ({ordinary/max(found, 1):.1%} of them).")
+              f"copies ({in_percent(ordinary/max(found, 1))} of them).")
     if given:
         return (f"{middle} Threshold {1 - at:.6g}, as given: {above} The rule, at most {percent(chance)} by chance, "
                 f"would take {1 - d.threshold(chance):.6g}.")

@@ -411,13 +411,15 @@ def show(self:MultiView,
             texts[title] = partial(fused_views(aug).describe, sampled=p)
     if original: columns = {"original": to_cpu(centre_resize(x, views[0].shape[-2:])).clamp(0, 1), **columns}
     n = min(n, *map(len, columns.values()))
-    figsize = len(columns)*size,n*size*(1.5 if sampled else 1)
+    font = 3.8*size   # points
+    lines = max((text(i).count("\n") + 1 for text in texts.values() for i in range(n)), default=0)
+    figsize = len(columns)*size,n*(size + 1.3*lines*font/72)
     _,axes = plt.subplots(n, len(columns), figsize=figsize, squeeze=False, layout="constrained")
     for column,(title,images) in zip(axes.T, columns.items()):
         for i,(ax,image) in enumerate(zip(column, images)):
             show_pixels(image, ax, None if i else title)
             if title not in texts: continue
-            ax.text(.5, -.03, texts[title](i), transform=ax.transAxes, ha="center", va="top", fontsize=3.6*size)
+            ax.text(.5, -.03, texts[title](i), transform=ax.transAxes, ha="center", va="top", fontsize=font)
     return list(axes.flat)
 
 # %% ../nbs/14_multiview.ipynb #9f842c93

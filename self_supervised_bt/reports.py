@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 # %% ../nbs/34_reports.ipynb #74d4fd3d
-from .core import check_positive_int, undisturbed, whole_file
+from .core import check_positive_int, in_percent, undisturbed, whole_file
 from self_supervised_bt.diagnostics import (
     dead_dimensions,
     losses_to_expect,
@@ -143,8 +143,12 @@ PLAIN = (int, float, str, bool, tuple, list, dict)
 def _values(o):
     "The plain attributes of an object, as (name=value, ...)"
     plain = {k: v for k,v in vars(o).items() if k[0] != "_" and k not in ("shifts", "name") and type(v) in PLAIN}
-    plain = {k: f"{v:.4g}" if isinstance(v, float) else v for k,v in plain.items()}
-    return "(" + ", ".join(f"{k}={v}" for k,v in plain.items()) + ")" if plain else ""
+    return "(" + ", ".join(f"{k}={_value(v)}" for k,v in plain.items()) + ")" if plain else ""
+
+def _value(v):
+    "A setting as text, floats with four digits"
+    if isinstance(v, tuple): return str(tuple(float(f"{x:.4g}") if isinstance(x, float) else x for x in v))
+    return f"{v:.4g}" if isinstance(v, float) else str(v)
 
 def _shared(views):
     "One row if all views are made alike"
@@ -204,8 +208,11 @@ def _terms(run):
     of_barlow_twins = {*TERMS} <= {*table}
     names = TERMS if of_barlow_twins else diagnostics.terms
     if not names: raise ValueError("the loss has no terms")
-    axes = plot_terms(table, run.bt.lmb or 1.) if of_barlow_twins else plot_columns(table, names)
-    return axes[0],"at the end " + ", ".join(f"{name} {table[name].iloc[-1]:.3g}" for name in names)
+    panels = plt.subplots(2, 1, figsize=(5,4.8), layout="constrained")[1] if of_barlow_twins else None
+    axes = plot_terms(table, run.bt.lmb or 1., panels) if of_barlow_twins else plot_columns(table, names)
+    return axes[0],"at the end " + ", ".join(f"{_words(name)} {_short(table[name].iloc[-1])}" for name in names)
+
+def _words(name): return name.replace("off_diagonal_rms", "off-diagonal RMS").replace("_", " ")
 
 TERMS = ("invariance", "redundancy", "diagonal_mean", "off_diagonal_rms")
 
@@ -276,7 +283,7 @@ def _figure(out, name, run):
 def _section(title, *content): return xml.H2(title),*content
 def _rows(items): return xml.Table(*[xml.Tr(xml.Th(k), xml.Td(v)) for k,v in items.items()], cls="settings")
 def _frame(df):
-    df = df.rename(columns=lambda c: str(c).replace("_", " "))   # a heading may break where it has a space
+    df = df.rename(columns=lambda c: _words(str(c)))   # a heading may break where it has a space
     return xml.Div(xml.NotStr(df.to_html(border=0, na_rep="")), cls="wide")
 
 # %% ../nbs/34_reports.ipynb #cd2e1c36
@@ -296,9 +303,10 @@ tbody tr{border-top:1px solid var(--line)}
 .wide th:first-child{text-align:left; position:sticky; left:0; background:var(--page)}
 .verdict{font-size:17px}
 pre{background:var(--box); padding:.8em 1em; white-space:pre-wrap; font-size:13px; overflow-wrap:anywhere}
+pre span{display:block; min-height:1.45em; padding-left:11ch; text-indent:-11ch}
 .ok{border-left:4px solid #2a2}
 .bad{border-left:4px solid #c33}
-.figures{display:flex; flex-wrap:wrap; gap:1.2em; align-items:flex-start}
+.figures{display:flex; flex-wrap:wrap; gap:1.2em; align-items:flex-start; margin-bottom:1.2em}
 figure{margin:0; max-width:100%}
 img{max-width:100%; height:auto; max-height:480px; background:#fff}
 figcaption{font-size:13px; color:var(--soft); max-width:34em}
@@ -321,7 +329,8 @@ def _diagnosis(learn):
     "The text of `diagnose`"
     try: found = diagnose(learn)
     except Exception as e: return xml.P(f"No diagnosis: {e}", cls="none")
-    return xml.Pre(repr(found), cls="ok" if found.ok else "bad")
+    lines = [xml.Span(line + "\n") for line in repr(found).split("\n")]
+    return xml.Pre(*lines, cls="ok" if found.ok else "bad")
 
 def _knn(run):
     "A table of the kNN accuracy of `h` and what to compare it with, or `None` without labels of several classes"
@@ -334,7 +343,7 @@ def _knn(run):
         white = fit_whitening(run.h)(run.h)
         accuracy["h, whitened by mean and covariance of these images"] = knn_accuracy(white, y, k=k)
     column = f"kNN top-1 (k={k}), each image among the other {len(y)-1:,}"
-    return pd.DataFrame({column: [f"{100*float(a):.1f} %" for a in accuracy.values()]}, index=[*accuracy])
+    return pd.DataFrame({column: [in_percent(float(a)) for a in accuracy.values()]}, index=[*accuracy])
 
 def _pixels(x): return x.flatten(1).float()
 
@@ -344,7 +353,7 @@ def _watched(learn):
     if not getattr(watch, "epochs_measured", None): return None
     last = {column.name: column.value for column in watch.columns}
     rows = {"before training": watch.before, f"after epoch {watch.epochs_measured[-1]}": last}
-    rows = {name: {k: f"{100*float(v):.1f} %" for k,v in row.items()} for name,row in rows.items()}
+    rows = {name: {k: in_percent(float(v)) for k,v in row.items()} for name,row in rows.items()}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/34_reports.ipynb #8b860eee
@@ -369,8 +378,8 @@ def verdict(results:dict, # from `_results`
 
 # %% ../nbs/34_reports.ipynb #a1f720f3
 def percent(text)->float:
-    "The number in `95.2`, `95.2%` or `95.2 %`"
-    return float(str(text).rstrip("% "))
+    "The number in `95.2` or `95.2 %`"
+    return float(str(text).removesuffix(" %"))
 
 def versus(value,  # percent of n images, a number or text
            base,   # of the same images, compared with
@@ -401,10 +410,10 @@ def table_verdict(table:pd.DataFrame, # rows `raw pixels`, `untrained encoder` a
     pixels,before,after = (table.loc[name] for name in ("raw pixels", "untrained encoder", "trained encoder"))
     column = table.columns[0]
     others = ((before, "the untrained encoder"), (pixels, "raw pixels"))
-    compared = " and ".join(f"{versus(after[column], o[column], n)} {name} ({percent(o[column]):g} %)"
+    compared = " and ".join(f"{versus(after[column], o[column], n)} {name} ({percent(o[column]):.1f} %)"
                             for o,name in others)
     if column == "positive pairs found": text = f"{pairs_in_words(after)}: {compared}; {rank_in_words(after)}."
-    else: text = f"{column} of the trained encoder is {percent(after[column]):g} %: {compared}."
+    else: text = f"{column} of the trained encoder is {percent(after[column]):.1f} %: {compared}."
     helped = versus(after[column], before[column], n) == "better than"
     return text if helped else f"{text} Training has not helped yet: train for more epochs, or on more images."
 
@@ -423,7 +432,11 @@ def measured_epochs(learn:Learner # after a fit
     cbs = [cb for cb in learn.cbs if hasattr(type(cb), "epochs_measured")]
     return {column.name: cb.epochs_measured for cb in cbs for column in cb.columns}
 
-def _short(v): return "" if pd.isna(v) else f"{v:.3g}" if isinstance(v, (int, float)) else str(v)
+def _short(v):
+    "A number with three digits, and all of them before the point: 2,674"
+    if not isinstance(v, (int, float)): return str(v)
+    if pd.isna(v): return ""
+    return f"{v:,.0f}" if 1000 <= abs(v) < 1e7 else f"{v:.3g}"
 
 def _content(run, out, tables):
     "The sections of the page"

@@ -40,7 +40,8 @@ except ImportError: fcntl = None   # Windows
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions, read_checkpoint
 from .classifiers import linear_transfer, subset_probe
-from .core import check_choice, check_positive_int, undisturbed, whole_file, write_json
+from .compared import say
+from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
     check_value_range,
     device_or_default,
@@ -770,7 +771,7 @@ def train_run(out, s, dls, loaded, checkpoints, tracker)->dict: # the content of
     "Say what a run is about to do, train, and write its results"
     cbs = [checkpoints]
     if not rank_distrib():
-        print(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}", flush=True)
+        say(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}")
         cbs += [RunFiles(out, s), *watching(out, s, dls, tracker)]
     try: learn = run_learner(dls, s["recipe"], s["half"], cbs, loaded)
     except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
@@ -1006,7 +1007,7 @@ def few_label_scores(h, y, h_test, y_test)->dict: # column to text
     def scores(share): return [100*subset_probe(h[i], y[i], h_test, y_test) for i in samples(share)]
     def samples(share): return (sample_labels(y, share, seed) for seed in SEEDS)
     def text(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    return {f"{share:.0%} of the labels".replace("%", " %"): text(scores(share)) for share in (.01, .1)}
+    return {f"{in_percent(share, 0)} of the labels": text(scores(share)) for share in (.01, .1)}
 
 # %% ../nbs/50_runs.ipynb #fe51d8e8
 def scores(h, y, h_test, y_test, protocols, k)->dict: # column to number or text

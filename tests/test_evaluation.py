@@ -569,7 +569,7 @@ def test_tables(reps):
     table = label_table({"a": (h, h_test), "b": (h*2, h_test*2)}, y, y_test, labels=(1, 5, 500), samples=2)
     assert list(table.columns) == ["kNN (k=20)", "1 label per class", "5 labels per class"]
     assert table.loc["a", "kNN (k=20)"] == table.loc["b", "kNN (k=20)"]
-    assert unlabelled_table({"a": (h, h)}).loc["a", "positive pairs found"] == "100.0%"
+    assert unlabelled_table({"a": (h, h)}).loc["a", "positive pairs found"] == "100.0 %"
 
 
 def test_bad_neighbours(reps):

@@ -192,12 +192,12 @@ def test_bad_input(make_dls, tmp_path):
 # Verdicts
 
 LABELLED = {"kNN (k=20)": ["90.0", "80.0", "95.0"], "1 label per class": ["50.0 ± 1.0"]*3}
-UNLABELLED = {"positive pairs found": ["31.2%", "30.0%", "93.4%"], "chance": ["0.2%"]*3,
+UNLABELLED = {"positive pairs found": ["31.2 %", "30.0 %", "93.4 %"], "chance": ["0.2 %"]*3,
               "effective rank of h": ["10.6", "3.9", "8.1"], "width": [64, 512, 512]}
 ROWS = ["raw pixels", "untrained encoder", "trained encoder"]
 
 
-@pytest.mark.parametrize("value, base, n, words", [(95, 90, 500, "better than"), ("90.0%", "95 %", 500, "worse than"),
+@pytest.mark.parametrize("value, base, n, words", [(95, 90, 500, "better than"), ("90.0 %", "95 %", 500, "worse than"),
                                                    (95, 90, 20, "not clearly different from"),
                                                    (95.5, 95, 10**6, "not clearly different from")])
 def test_a_difference_within_its_error_is_no_difference(value, base, n, words):
@@ -206,10 +206,10 @@ def test_a_difference_within_its_error_is_no_difference(value, base, n, words):
 
 def test_a_table_is_judged_in_a_sentence_with_and_without_labels():
     said = table_verdict(pd.DataFrame(LABELLED, ROWS), 500)
-    assert said == ("kNN (k=20) of the trained encoder is 95 %: better than the untrained encoder (80 %) and better "
-                    "than raw pixels (90 %).")
+    assert said == ("kNN (k=20) of the trained encoder is 95.0 %: better than the untrained encoder (80.0 %) and "
+                    "better than raw pixels (90.0 %).")
     said = table_verdict(pd.DataFrame(UNLABELLED, ROWS), 500)
-    assert "same image in 93.4% (chance 0.2%): better than the untrained encoder (30 %)" in said
+    assert "same image in 93.4 % (chance 0.2 %): better than the untrained encoder (30.0 %)" in said
     assert "the effective rank of h is 8.1, its width 512." in said and "not helped" not in said
     worse = pd.DataFrame(LABELLED, ROWS).assign(**{"kNN (k=20)": ["90", "95", "80"]})
     assert "worse than the untrained encoder" in (said := table_verdict(worse, 500)) and "has not helped" in said
