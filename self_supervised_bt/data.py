@@ -53,7 +53,9 @@ class BytesToFloats(IntToFloatTensor):
 class OwnMemory(Transform):
     "A batch of bytes taken out of the memory into which a worker process will write another one"
     def encodes(self, x:TensorImage):
-        return x.clone() if x.device.type == "cpu" and x.is_shared() else x
+        if x.device.type != "cpu" or not x.is_shared(): return x
+        own = x.as_subclass(Tensor).numpy().copy("K")   # in one thread: workers need the other cores
+        return torch.from_numpy(own).as_subclass(type(x))
 
 # %% ../nbs/01_data.ipynb #4291800b
 class ImageTensors:

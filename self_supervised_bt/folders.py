@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap
@@ -321,8 +322,9 @@ def names(self:ImageFiles, idxs:list)->list: # files
 @patch
 def warn_of_broken_files(self:ImageFiles)->None:
     "Warn, once, if many files are broken"
-    n = int(self.codes.count_nonzero())
-    if self.said or n < max(20, len(self)/50): return
+    if self.said: return
+    n = np.count_nonzero(self.codes.numpy())   # after every batch: PyTorch's threads would wait for the next one, busily
+    if n < max(20, len(self)/50): return
     self.said = True
     last = int(self.codes.nonzero()[-1])
     warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. "
