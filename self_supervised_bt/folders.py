@@ -323,7 +323,7 @@ def names(self:ImageFiles, idxs:list)->list: # files
 def warn_of_broken_files(self:ImageFiles)->None:
     "Warn, once, if many files are broken"
     if self.said: return
-    n = np.count_nonzero(self.codes.numpy())   # after every batch: PyTorch's threads would wait for the next one, busily
+    n = np.count_nonzero(self.codes.numpy())   # in one thread: PyTorch's would be busy waiting between batches
     if n < max(20, len(self)/50): return
     self.said = True
     last = int(self.codes.nonzero()[-1])
