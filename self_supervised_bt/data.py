@@ -25,6 +25,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
@@ -37,10 +38,24 @@ from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 from fastcore.parallel import num_cpus
 from fastprogress.fastprogress import progress_bar
-from PIL import Image, ImageOps, UnidentifiedImageError
+from fasttransform import Pipeline, Transform
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .core import check_positive_int
+
+# %% ../nbs/01_data.ipynb #5a0c1e12
+class BytesToFloats(IntToFloatTensor):
+    "fastai's, whose floats are in the order that models expect, whatever that of the bytes in memory"
+    def encodes(self, x:TensorImage):
+        return x.to(torch.float32, memory_format=torch.contiguous_format).div_(self.div)
+
+class OwnMemory(Transform):
+    "A batch of bytes taken out of the memory into which a worker process will write another one"
+    def encodes(self, x:TensorImage):
+        if x.device.type != "cpu" or not x.is_shared(): return x
+        own = x.as_subclass(Tensor).numpy().copy("K")   # in one thread: workers need the other cores
+        return torch.from_numpy(own).as_subclass(type(x))
 
 # %% ../nbs/01_data.ipynb #4291800b
 class ImageTensors:
@@ -139,6 +154,31 @@ def warn_of_empty_images(x:Tensor # (N,C,H,W) some images, uint8 or float in [0,
                       "were they saved with fewer bits than their files have?")
     elif len(x) > 1 and (flat == flat[0]).all(): warnings.warn(f"the {n} are all the same: is this the right data?")
 
+# %% ../nbs/01_data.ipynb #5a0c1e14
+def new_bytes(n:int, n_in:int, size:int)->Tensor: # (n,n_in,size,size) uint8, uninitialised
+    "Memory for a batch of images"
+    return torch.empty(n, n_in, size, size, dtype=torch.uint8)
+
+class BatchMemory:
+    "Where a loader's batches of bytes are put together: in a worker process, places that the main process can read"
+    def __init__(self, dl): # a loader, in the process that puts batches together
+        self.on_cpu = dl.device is None or dl.device.type == "cpu"
+        self.in_worker = torch.utils.data.get_worker_info() is not None
+        copied = any(isinstance(t, (BytesToFloats, OwnMemory)) for t in getattr(dl.after_batch, "fs", []))
+        self.again = copied and torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+        self.places,self.turn = [None]*(dl.fake_l.prefetch_factor + 1),0
+    def __call__(self, n:int, n_in:int, size:int)->Tensor: # (n,n_in,size,size) uint8, uninitialised
+        if not (self.on_cpu and n_in == 3 and size > 64): return self.numbers(n*n_in*size**2).view(n, n_in, size, size)
+        return self.numbers(n*n_in*size**2).view(n, size, size, n_in).permute(0, 3, 1, 2)
+    def numbers(self, n:int)->Tensor: # (n,) uint8
+        if not self.in_worker: return torch.empty(n, dtype=torch.uint8)
+        self.turn = (self.turn + 1) % len(self.places)
+        place = self.places[self.turn]
+        if place is None or len(place) < n:
+            place = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(n))
+            if self.again: self.places[self.turn] = place
+        return place[:n]
+
 # %% ../nbs/01_data.ipynb #70af3109
 PATIENCE = 1800   # seconds that a batch of worker processes may take
 
@@ -194,10 +234,13 @@ def patiently(batches,        # of a loader
 # %% ../nbs/01_data.ipynb #34e3ff96
 class BatchDL(TfmdDL):
     "A fastai `DataLoader` that indexes its dataset once per batch; batches without a row are left out"
+    gives_floats = None   # its transforms, while it gives bytes
     def create_batches(self, samps):
         samps = list(samps)
         if hasattr(self.dataset, "expect"): self.dataset.expect(samps)
-        for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield self.dataset[idxs]
+        batch = self.dataset.__getitem__
+        if hasattr(self.dataset, "batch"): batch = partial(self.dataset.batch, memory=BatchMemory(self))
+        for idxs in chunked(samps, self.bs, drop_last=self.drop_last): yield batch(idxs)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.fake_l.timeout = (self.timeout or PATIENCE) if self.fake_l.num_workers else 0
@@ -212,7 +255,20 @@ class BatchDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader, for another dataset or for items to predict"
         if dataset is not None and not hasattr(dataset, "like"): dataset = self.dataset.like(list(dataset))
-        return super().new(dataset, cls, **kwargs)
+        return super().new(dataset, cls, **{"after_batch": self.gives_floats or self.after_batch, **kwargs})
+
+# %% ../nbs/01_data.ipynb #5a0c1e11
+@patch
+@contextmanager
+def giving_bytes(self:BatchDL):
+    "Inside, batches are `uint8` as they were read, if their conversion to floats is all that is done to them"
+    tfms = self.after_batch
+    if [type(t) for t in tfms.fs] != [BytesToFloats]:
+        yield
+        return
+    self.after_batch,self.gives_floats = Pipeline([OwnMemory()]),tfms
+    try: yield
+    finally: self.after_batch,self.gives_floats = tfms,None
 
 # %% ../nbs/01_data.ipynb #5a0c1e03
 def split_indices(n:int,           # items
@@ -309,7 +365,7 @@ def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1
     warn_of_empty_images(x[torch.linspace(0, len(x) - 1, min(len(x), 64)).long()])
     idxs = split_indices(len(x), valid_pct, seed)
     device = device_or_default(device)
-    to_float = [IntToFloatTensor()] if x.dtype == torch.uint8 else []
+    to_float = [BytesToFloats()] if x.dtype == torch.uint8 else []
     tfms = to_float + list(batch_tfms or [])
     def make_dl(idx, split_idx, **kwargs):
         part_y = None if y is None else data.y[idx.to(data.y.device)].to(device)
@@ -627,23 +683,65 @@ def eight_bit(im:Image.Image, # 8 bits per channel
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == mode else im.convert(mode)
 
-def centre_square(im:Image.Image # any size
-                 )->Image.Image: # square
-    "The largest centred square"
-    (w,h),m = im.size,min(im.size)
-    if w == h: return im
-    left,top = (w - m)//2,(h - m)//2
-    return im.crop((left, top, left + m, top + m))
+def centre_square(width:int, # of an image, pixels
+                  height:int # pixels
+                 )->tuple:   # left, top and side of its largest centred square
+    "Where the square lies"
+    side = min(width, height)
+    return (width - side)//2,(height - side)//2,side
+
+def resized_square(a:Tensor, # (H,W,C) uint8, as decoders give it
+                   size:int  # height and width of the result, pixels
+                  )->Tensor: # (C,size,size) uint8, its channels last in memory
+    "The centred square, resized"
+    left,top,side = centre_square(a.shape[1], a.shape[0])
+    x = a[None, top:top + side, left:left + side].permute(0, 3, 1, 2)
+    if side == size: return x[0].clone()   # the decoder's memory is its own
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)[0]
+
+def square_pixels(im:Image.Image, # 8 bits per channel, any size
+                  size:int,       # height and width of the result, pixels
+                  n_in:int        # channels
+                 )->Tensor:       # (n_in,size,size) uint8, its channels last in memory
+    "The centred square of an image of Pillow, resized"
+    im = eight_bit(im, "RGB" if n_in == 3 else "L")
+    left,top,side = centre_square(*im.size)
+    if im.size != (side, side): im = im.crop((left, top, left + side, top + side))
+    return resized_square(torch.from_numpy(np.array(im)).view(side, side, n_in), size)
 
 def square_tensor(im:Image.Image, # 8 bits per channel, any size
                   size:int,       # height and width of the result, pixels
                   n_in:int        # channels
                  )->Tensor:       # (n_in,size,size) uint8
     "The centred square of a decoded image, resized"
-    im = centre_square(eight_bit(im, "RGB" if n_in == 3 else "L"))
-    x = torch.from_numpy(np.array(im)).view(*im.size, n_in).permute(2, 0, 1)
-    if x.shape[-1] == size: return x
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+    return square_pixels(im, size, n_in).contiguous()
+
+# %% ../nbs/01_data.ipynb #5a0c1e10
+def is_turned(im:Image.Image # of `open_image`
+             )->bool: # damaged EXIF data turns nothing
+    "Does EXIF say that the image is stored turned or mirrored?"
+    try: return im.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception: return False
+
+_room = threading.local()   # for the pixels of one image: to get new memory for each takes a fifth of the time
+
+def room_for(n:int # bytes
+            )->np.ndarray: # (n,) uint8
+    "Memory that the next call in this thread gives again"
+    if len(getattr(_room, "bytes", ())) < n: _room.bytes = np.empty(n, dtype=np.uint8)
+    return _room.bytes[:n]
+
+def whole_jpeg(im:Image.Image, # of `open_image`
+               n_in:int        # channels
+              )->Tensor:       # (H,W,n_in) uint8 until the next call; `None` if Pillow is to read it
+    "An upright JPEG in RGB or grey at its full size: Pillow's pixels in less time. What is damaged is left to Pillow"
+    if im.format not in ("JPEG", "MPO") or im.mode not in ("RGB", "L") or is_turned(im): return None
+    im.fp.seek(0)
+    room = room_for(im.width*im.height*n_in)
+    try: a = simplejpeg.decode_jpeg(im.fp.read(), "RGB" if n_in == 3 else "GRAY", buffer=room)
+    except ValueError: return None   # also where Pillow reads it in spite of the damage
+    return torch.from_numpy(a)
+
 
 # %% ../nbs/01_data.ipynb #b3e3e189
 def read_image(file:str|Path,         # image file
@@ -652,10 +750,17 @@ def read_image(file:str|Path,         # image file
                value_range:tuple|int=None # (black, white) of grey above 8 bits, or white where the header has none
               )->Tensor:              # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
     "The centred square of an image, upright, resized"
+    return read_pixels(file, size, n_in, value_range).contiguous()
+
+def read_pixels(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
+    "`read_image` for a batch: channels are last in memory where the decoder has them so"
     if n_in not in (1, 3) or is_array(file): return read_array(file, size, n_in, value_range)
     with open_image(file, value_range) as im:
+        stored = im.size
         im.draft("RGB" if n_in == 3 else "L", (size, size))
-        return square_tensor(upright(im, file, value_range), size, n_in)
+        a = whole_jpeg(im, n_in) if im.size == stored else None
+        if a is not None: return resized_square(a, size)
+        return square_pixels(upright(im, file, value_range), size, n_in)
 
 def upright(im:Image.Image,       # of `open_image`
             file:str|Path,        # its file
@@ -719,9 +824,8 @@ def array_bytes(a:np.ndarray,         # numbers of any type
 def read_array(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
     "The centred square of an array, resized"
     a = channels_last(array_of(file), n_in, file)
-    m = min(a.shape[:2])
+    left,top,m = centre_square(a.shape[1], a.shape[0])
     if not m: raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
-    top,left = (a.shape[0] - m)//2,(a.shape[1] - m)//2
     square = array_bytes(a[top:top + m, left:left + m], file, value_range)
     x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(square, -1, 0)))
     if m == size: return x

@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
-from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 # %% ../nbs/04_datasets.ipynb #e4b239c3
 from self_supervised_bt.data import (
     BatchDL,
+    BytesToFloats,
     ImageTensors,
     check_size,
     device_or_default,
@@ -515,7 +515,7 @@ def part_dl(images:Images,    # from `read_part`
     else:
         ds = ImageFiles(images.files, size, n_in, images.y, images.vocab, split_idx)
         workers = workers_for(images.n, 256) if num_workers is None else num_workers
-    tfms = [IntToFloatTensor(), *([CentreCut(crop)] if crop else [])]
+    tfms = [BytesToFloats(), *([CentreCut(crop)] if crop else [])]
     dl = BatchDL(ds, bs=min(256, images.n), num_workers=workers, after_batch=tfms, device=device_or_default(device))
     dl.ignored = images.ignored
     return dl

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
@@ -40,6 +41,7 @@ from self_supervised_bt.data import (
     REASONS,
     BadImage,
     ImageTensors,
+    OwnMemory,
     device_or_default,
     digest,
     patiently,
@@ -293,8 +295,8 @@ def loader_rows(dl # from `BatchEncoder.takes`
     "The rows of a loader: by its files or its tensors where it has them"
     dataset = getattr(dl, "dataset", None)
     if not isinstance(dataset, (ImageFiles, ImageTensors)): return LoaderRows(dl)
-    steps = [type(t).__name__ for t in getattr(getattr(dl, "after_batch", None), "fs", [])]
-    plain = set(steps) <= {"IntToFloatTensor"} and count_images(dl) == len(dataset)
+    steps = getattr(getattr(dl, "after_batch", None), "fs", [])
+    plain = all(isinstance(t, (IntToFloatTensor, OwnMemory)) for t in steps) and count_images(dl) == len(dataset)
     vocab = None if dataset.y is None else [str(c) for c in dataset.vocab]
     if not plain and isinstance(dataset, ImageTensors): return LoaderRows(dl)
     if not plain: raise ValueError("this loader chooses or changes its images, so their files are not known: pass the "

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/03_fitting.ipynb #7aa78141
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from random import Random
 
 import torch
@@ -178,3 +178,18 @@ def look_at_batch(dl # fastai's loader, or PyTorch's
         if hasattr(dl, "one_batch"): return dl.one_batch()
         if getattr(dl, "batch_sampler", None) is None or not hasattr(dl.dataset, "__getitem__"): return first(dl)
         return dl.collate_fn([dl.dataset[i] for i in first(dl.batch_sampler)])   # without its worker processes
+
+# %% ../nbs/03_fitting.ipynb #5a0c1f02
+def _reads_batches(cb, before):
+    "Does a callback that is neither fastai's nor this library's see a batch before another callback does?"
+    own = _ours(cb) or type(cb).__module__.split(".")[0] == "fastai"
+    return not own and hasattr(cb, "before_batch") and cb.order <= before.order
+
+@around_fit
+@contextmanager
+def bytes_for_views(learn):
+    "The training loader gives bytes during a fit with views"
+    maker = first(cb for cb in learn.cbs if getattr(cb, "makes_views", False))
+    give = maker and getattr(learn.dls.train, "giving_bytes", None)
+    if not give or any(_reads_batches(cb, maker) for cb in learn.cbs): give = nullcontext
+    with give(): yield

@@ -16,9 +16,10 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import CategoryMap, IntToFloatTensor
+from fastai.data.transforms import CategoryMap
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastcore.basics import patch
@@ -32,6 +33,7 @@ from self_supervised_bt.data import (
     REASONS,
     BadImage,
     BatchDL,
+    BytesToFloats,
     ImageTensors,
     array_of,
     channels_last,
@@ -49,9 +51,11 @@ from self_supervised_bt.data import (
     items_of,
     labels_tensor,
     loss_for_labels,
+    new_bytes,
     on_disk,
     open_image,
     read_image,
+    read_pixels,
     some_names,
     split_indices,
     train_valid_dls,
@@ -278,21 +282,28 @@ class ImageFiles:
         if hasattr(self.files, "expect"): self.files.expect(idxs)
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
-        if not isinstance(i, list): return tuple(b[0] for b in self[[int(i)]])
-        x = torch.empty(len(i), self.n_in, self.size, self.size, dtype=torch.uint8)
-        used = []
-        for k in i:
-            pixels,j = self.read(k)
-            if pixels is None: continue
-            x[len(used)] = pixels
-            used.append(j)
-        x = self.kind(x[:len(used)])
-        return (x,) if self.y is None else (x, self.y[used])
+        return self.batch(i, new_bytes) if isinstance(i, list) else tuple(b[0] for b in self[[int(i)]])
 
 # %% ../nbs/02_folders.ipynb #5b03bebf
 @patch
 @contextmanager
 def set_split_idx(self:ImageFiles, i): yield from replacing_yield(self, "split_idx", i)
+
+@patch
+def batch(self:ImageFiles,
+          idxs:list,      # which images
+          memory:callable # gives memory for them, as `new_bytes` does
+         )->tuple:        # images, and labels if there are any
+    "Some images as one tensor"
+    x,used = memory(len(idxs), self.n_in, self.size),[]
+    for k in idxs:
+        pixels,j = self.read(k)
+        if pixels is None: continue
+        x[len(used)] = pixels
+        used.append(j)
+    x = self.kind(x[:len(used)])
+    return (x,) if self.y is None else (x, self.y[used])
+
 
 # %% ../nbs/02_folders.ipynb #fe9369a8
 @patch
@@ -311,8 +322,9 @@ def names(self:ImageFiles, idxs:list)->list: # files
 @patch
 def warn_of_broken_files(self:ImageFiles)->None:
     "Warn, once, if many files are broken"
-    n = int(self.codes.count_nonzero())
-    if self.said or n < max(20, len(self)/50): return
+    if self.said: return
+    n = np.count_nonzero(self.codes.numpy())   # in one thread: PyTorch's would be busy waiting between batches
+    if n < max(20, len(self)/50): return
     self.said = True
     last = int(self.codes.nonzero()[-1])
     warnings.warn(f"{n:,} of {len(self):,} files cannot be read so far and are skipped, e.g. "
@@ -323,7 +335,7 @@ def read(self:ImageFiles, i:int)->tuple: # (n_in,size,size) uint8 and its index,
     "The image of the first readable file at index i or later; only at index i if broken files are left out"
     for j in self.usable(i):
         if self.bad == "leave out" and j != i: break
-        try: return read_image(self.files[j], self.size, self.n_in, self.value_range),j
+        try: return read_pixels(self.files[j], self.size, self.n_in, self.value_range),j
         except BadImage as e:
             if self.bad == "raise": raise
             self.codes[j] = 1 + REASONS.index(e.reason)
@@ -422,7 +434,7 @@ def file_dls(files:list,          # image files
         part_y = None if y is None else y[idx]
         ds = ImageFiles(names.take(idx), size, n_in, part_y, vocab, split_idx, bad, value_range)
         workers = workers_for(len(idx), bs) if num_workers is None else num_workers
-        return BatchDL(ds, bs=bs, num_workers=workers, after_batch=[IntToFloatTensor(), *(batch_tfms or [])],
+        return BatchDL(ds, bs=bs, num_workers=workers, after_batch=[BytesToFloats(), *(batch_tfms or [])],
                        device=device, pin_memory=device.type == "cuda", **kwargs)
     return train_valid_dls(make_dl, idxs, device)
 

@@ -156,7 +156,7 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
         resized = Image.fromarray(centre(smooth)).resize((size, size), Image.Resampling.BILINEAR)
         expected = np.asarray(resized).astype(int)
         assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - expected).mean() < 2
-    assert decoded == [(50, 38), (50, 38), (100, 76), (200, 152), (400, 304)]
+    assert decoded == [(50, 38), (50, 38), (100, 76), (200, 152)]   # the largest is not decoded by Pillow
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
