@@ -68,7 +68,7 @@ def own_message(e:Exception # raised by a command
 
 # %% ../nbs/52_cli.ipynb #d95d1156
 OPTIONS = dict(hidden_size="width", projection_size="width", num_workers="workers", protocols="protocol",
-               formats="format", labelled="eval")
+               formats="format", labelled="eval", labels="eval_labels")
 POSITIONAL = ("data", "run", "table", "query")
 
 def in_shell(message:str,  # of a function
@@ -76,8 +76,8 @@ def in_shell(message:str,  # of a function
             )->str:
     "The message with arguments as they are typed: `--resume` for `resume=True`, `--lr 9.0` for `lr=9.0`"
     def typed(name):
-        name = OPTIONS.get(name, name)
-        if name not in options: return None
+        name = next((n for n in (name, OPTIONS.get(name)) if n in options), None)
+        if name is None: return None
         return name if name in POSITIONAL else f"--{name.replace('_', '-')}"
     def with_value(m):
         if typed(m[1]) is None: return m[0]
@@ -396,8 +396,9 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 download:bool=False, # fetch a data set that is not there
                 column:str=None,  # column of the paths in a table; guessed by its name if not given
                 value_range:str=None, # black,white or white of images above 8 bits, e.g. 0,4095; found if not given
-                eval:str=None,    # labelled images, class folders or name: kNN top-1 is measured every few epochs
+                eval:str=None,    # labelled images, of any source or name: kNN top-1 is measured every few epochs
                 eval_every:int=None, # epochs between measurements; chosen to make 20 of them if not given
+                eval_labels:str=None, # of --eval: column of a table, or outermost or innermost folder
                 tracker:str=None  # tensorboard, wandb, trackio or mlflow, each installed by pip
                ):
     "Train an encoder on images without labels, with checkpoints from which it resumes after an interruption"
@@ -408,7 +409,7 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
         from self_supervised_bt.runs import pretrain
         changes = given_settings(None if resume else recipe, settings)
         results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None, root,
-                           download, column, None, as_range(value_range), eval, eval_every, tracker, again, **changes)
+                           download, column, None, as_range(value_range), eval, eval_every, eval_labels, tracker, again, **changes)
     print_results(out, results)
 
 # %% ../nbs/52_cli.ipynb #4fe760c9
@@ -475,18 +476,24 @@ def bt_transfer(run:str=None,     # folder of a run; or file, URL or name of pub
 @command(examples="""
 bt_classify runs/photos labelled
 bt_classify runs/photos labelled --finetune --out classifier
+bt_classify runs/photos labelled.csv --labels species
 """)
 def bt_classify(run:str,         # folder of a run; or file, URL or name of published weights
-                data:str,        # folder with one folder of images per class
+                data:str,        # folder with one folder of images per class, table, shards, or name of a data set
                 out:str=None,    # folder for the classifier; "classifier" in the run's folder if not given
                 finetune:bool=False, # train the encoder, too; otherwise a linear classifier on the frozen one
                 seeds:int=5,     # samples of held-out images, a fifth of each class
-                workers:int=None # worker processes that read files
+                workers:int=None, # worker processes that read files
+                root:str=None,   # folder that holds data sets; fastai's data folder if not given
+                download:bool=False, # fetch a data set that is not there
+                labels:str=None, # column of a table that holds them; innermost or outermost folder
+                column:str=None  # of the paths in a table; guessed by its name if not given
                ):
     "Train a classifier on the encoder of a run with some labelled images, and measure it on held-out ones"
     from self_supervised_bt.labelled import classify
     with advising("nothing was written, start the same command again"):
-        r = classify(run, data, out, finetune, seeds, workers)
+        r = classify(run, data, out, finetune, seeds, workers, labels=labels or True, column=column, root=root,
+                     download=download)
     print(f"{r['images']:,} images in {len(r['classes'])} classes: {', '.join(r['classes'][:8])}"
           f"{', ...' if len(r['classes']) > 8 else ''}\n\nAccuracy on held-out images: {r['accuracy']} % "
           f"(mean ± standard deviation over {seeds} samples)\nAlways the largest class: {r['largest_class']} %\n\n"

@@ -308,18 +308,16 @@ def loader_rows(dl # from `BatchEncoder.takes`
     return FileRows(dataset.files, labels, dataset.size, dataset.n_in, dataset.value_range)
 
 # %% ../nbs/43_explore.ipynb #b174ff86
-def source_labels(data, labels, column, files, names)->list: # a class or `None` per image; `None` without classes
-    "The labels of a table or of shards, or else the names of class folders; raises `ValueError`"
-    if labels is False: return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # it warns of images without a label, which stay here
-        try: source = image_source(data, True if labels is None else labels, column)
-        except NoLabels:
-            if labels is not None: raise
-            return None
-    if source.y is None: return folder_labels(list(getattr(files, "inside", names)), labels)   # no shard is a class
-    known = {name_in(source.files, i): label_text(y, source.vocab) for i,y in enumerate(source.y)}
-    return [known.get(name) for name in names]
+def files_and_classes(data, labels, column)->tuple: # images, and a class or `None` of each; `None` without classes
+    "Images with the labels of a table or of shards, or else the names of class folders; raises `ValueError`"
+    try: source = image_source(data, True if labels is None else labels, column, check=False)
+    except NoLabels as e:
+        if labels is not None: raise
+        return image_list(e.source.files),None
+    files = image_list(source.files)
+    if source.y is not None: return files,[None if y < 0 else label_text(y, source.vocab) for y in source.y]
+    names = getattr(files, "inside", None) or [name_in(files, i) for i in range(len(files))]   # no shard is a class
+    return files,folder_labels(list(names), labels)
 
 # %% ../nbs/43_explore.ipynb #5a1b0c77
 def file_rows(data,               # folder, table, shards, pattern, name of a data set, or image files
@@ -330,20 +328,16 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
               column
              )->FileRows:         # raises `OSError` or `ValueError`
     "The rows of files"
-    name,y = named_data(data),None
+    name = named_data(data)
     if name:
         images = read_part(name, "train")
         if images.files is None: return ArrayRows(images.x, images.y, images.vocab)
-        files,y,vocab = images.files,images.y,images.vocab
+        files,classes = image_list(images.files),[label_text(y, images.vocab) for y in images.y]
     elif isinstance(data, list) and not data:
         raise ValueError("data is an empty list: pass image files, or the folder that holds them")
-    else: files = image_source(data, column=column, check=False).files
-    files = image_list(files)
-    names = [name_in(files, i) for i in range(len(files))]
-    if y is None: classes = source_labels(data, labels, column, files, names)
-    else: classes = [label_text(label, vocab) for label in y]
+    else: files,classes = files_and_classes(data, labels, column)
     listed = isinstance(files, FileNames) and not os.path.isdir(str(data))   # by a user, so some may be missing
-    gone = missing_files(names) if listed else []
+    gone = missing_files(list(files)) if listed else []
     there = files.take(without(range(len(files)), gone)) if gone else files
     if value_range is None: value_range = white_of(there)
     source = FileRows(files, classes, encoder.read_size(size), encoder.n_in, value_range)

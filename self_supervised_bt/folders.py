@@ -69,6 +69,7 @@ from self_supervised_bt.sources import (
     ImageSource,
     Joined,
     Listing,
+    NoLabels,
     StreamImages,
     absent_files,
     folder_of_all,
@@ -468,15 +469,16 @@ def files_and_labels(items,           # as for `unlabelled_dls`
                      column:str=None, # of the paths in a table
                      buffer:int=None, # of shards and streams
                      n:int=None       # images of a stream
-                    )->tuple:         # files, (N,) class indices and the classes' names; raises `ValueError`
+                    )->ImageSource:   # with labels if asked for; raises `ValueError`
     "Images, and labels if asked for"
     source = image_source(items, labels, column, buffer, n=n)
-    if not labels: return source.files,None,None
-    if source.y is not None: return tuple(source)
+    if not labels: return ImageSource(source.files)
+    if source.y is not None: return source
     files,y,vocab = labelled_files(source.files, "outermost" if labels is True else labels)
-    if y is None:
-        raise ValueError("labels=True needs images in at least two folders, whose names are the labels: got one")
-    return files,y,vocab
+    if y is not None: return ImageSource(image_list(files), y, vocab)
+    raise NoLabels("there are no labels, all images are in one folder: sort them into at least two folders, whose "
+                   "names are the labels, or pass a table with a column label, shards with a .cls beside each image, "
+                   "or a data set with classes", source)
 
 def some_images(files, size, n_in, value_range)->Tensor: # (n,n_in,size,size)
     "The readable ones of 8 images, evenly spaced over the files"
@@ -557,7 +559,7 @@ def labelled_dls(data,                # folder with one folder of images per cla
                 )->DataLoaders:       # training images, and test images
     "Labelled images for an evaluation"
     def read(path, valid_pct):
-        source = ImageSource(*files_and_labels(path, labels, column))
+        source = files_and_labels(path, labels, column)
         bs = min(256, max(1, int(len(source.files)*(1 - valid_pct))))
         return unlabelled_dls(source, size, bs=bs, valid_pct=valid_pct, n_in=n_in, labels=True,
                               num_workers=num_workers, value_range=value_range)

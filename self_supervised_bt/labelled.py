@@ -24,11 +24,11 @@ from self_supervised_bt.classifiers import (
     subset_probe,
 )
 from .core import check_positive_int, write_json
-from .data import image_files
+from .datasets import named_data, part_dl, read_part
 from .evaluation import encode, linear_probe, mean_and_spread, sample_labels, several_classes
-from .folders import kept_size, labelled_dls, size_and_channels
+from .folders import files_and_labels, kept_size, labelled_dls, size_and_channels
 from .reports import loader_of_rows
-from .runs import encoder_file, place_beside
+from .runs import as_data, check_no_root, encoder_file, place_beside
 from .weights import load_encoder, save_model
 
 # %% ../nbs/51_labelled.ipynb #2aa9408f
@@ -75,27 +75,34 @@ def classifier_on(encoder,     # from `load_encoder`
     model.classes = vocab
     return model.eval()
 
-def labelled_dl(encoder,         # from `load_encoder`
-                data:str|Path,   # folder with one folder of images per class
-                num_workers:int  # worker processes
-               ):                # a loader
-    "All labelled images, in the size of the encoder"
-    trained_on = encoder.clean_pipeline.fs
-    size = kept_size(max(trained_on[0].size) if trained_on else None, size_and_channels(image_files(data))[0])
-    return labelled_dls(data, size, encoder.created_by["n_in"], valid_pct=0, num_workers=num_workers).train
+def labelled_dl(encoder, data, num_workers=None, labels=True, column=None, root=None, download=False):
+    "A loader of all labelled images, in the size of the encoder; the arguments are those of `classify`"
+    trained_on,n_in = encoder.clean_pipeline.fs,encoder.created_by["n_in"]
+    def size(files): return kept_size(max(trained_on[0].size) if trained_on else None, size_and_channels(files)[0])
+    name = named_data(data)
+    if name:
+        images = read_part(name, "train", root, download)
+        if images.files is None: return part_dl(images, 0, images.x.shape[-1], n_in, True)
+        return part_dl(images, 0, size(images.files), n_in, False, num_workers=num_workers)
+    check_no_root(data, root, download)
+    source = files_and_labels(data, labels, column)
+    value_range = getattr(encoder, "value_range", None)   # as in its training
+    return labelled_dls(source, size(source.files), n_in, valid_pct=0, num_workers=num_workers,
+                        value_range=value_range).train
 
 # %% ../nbs/51_labelled.ipynb #afe2936a
 def classify(run:str|Path,         # folder of a run, or what `load_encoder` reads
-             data:str|Path,        # folder with one folder of images per class
+             data,                 # class folders, another source with labels, or name of a data set
              out:str|Path=None,    # folder for the classifier; "classifier" in the run's folder if not given
              finetune:bool=False,  # train the encoder, too? Otherwise a linear classifier on the frozen one
              seeds:int=5,          # samples of held-out images
-             num_workers:int=None  # worker processes that read files
+             num_workers:int=None, # worker processes that read files
+             **source              # `labels` and `column` as for `labelled_dls`; `root` and `download` of data sets
             )->dict:               # `file`, `classes`, `images`, `accuracy` in percent with its spread, `largest_class`
     "Train a classifier on the encoder of a run, measure it on held-out images, and write it"
     check_positive_int("seeds", seeds)
     encoder = load_encoder(encoder_file(run))
-    dl = labelled_dl(encoder, data, num_workers)
+    dl = labelled_dl(encoder, data, num_workers, **source)
     h,y = encode(encoder, dl)
     y,vocab = several_classes("the labels of data", y).cpu(),[str(c) for c in dl.dataset.vocab]
     rows,parts = dataset_rows(dl, len(h)),[held_out_rows(y, vocab, seed) for seed in range(seeds)]
@@ -109,7 +116,7 @@ def classify(run:str|Path,         # folder of a run, or what `load_encoder` rea
     out = Path(out or place_beside(run, "classifier"))
     out.mkdir(parents=True, exist_ok=True)
     file = save_model(model, out/"classifier.safetensors")
-    results = dict(file=str(file), finetuned=finetune, data=str(data), classes=vocab, images=len(y), seeds=seeds,
+    results = dict(file=str(file), finetuned=finetune, data=as_data(data), classes=vocab, images=len(y), seeds=seeds,
                    accuracy=mean_and_spread([float(s) for s in shares]), shares=[round(float(s), 4) for s in shares],
                    largest_class=round(100*float(torch.bincount(y).max())/len(y), 1))
     write_json(out/"classifier.json", results)

@@ -122,7 +122,18 @@ from self_supervised_bt.recipes import (
     without_other_predictor,
 )
 from .reports import report, table_verdict
-from .sources import ImageSource, NoLabels, StreamImages, image_source, is_there, taken_from
+from self_supervised_bt.sources import (
+    ImageSource,
+    NoLabels,
+    StreamImages,
+    image_list,
+    image_source,
+    is_pattern,
+    is_table,
+    is_there,
+    read_table,
+    taken_from,
+)
 from .trackers import check_tracker, tracker_callbacks
 from .training import Autocast
 from .transfer import found_sets, protocol_sizes, transfer_table
@@ -152,7 +163,7 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
         args |= dict(root=root, labels=labels, download=download)
         return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
     check_no_root(data, root, download)
-    source = ImageSource(*files_and_labels(data, labels, column, n=n))
+    source = files_and_labels(data, labels, column, n=n)
     side,n_in = size_and_channels(source.files)
     size = kept_size(recipe.size, side)
     if not in_memory:
@@ -304,7 +315,8 @@ def saved_settings(file:Path, # of a run's settings
     was = {**vars(saved["recipe"]), **saved, "recipe": saved["base_recipe"]}
     given = {**given, **given.get("changes", {})}
     given.pop("changes", None)
-    place = {k: given.pop(k) for k in ("root", "labelled", "eval_every") if k in given}   # may be elsewhere by now
+    elsewhere = ("root", "labelled", "eval_every", "eval_labels")   # may be by now
+    place = {k: given.pop(k) for k in elsewhere if k in given}
     data = given.pop("data", None) or moved_data(file, saved["data"])
     more = given.get("epochs")
     if isinstance(more, int) and more > saved["recipe"].epochs:
@@ -363,8 +375,9 @@ def read_settings(file:Path # a run.json
             if not isinstance(saved.get(name), kind): raise ValueError(f"{name} is {saved.get(name)!r}")
         check_choice("bad", saved["bad"], ("skip", "raise"))
         check_value_range(saved.get("value_range"))
-        for name,kind in (("root", str), ("column", str), ("labelled", str), ("eval_every", int)):
-            if not isinstance(saved.get(name), (kind, type(None))): raise ValueError(f"{name} is {saved[name]!r}")
+        for name,kind in (("root", str), ("column", str), ("labelled", str), ("eval_every", int),
+                          ("eval_labels", (bool, str))):
+            if saved.get(name) is not None and not isinstance(saved[name], kind): raise ValueError(f"{name} is {saved[name]!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
@@ -727,8 +740,9 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
              column:str=None,      # of the paths in a table; guessed by its name if not given
              n:int=None,           # images of a stream
              value_range:tuple|int=None, # (black, white) or white of images of more than 8 bits; found if not given
-             labelled:str|Path=None, # class folders or name: their kNN top-1 is measured every few epochs
+             labelled=None,        # images with labels, of any source or name: their kNN top-1 every few epochs
              eval_every:int=None,  # epochs between; so that it is measured 20 times if not given
+             eval_labels:bool|str=None, # which labels of `labelled`, as `labels` of `unlabelled_dls`; `True` if not given
              tracker:str=None,     # "tensorboard", "wandb", "trackio" or "mlflow"
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
@@ -742,14 +756,15 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
     s = run_settings(out, resume, download, data, n, data=None if data is None else as_data(data), recipe=recipe,
                      valid_pct=valid_pct, bad=bad, seed=seed, half=half, root=root and os.path.abspath(root),
                      column=column, value_range=checked_range(value_range), eval_every=eval_every,
-                     labelled=labelled and as_data(labelled), changes=kwargs)
+                     labelled=None if labelled is None else as_data(labelled), eval_labels=eval_labels, changes=kwargs)
     if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
     s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
     s,dls = images_of_run(data, s, num_workers, download, n)
     with run_lock(out):
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
-        return train_run(out, s, dls, loaded, run_checkpoints(out, dls, every, keep, resume, resume_with), tracker)
+        checkpoints = run_checkpoints(out, dls, every, keep, resume, resume_with)
+        return train_run(out, s, dls, loaded, checkpoints, watching(out, s, dls, tracker, labelled))
 
 # %% ../nbs/50_runs.ipynb #8e973072
 def checked_range(value_range): # as for `unlabelled_dls`; as run.json has it; raises `ValueError`
@@ -767,12 +782,12 @@ def images_of_run(data, s:dict, num_workers, download, n)->tuple: # settings and
     return {**s, "recipe": with_own_stats(s["recipe"], dls)},dls
 
 # %% ../nbs/50_runs.ipynb #8e973073
-def train_run(out, s, dls, loaded, checkpoints, tracker)->dict: # the content of results.json, empty but for rank 0
+def train_run(out, s, dls, loaded, checkpoints, watched)->dict: # the content of results.json, empty but for rank 0
     "Say what a run is about to do, train, and write its results"
     cbs = [checkpoints]
     if not rank_distrib():
         say(f"{stated(s, dls)}{said_of_more_epochs(out, s, checkpoints.resume)}")
-        cbs += [RunFiles(out, s), *watching(out, s, dls, tracker)]
+        cbs += [RunFiles(out, s), *watched]
     try: learn = run_learner(dls, s["recipe"], s["half"], cbs, loaded)
     except TypeError as e: raise ValueError(f"settings in {out/'run.json'} cannot be used: {e}") from e
     fit_run(learn)
@@ -803,20 +818,23 @@ def said_of_more_epochs(out:Path,   # folder of a run
 def watching(out:Path,        # folder of the run
              s:dict,          # from `run_settings`
              dls:DataLoaders, # from `run_dls`
-             tracker:str=None # as for `pretrain`
-            )->list:          # callbacks; raises `ImportError`, `OSError` or `ValueError`
+             tracker:str=None, # as for `pretrain`, as the next
+             labelled=None
+            )->list:          # callbacks, in rank 0; raises `ImportError`, `OSError` or `ValueError`
     "What measures and logs a run besides"
     cbs = []
+    if rank_distrib(): return cbs
     if s.get("labelled"):
         every = s.get("eval_every") or max(1, s["recipe"].epochs//20)
-        cbs.append(OnlineEvaluation(labelled_images(s["labelled"], s, dls), every, probe=False))
+        data = s["labelled"] if labelled is None or on_disk(labelled) else labelled
+        cbs.append(OnlineEvaluation(labelled_images(data, s, dls), every, probe=False))
     if tracker: cbs += tracker_callbacks(tracker, out, vars(s["recipe"]))
     return cbs
 
 # %% ../nbs/50_runs.ipynb #f03f5dbe
 MEASURED = 2000   # labelled images, at most, that are measured during a run
 
-def labelled_images(data:str,       # folder with one folder of images per class, or name of a data set
+def labelled_images(data,           # images with labels as `labelled_dls` takes them, or name of a data set
                     s:dict,         # from `run_settings`
                     dls:DataLoaders # of the run, for channels and size
                    )->tuple:        # (N,C,H,W) uint8 and (N,) class indices; raises `OSError` or `ValueError`
@@ -826,14 +844,24 @@ def labelled_images(data:str,       # folder with one folder of images per class
     elif name:
         part = read_part(name, "test", s.get("root"))
         x,y = part.files if part.x is None else part.x,part.y
-    else:
-        try: x,y,_ = files_and_labels(check_images(data).good, True)
-        except ValueError as e: raise ValueError(f"labelled={data!r} cannot be measured: {e}") from e
+    else: x,y,_ = source_to_measure(data, s)
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MEASURED].sort()[0]
     if isinstance(x, Tensor): return x[some],y[some]
+    checked = check_images(image_list(x).take(some), full=True, value_range=s.get("value_range"))
+    if len(checked): warnings.warn(f"of the images of labelled={as_data(data)!r}, {checked}")
     n_in = train.x.shape[1] if hasattr(train, "x") else train.n_in
-    size = kept_size(s["recipe"].size, size_and_channels(x)[0])
-    return load_images([x[i] for i in some.tolist()], size, n_in, progress=False),y[some]
+    size = kept_size(s["recipe"].size, size_and_channels(checked.names)[0])
+    x = load_images(checked.good, size, n_in, progress=False, value_range=s.get("value_range"))
+    return x,y[some][checked.codes == 0]
+
+def source_to_measure(data, s:dict)->ImageSource: # from `run_settings`; raises `OSError` or `ValueError`
+    "The labelled images of a run; in a table paths may have the same column as in that of the run"
+    if isinstance(data, str) and data.startswith("<"):
+        raise ValueError(f"labelled of this run is an object, {data}: pass it again together with resume=True")
+    column = s.get("column") if is_table(data) and not is_pattern(data) else None
+    if column is not None and column not in (data if isinstance(data, pd.DataFrame) else read_table(data)): column = None
+    try: return files_and_labels(data, s.get("eval_labels") or True, column)
+    except ValueError as e: raise ValueError(f"labelled={as_data(data)!r} cannot be measured: {e}") from e
 
 # %% ../nbs/50_runs.ipynb #84481da2
 def stop_signals()->tuple: # names
@@ -1095,7 +1123,7 @@ def evaluation_table(rows:dict # name of a data set -> way of encoding -> column
 # %% ../nbs/50_runs.ipynb #b7d2e114
 def folder_evaluation(folder, run, size, n_in, test, num_workers, labels, column, value_range)->tuple:
     "`dls` of a folder, or another source with labels, for `evaluate`; how many test images were seen in training"
-    source = ImageSource(*files_and_labels(folder, labels, column))
+    source = files_and_labels(folder, labels, column)
     kept = kept_size(size, size_and_channels(source.files)[0])
     args = dict(num_workers=num_workers, value_range=value_range)
     if test: dls = labelled_dls(folder, kept, n_in, test, labels=labels, column=column, **args)
@@ -1285,7 +1313,7 @@ def readable_source(data:str,    # as for `unlabelled_dls`
                    )->tuple:     # `ImageSource`, names of the classes or `None`, number of broken files
     "The images of a source that can be read"
     try: source = image_source(data, labels, column)
-    except NoLabels: source = image_source(data, column=column)
+    except NoLabels as e: source = e.source
     checked = check_images(source.files, full=True)
     good = taken_from(source, (checked.codes == 0).nonzero()[:,0])
     if not len(good.files): size_and_channels(source.files)   # says so

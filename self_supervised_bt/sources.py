@@ -119,27 +119,32 @@ def in_order(names:set # labels
     except (TypeError, ValueError): return sorted(names, key=str)
 
 class NoLabels(ValueError):
-    "A source that has no labels, or none that is known by its name"
+    "A source that has no labels, or none that is known by its name; `source` holds its images"
+    def __init__(self, message, source=None):
+        super().__init__(message)
+        self.source = source
 
 def with_labels(source:ImageSource, # without labels
                 labels:list,        # one of each image; `None`, NaN or an empty text where it is missing
                 where:str,          # they come from
-                classes:list=None   # their names in their order, if that is known
+                classes:list=None,  # their names in their order, if that is known
+                check:bool=True     # leave out images without a label? Otherwise theirs is -1
                )->ImageSource:      # raises `ValueError`
-    "The images that have a label, and their labels as numbers"
-    known = [i for i,label in enumerate(labels) if not is_missing(label)]
-    lost = len(labels) - len(known)
-    if lost:
-        first = [source.files[i] for i in sorted(set(range(len(labels))) - set(known))[:4]]
-        warnings.warn(f"{lost:,} of {len(labels):,} images of {where} have no label and are left out: "
-                      f"{some_names(first)}")
-    if classes is None or not known: classes = in_order({labels[i] for i in known})
+    "The images, and their labels as numbers"
+    unknown = [i for i,label in enumerate(labels) if is_missing(label)]
+    if unknown and check: warn_of_unlabelled(source.files, unknown, where)
+    if classes is None or len(unknown) == len(labels): classes = in_order({o for o in labels if not is_missing(o)})
     if len(classes) < 2:
         raise NoLabels(f"the images of {where} have {len(classes)} class(es), at least two are needed: choose the "
-                         "labels with labels='name', or leave labels out")
+                       "labels with labels='name', or leave labels out", source)
     index = {c: k for k,c in enumerate(classes)}
-    y = torch.tensor([index[labels[i]] for i in known])
-    return taken_from(source, known)._replace(y=y, vocab=CategoryMap([str(c) for c in classes], sort=False))
+    y = torch.tensor([-1 if is_missing(label) else index[label] for label in labels])
+    source = source._replace(y=y, vocab=CategoryMap([str(c) for c in classes], sort=False))
+    return taken_from(source, (y >= 0).nonzero()[:,0]) if unknown and check else source
+
+def warn_of_unlabelled(files, rows, where)->None:
+    warnings.warn(f"{len(rows):,} of {len(files):,} images of {where} have no label and are left out: "
+                  f"{some_names([files[i] for i in rows[:4]])}")
 
 # %% ../nbs/01_sources.ipynb #6b1d0012
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
@@ -290,7 +295,7 @@ def without_absent(paths:list, rows:list, where:str)->tuple: # paths and rows; r
 def table_source(items,                # a table as a file or a DataFrame, whose relative paths start here
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of the paths
-                 check:bool=True       # leave out paths that do not exist?
+                 check:bool=True       # leave out paths that do not exist, and images without a label?
                 )->ImageSource:        # raises `OSError` or `ValueError`
     "The images of a table of paths"
     here = isinstance(items, pd.DataFrame)
@@ -300,9 +305,10 @@ def table_source(items,                # a table as a file or a DataFrame, whose
     if check: paths,rows = without_absent(paths, rows, where)
     source = ImageSource(FileNames(paths))
     if not labels or labels in LEVELS: return source
-    name = chosen_column(table, None if labels is True else labels, LABEL_COLUMNS, "labels", where)
+    try: name = chosen_column(table, None if labels is True else labels, LABEL_COLUMNS, "labels", where)
+    except NoLabels as e: raise NoLabels(str(e), source) from None
     cells = list(table[name])
-    return with_labels(source, [cells[i] for i in rows], where)
+    return with_labels(source, [cells[i] for i in rows], where, check=check)
 
 # %% ../nbs/01_sources.ipynb #6b1d001d
 @lru_cache(64)
@@ -475,6 +481,7 @@ def shard_source(paths:list,            # tar files
                  labels:bool|str=False, # as for `unlabelled_dls`
                  buffer:int=None,       # as for `ShardFiles`
                  where:str="",          # how they were named, for messages
+                 check:bool=True,       # leave out images without a label?
                  num_workers:int=None   # worker processes that read headers
                 )->ImageSource:         # raises `ValueError`
     "The images of tar shards"
@@ -493,7 +500,7 @@ def shard_source(paths:list,            # tar files
             raise ValueError(f"labels={labels!r} is no label in {where}: no image has a member that ends in .{wanted}, "
                              f"or a field {wanted!r} in a member .json")
         return source   # the folders inside may name the classes
-    return with_labels(source, [label for i in kept for label in i.labels or [None]*len(i.names)], where)
+    return with_labels(source, [label for i in kept for label in i.labels or [None]*len(i.names)], where, check=check)
 
 # %% ../nbs/01_sources.ipynb #6b1d0025
 def folder_of_all(files # file names
@@ -607,7 +614,7 @@ def undecoded(dataset, column, where:str): # a data set with one column; raises 
     one = dataset.select_columns([name])
     return one if as_kept else one.cast_column(name, ImageFeature(decode=False))
 
-def huggingface_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `ValueError`
+def huggingface_source(dataset, labels:bool|str, column:str, check:bool=True)->ImageSource: # raises `ValueError`
     "The images of a map-style data set of Hugging Face"
     if hasattr(dataset, "keys"):
         raise ValueError(f"the data set has the splits {', '.join(dataset.keys())}: pass one of them, e.g. "
@@ -621,23 +628,24 @@ def huggingface_source(dataset, labels:bool|str, column:str)->ImageSource: # rai
     if name is None: name = next((c for c in features if c.lower() in LABEL_COLUMNS), None)
     if name is None:
         raise NoLabels(f"{where} has no column of labels, its columns are {', '.join(features)}: name one with "
-                       "labels='name'")
+                       "labels='name'", source)
     names = getattr(features[name], "names", None)
     values = list(dataset[name])
     if names: values = [None if v is None or v < 0 else names[v] for v in values]   # -1 is unknown there
-    return with_labels(source, values, where, names)
+    return with_labels(source, values, where, names, check)
 
 # %% ../nbs/01_sources.ipynb #6b1d002b
-def torch_labels(dataset)->list: # one per item; raises `NoLabels`
+def torch_labels(dataset, source)->list: # one per item; raises `NoLabels`
     "Labels of a PyTorch data set: from its list, or item by item"
     for name in ("targets", "labels", "_labels"):
         found = getattr(dataset, name, None)
         if found is not None and len(found) == len(dataset): return torch.as_tensor(np.asarray(found)).tolist()
     items = [dataset[i] for i in range(len(dataset))]
     if all(isinstance(o, (tuple, list)) and len(o) > 1 for o in items): return [int(o[1]) for o in items]
-    raise NoLabels("the items of the data set hold no label: let them be (image, class index), or leave labels out")
+    raise NoLabels("the items of the data set hold no label: let them be (image, class index), or leave labels out",
+                   source)
 
-def torch_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `ValueError`
+def torch_source(dataset, labels:bool|str, column:str, check:bool=True)->ImageSource: # raises `ValueError`
     "The images of a map-style data set of PyTorch"
     kind = type(dataset).__name__
     if column is not None: raise ValueError(f"column={column!r} has no meaning for a {kind}: leave it out")
@@ -651,9 +659,9 @@ def torch_source(dataset, labels:bool|str, column:str)->ImageSource: # raises `V
     if not labels or labels in LEVELS: return source
     if labels is not True: raise ValueError(f"labels={labels!r} has no meaning for a {kind}: pass labels=True")
     names = [str(c) for c in getattr(dataset, "classes", ())]
-    values = torch_labels(dataset)
+    values = torch_labels(dataset, source)
     if names: values = [None if v < 0 else names[v] for v in values]
-    return with_labels(source, values, "the data set", names or None)
+    return with_labels(source, values, "the data set", names or None, check)
 
 # %% ../nbs/01_sources.ipynb #6b1d002d
 class StreamImages(Listing):
@@ -727,14 +735,14 @@ def stream_source(dataset, labels:bool|str, column:str, buffer:int, n:int)->Imag
     return ImageSource(StreamImages(stream, n, buffer or BUFFER))
 
 # %% ../nbs/01_sources.ipynb #6b1d002f
-def object_source(items, labels, column, buffer, n)->ImageSource: # `None` for what is no data set; raises `ValueError`
+def object_source(items, labels, column, buffer, n, check=True)->ImageSource: # `None` for what is no data set
     "The images of a data set of another library"
     if comes_from(items, "datasets") and not isinstance(items, (list, tuple)):
         is_stream = hasattr(items, "iter") and not hasattr(items, "__len__")
-        if not is_stream: return huggingface_source(items, labels, column)
+        if not is_stream: return huggingface_source(items, labels, column, check)
         return stream_source(items, labels, column, buffer, n)
     if isinstance(items, torch.utils.data.IterableDataset): return stream_source(items, labels, column, buffer, n)
-    if isinstance(items, torch.utils.data.Dataset): return torch_source(items, labels, column)
+    if isinstance(items, torch.utils.data.Dataset): return torch_source(items, labels, column, check)
 
 SAVED = ("state.json", "dataset_dict.json")
 
@@ -782,19 +790,20 @@ def tables_source(paths:list, labels, column, check)->ImageSource: # raises `OSE
     "The images of a table of paths, or of Parquet files that hold them"
     parquet = all(on_disk(p) and Path(p).suffix.lower() == ".parquet" for p in paths)
     images = parquet_images([str(p) for p in paths], column) if parquet else None
-    if images is not None: return huggingface_source(images, labels, column)
+    if images is not None: return huggingface_source(images, labels, column, check)
     if len(paths) == 1: return table_source(paths[0], labels, column, check)
     raise ValueError(f"{len(paths)} tables were named, e.g. {paths[0]}: pass one table of paths")
 
 def path_source(items, labels, column, buffer, check)->ImageSource: # raises `OSError` or `ValueError`
     "The images of a folder, a pattern, a table, a shard or a saved data set"
     if is_table(items) and not is_pattern(items): return tables_source([items], labels, column, check)
-    if saved_dataset(items): return huggingface_source(need_datasets(items).load_from_disk(str(items)), labels, column)
+    if saved_dataset(items):
+        return huggingface_source(need_datasets(items).load_from_disk(str(items)), labels, column, check)
     paths = matching(items) if is_pattern(items) else [items]
     if is_pattern(items) and all(map(is_table, paths)): return tables_source(paths, labels, column, check)
     if column is not None: raise ValueError(f"column={column!r} is for tables and data sets, and {items} is none: "
                                             "leave it out")
-    kwargs = dict(labels=labels, buffer=buffer)
+    kwargs = dict(labels=labels, buffer=buffer, check=check)
     if not is_pattern(items) and not str(items).lower().endswith(".tar"): return folder_source(items, **kwargs)
     tars = [p for p in paths if str(p).lower().endswith(".tar")]
     if len(tars) == len(paths): return shard_source(tars, where=str(items), **kwargs)
@@ -807,7 +816,7 @@ def image_source(items,                # as for `unlabelled_dls`
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of a table or a data set
                  buffer:int=None,      # of shards and streams
-                 check:bool=True,      # leave out paths of a table that do not exist?
+                 check:bool=True,      # leave out paths of a table that do not exist, and images without a label?
                  n:int=None            # images of a stream
                 )->ImageSource:        # labels are `None` where folders may name the classes; raises `ValueError`
     "The images of any source"
@@ -815,12 +824,12 @@ def image_source(items,                # as for `unlabelled_dls`
     if isinstance(items, Listing): return ImageSource(items)
     if isinstance(items, pd.DataFrame): return table_source(items, labels, column, check)
     if on_disk(items): return path_source(items, labels, column, buffer, check)
-    source = object_source(items, labels, column, buffer, n)
+    source = object_source(items, labels, column, buffer, n, check)
     if source is not None: return source
     files = image_list(items)
     if not len(files): raise ValueError("items holds no images: pass a folder, a table or image files")
     tars = [str(f).lower().endswith(".tar") for f in files]
-    if all(tars): return shard_source(files, labels, buffer)
+    if all(tars): return shard_source(files, labels, buffer, check=check)
     if any(tars):
         raise ValueError(f"items holds {sum(tars)} .tar files and {len(tars) - sum(tars)} others: pass one kind")
     return ImageSource(files)

@@ -638,8 +638,43 @@ def test_knn_is_measured_during_a_run(trained, tmp_path, capsys):
     assert history["knn_accuracy"].between(.3, 1).all() and len(history) == 2 and results["state"] == "ended"
     assert "kNN top-1" in capsys.readouterr().out
     assert json.loads((tmp_path/"run/run.json").read_text())["labelled"] == str(trained[0]/"images")
-    with pytest.raises(ValueError, match="needs images in at least two folders"):
+    with pytest.raises(ValueError, match="labelled='.*dark' cannot be measured: .* at least two folders"):
         pretrain(trained[0]/"images", "cifar", tmp_path/"one", labelled=trained[0]/"images/dark", **SMALL)
+
+
+def test_labels_of_any_source_are_measured_during_a_run(trained, tmp_path):
+    images = trained[0]/"images"
+    files = sorted(map(str, images.rglob("*.png")))
+    table = pd.DataFrame(dict(picture=files, kind=["dark" if "dark" in f else "light" for f in files], n=1))
+    table.to_csv(tmp_path/"t.csv", index=False)
+    s, dls = runs.read_settings(trained[0]/"run/run.json"), runs.dls_of_run(trained[0]/"run", 0)
+    of_folder = runs.labelled_images(images, s, dls)
+    for data in (tmp_path/"t.csv", table):
+        x, y = runs.labelled_images(data, {**s, "column": "picture", "eval_labels": "kind"}, dls)
+        assert torch.equal(x, of_folder[0]) and torch.equal(y, of_folder[1])
+        with pytest.raises(ValueError, match="labelled='.*' cannot be measured: .*choose one with labels='name'"):
+            runs.labelled_images(data, {**s, "column": "picture"}, dls)
+    args = dict(labelled=table.rename(columns=dict(picture="file")), eval_every=1, eval_labels="kind")
+    pretrain(images, "cifar", tmp_path/"run", **args, **SMALL)
+    assert pd.read_csv(tmp_path/"run/history.csv")["knn_accuracy"].between(.3, 1).all()
+    saved = json.loads((tmp_path/"run/run.json").read_text())
+    assert (saved["labelled"], saved["eval_labels"]) == ("<DataFrame>", "kind")
+    with pytest.raises(ValueError, match="labelled of this run is an object, <DataFrame>: pass it again"):
+        pretrain(out=tmp_path/"run", resume=True, epochs=3, num_workers=0)
+    pretrain(out=tmp_path/"run", resume=True, epochs=3, num_workers=0, **args)
+    assert len(pd.read_csv(tmp_path/"run/history.csv")["knn_accuracy"].dropna()) == 3
+
+
+def test_labelled_images_that_cannot_be_read_are_left_out_with_their_labels(trained, tmp_path):
+    copy = shutil.copytree(trained[0]/"images", tmp_path/"images")
+    broken = sorted(copy.rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:40])
+    s, dls = runs.read_settings(trained[0]/"run/run.json"), runs.dls_of_run(trained[0]/"run", 0)
+    x, y = runs.labelled_images(trained[0]/"images", s, dls)
+    with pytest.warns(UserWarning, match="1 of .* files cannot be read as images"):
+        x_left, y_left = runs.labelled_images(copy, s, dls)
+    kept = [i for i in range(len(x)) if i != 3]
+    assert torch.equal(x_left, x[kept]) and torch.equal(y_left, y[kept])
 
 
 def test_the_recipe_is_chosen_by_the_images(trained, tmp_path, capsys):
