@@ -690,6 +690,7 @@ def centre_square(width:int, # of an image, pixels
     side = min(width, height)
     return (width - side)//2,(height - side)//2,side
 
+# %% ../nbs/01_data.ipynb #5a0c1e15
 def resized_square(a:Tensor, # (H,W,C) uint8, as decoders give it
                    size:int  # height and width of the result, pixels
                   )->Tensor: # (C,size,size) uint8, its channels last in memory

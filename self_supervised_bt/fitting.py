@@ -183,7 +183,8 @@ def look_at_batch(dl # fastai's loader, or PyTorch's
 def _reads_batches(cb, before):
     "Does a callback that is neither fastai's nor this library's see a batch before another callback does?"
     own = _ours(cb) or type(cb).__module__.split(".")[0] == "fastai"
-    return not own and hasattr(cb, "before_batch") and cb.order <= before.order
+    reads = hasattr(type(cb), "before_batch") or "before_batch" in vars(cb)
+    return reads and not own and cb.order <= before.order
 
 @around_fit
 @contextmanager

@@ -1,4 +1,5 @@
 "Images as tensors, image files, and saved encoders"
+import io
 import os
 import struct
 import warnings
@@ -26,6 +27,7 @@ from self_supervised_bt.data import (
     open_image,
     read_image,
     tensor_dls,
+    whole_jpeg,
 )
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.folders import check_images, labelled_files, size_and_channels, unlabelled_dls
@@ -157,6 +159,79 @@ def test_a_jpeg_is_decoded_close_to_the_size_needed(tmp_path, monkeypatch):
         expected = np.asarray(resized).astype(int)
         assert np.abs(read_image(tmp_path/"a.jpg", size).permute(1, 2, 0).numpy() - expected).mean() < 2
     assert decoded == [(50, 38), (50, 38), (100, 76), (200, 152)]   # the largest is not decoded by Pillow
+
+
+def jpeg(im, **kwargs):
+    "An image as the bytes of a JPEG file"
+    file = io.BytesIO()
+    im.save(file, "jpeg", **kwargs)
+    return file.getvalue()
+
+
+def outcomes(content, file, size, n_in, monkeypatch):
+    "What Pillow alone makes of a file, and what `read_image` does: pixels, or the reason of the error"
+    file.write_bytes(content)
+    def outcome():
+        try: return read_image(file, size, n_in)
+        except BadImage as e: return e.reason
+    with monkeypatch.context() as m:
+        m.setattr("self_supervised_bt.data.whole_jpeg", lambda im, n_in: None)
+        pillows = outcome()
+    return pillows, outcome()
+
+
+def turned(how):
+    exif = Image.Exif()
+    exif[0x0112] = how
+    return exif
+
+
+JPEGS = {"4:4:4": dict(subsampling=0), "4:2:2": dict(subsampling=1), "4:2:0": dict(subsampling=2),
+         "coarse": dict(quality=5), "progressive": dict(progressive=True, quality=90),
+         "restarts": dict(restart_marker_blocks=3), "turned": dict(exif=turned(6)), "upright": dict(exif=turned(1))}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_pixels_of_a_whole_jpeg_are_pillows(tmp_path, monkeypatch, kind, mode):
+    seen = set()
+    def watched(im, n_in):
+        a = whole_jpeg(im, n_in)
+        seen.add(a is not None)
+        return a
+    monkeypatch.setattr("self_supervised_bt.data.whole_jpeg", watched)
+    for w, h, size in ((1, 1, 4), (7, 5, 5), (17, 31, 17), (33, 24, 13), (64, 48, 80), (131, 97, 61)):
+        im = Image.fromarray(pixels(w, h)).convert(mode)
+        for n_in in (3, 1):
+            pillows, ours = outcomes(jpeg(im, **JPEGS[kind]), tmp_path/"a.jpg", size, n_in, monkeypatch)
+            assert (ours.int() - pillows.int()).abs().max() <= 1, (w, h, size, n_in)   # equal with the same libjpeg
+            assert ours.is_contiguous()
+    assert seen == {mode != "CMYK" and kind != "turned"}
+
+
+def test_damaged_jpegs_are_judged_as_by_pillow(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    whole = [jpeg(Image.fromarray(pixels(61, 43)), quality=q, progressive=q > 60) for q in (50, 95)]
+    damaged = [content[:n] for content in whole for n in (1, 20, 300, len(content)//2, -2, -1)]
+    damaged += [content + b"more" for content in whole] + [content[:-40] + b"\xff\xd9" for content in whole]
+    for content in whole*20:
+        content = bytearray(content)
+        for i in rng.integers(2, len(content), 3): content[i] = rng.integers(256)
+        damaged.append(bytes(content))
+    for content in damaged:
+        pillows, ours = outcomes(content, tmp_path/"a.jpg", 43, 3, monkeypatch)
+        assert type(ours) is type(pillows)
+        assert ours == pillows if isinstance(ours, str) else (ours.int() - pillows.int()).abs().max() <= 1
+
+
+def test_one_image_is_not_written_over_by_the_next(tmp_path):
+    for n_in in (1, 3):
+        for size in (40, 30):
+            Image.fromarray(pixels(40, 40)).save(tmp_path/"a.jpg", quality=95)
+            first = read_image(tmp_path/"a.jpg", size, n_in)
+            kept = first.clone()
+            Image.fromarray(255 - pixels(40, 40)).save(tmp_path/"a.jpg", quality=95)
+            assert not torch.equal(read_image(tmp_path/"a.jpg", size, n_in), kept) and torch.equal(first, kept)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])

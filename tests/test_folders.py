@@ -12,12 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from callbacks import DoToImages
+from callbacks import DoToImages, DoToViews, RaiseAt
 from conftest import quiet, small_encoder, small_model
 from fastai.distributed import DistributedDL
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImage, TensorImageBW
+from fastai.vision.augment import Flip
 from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
@@ -360,6 +361,74 @@ def test_two_ranks_divide_the_files(wild, monkeypatch):
             assert type(x) is TensorImage and x.dtype == torch.float32
             seen += levels(x)
     assert seen == sum((levels(x) for x, in dls.train), []) and len(seen) == 160 and len(bad_images(dls)) == 8
+
+
+@pytest.fixture(params=[(1, 16), (3, 16), (3, 80)], ids=str)
+def noisy(request, tmp_path):
+    "Channels and size of 60 images, which are in a folder"
+    n_in, size = request.param
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        a = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(a).save(tmp_path/f"{i:02}.jpg", quality=95)
+    return n_in, size
+
+
+def noisy_dls(folder, noisy, workers):
+    n_in, size = noisy
+    random.seed(0)
+    return unlabelled_dls(folder, size, bs=4, valid_pct=.2, n_in=n_in, num_workers=workers, device="cpu")
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+def test_batches_of_bytes_that_are_kept_stay_as_they_are(tmp_path, noisy, rank, monkeypatch):
+    monkeypatch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)   # fastai's needs a GPU
+    def batches(workers):
+        dl = noisy_dls(tmp_path, noisy, workers).train
+        with dl.giving_bytes(): return list(dl if rank is None else DistributedDL(dl, rank, 2))
+    here, kept = batches(0), batches(2)
+    assert len(here) == (12 if rank is None else 6)   # more than a worker has places
+    for (a,), (b,) in zip(here, kept, strict=True):
+        assert a.dtype == b.dtype == torch.uint8 and type(a) is type(b) and torch.equal(a, b) and not b.is_shared()
+        assert b.is_contiguous(memory_format=torch.channels_last) is (noisy == (3, 80) or noisy[0] == 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_floats_are_the_bytes_over_255_in_the_usual_order(tmp_path, noisy, workers):
+    dls = noisy_dls(tmp_path, noisy, workers)
+    with dls.valid.giving_bytes(): there = list(dls.valid)
+    floats = list(dls.valid)
+    for (a,), (b,) in zip(there, floats, strict=True):
+        assert b.dtype == torch.float32 and type(a) is type(b) and b.is_contiguous() and not b.is_shared()
+        assert torch.equal(a.float()/255, b)
+
+
+def test_only_the_loader_itself_gives_bytes_and_only_for_a_while(folder):
+    dls = unlabelled_dls(folder, 8, bs=4, num_workers=0, device="cpu")
+    def dtype(dl): return dl.one_batch()[0].dtype
+    for _ in range(2):
+        with dls.train.giving_bytes(), dls.train.giving_bytes():
+            assert dtype(dls.train) == torch.uint8
+            assert dtype(dls.train.new()) == dtype(dls.test_dl(image_files(folder))) == torch.float32
+        assert dtype(dls.train) == torch.float32
+    augmented = unlabelled_dls(folder, 8, bs=4, num_workers=0, device="cpu", batch_tfms=[Flip()]).train
+    floats = tensor_dls(torch.rand(20, 3, 8, 8), bs=4, device="cpu").train
+    for dl in (augmented, floats):
+        with dl.giving_bytes(): assert dtype(dl) == torch.float32
+
+
+def test_views_are_made_of_bytes(folder):
+    dls = unlabelled_dls(folder, 8, bs=4, num_workers=0, device="cpu")
+    learn = Learner(dls, small_model(3), cbs=[BarlowTwins(get_multi_aug_pipelines(2, 8, stats=None))])
+    seen = []
+    def note(learn): seen.append(learn.dls.train.gives_floats is not None)
+    quiet(learn).fit(1, cbs=[DoToViews(note)])
+    assert True in seen and dls.train.gives_floats is None
+    seen.clear()
+    learn.fit(1, cbs=[DoToImages(lambda learn: note(learn) or seen.append(learn.xb[0].dtype == torch.float32))])
+    assert seen[:2] == [False, True]   # a user's callback gets floats
+    with pytest.raises(KeyError): learn.fit(1, cbs=[RaiseAt("after_step", KeyError("stop"))])
+    assert dls.train.gives_floats is None and dls.one_batch()[0].dtype == torch.float32
 
 
 def test_exported_learner_has_no_files(wild, tmp_path):
