@@ -2910,6 +2910,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.check_set_up': ( 'multiview.html#check_set_up',
                                                                                              'self_supervised_bt/multiview.py'),
+                                              'self_supervised_bt.multiview.leave_room_below': ( 'multiview.html#leave_room_below',
+                                                                                                 'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.logging_of_views': ( 'multiview.html#logging_of_views',
                                                                                                  'self_supervised_bt/multiview.py'),
                                               'self_supervised_bt.multiview.multiview_of': ( 'multiview.html#multiview_of',
