@@ -349,6 +349,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised_bt.cli.stoppable': ('cli.html#stoppable', 'self_supervised_bt/cli.py')},
             'self_supervised_bt.compared': { 'self_supervised_bt.compared.cell_text': ( 'compared.html#cell_text',
                                                                                         'self_supervised_bt/compared.py'),
+                                             'self_supervised_bt.compared.column_texts': ( 'compared.html#column_texts',
+                                                                                           'self_supervised_bt/compared.py'),
                                              'self_supervised_bt.compared.content': ( 'compared.html#content',
                                                                                       'self_supervised_bt/compared.py'),
                                              'self_supervised_bt.compared.differing': ( 'compared.html#differing',

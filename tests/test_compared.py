@@ -123,3 +123,11 @@ def test_text_in_a_pipe_stays_as_it_is(capsys, monkeypatch):
     say(text)
     out = capsys.readouterr().out.splitlines()
     assert max(map(len, out)) <= 50 and len(out) == 6
+
+
+def test_numbers_of_a_column_have_the_same_decimals():
+    table = pd.DataFrame({"kNN": [8.3, 0., 50., None], "lr": [.04, .005, 1., 2.], "n": [1, 2, 3, 4],
+                          "s": [1234.5, 2.5, float("nan"), 3.]}, index=list("abcd"))
+    assert [line.split() for line in text_table(table).splitlines()[1:]] == [
+        ["a", "8.3", "0.04", "1", "1234"], ["b", "0.0", "0.005", "2", "2.5"], ["c", "50.0", "1", "3"],
+        ["d", "2", "4", "3.0"]]
