@@ -55,8 +55,10 @@ def is_rank_0()->bool:
 
 def plain_warnings(options:set # names of the command's parameters
                   ):           # a context
-    "Inside, a warning is one line without a place in the source"
-    def one_line(message, *_, **__): return f"Warning: {in_shell(' '.join(str(message).split()), options)}\n"
+    "Inside, a warning is one line without a place in the source; a terminal breaks it between words"
+    def one_line(message, *_, **__):
+        text = f"Warning: {in_shell(' '.join(str(message).split()), options)}"
+        return (textwrap.fill(text, columns(120), break_on_hyphens=False) if sys.stderr.isatty() else text) + "\n"
     return mock.patch.object(warnings, "formatwarning", one_line)
 
 def own_message(e:Exception # raised by a command

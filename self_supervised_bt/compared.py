@@ -134,6 +134,15 @@ def cell_text(value # of a table
     if not isinstance(value, float): return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
+def column_texts(column:pd.Series # of a table
+                )->list:
+    "Its cells, numbers with the same one or two decimals where these are enough"
+    texts = [cell_text(v) for v in column]
+    small = [isinstance(v, float) and abs(v) < 1000 for v in column]
+    decimals = max((len(t.partition(".")[2]) for t,ok in zip(texts, small) if ok), default=0)
+    if not 1 <= decimals <= 2: return texts
+    return [f"{v:.{decimals}f}" if ok else t for v,t,ok in zip(column, texts, small)]
+
 def laid_out(table:pd.DataFrame, # of texts
              wrap:bool,          # break headings at spaces?
              most:int=None       # columns of a cell, longer ones continue below; any number if not given
@@ -159,7 +168,8 @@ def text_table(table:pd.DataFrame,
                width:int=80       # columns of the terminal
               )->str:
     "A table as text, in the width of a terminal: if it is too wide a row becomes a column, and its cells are broken"
-    texts = table.map(cell_text)
+    texts = pd.DataFrame({i: column_texts(table.iloc[:, i]) for i in range(table.shape[1])}, table.index)
+    texts.columns = table.columns
     for shape,wrap in ((texts, False), (texts, True), (texts.T, True)):
         text = laid_out(shape, wrap)
         if max(map(len, text.splitlines())) <= width: return text

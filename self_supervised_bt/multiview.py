@@ -392,6 +392,17 @@ def views_to_show(self:MultiView)->tuple: # images, views, sampled parameters of
     x = training_images(self.dls)
     return x,*self.make_views(x)
 
+# %% ../nbs/14_multiview.ipynb #5a1e0c61
+TITLE = .3   # inches above the first row of axes
+
+def leave_room_below(figure, inches):
+    "Space below each row of axes for text, which the constrained layout cuts off in the last row"
+    width,height = figure.get_size_inches()
+    rows = figure.axes[0].get_gridspec().nrows
+    axis = (height - TITLE)/rows - inches
+    figure.subplots_adjust(left=.05/width, right=1 - .05/width, top=1 - TITLE/height, bottom=inches/height,
+                           wspace=.06, hspace=inches/axis)
+
 # %% ../nbs/14_multiview.ipynb #77c932c4
 @patch
 def show(self:MultiView,
@@ -412,9 +423,11 @@ def show(self:MultiView,
     if original: columns = {"original": to_cpu(centre_resize(x, views[0].shape[-2:])).clamp(0, 1), **columns}
     n = min(n, *map(len, columns.values()))
     font = 3.8*size   # points
-    lines = max((text(i).count("\n") + 1 for text in texts.values() for i in range(n)), default=0)
-    figsize = len(columns)*size,n*(size + 1.3*lines*font/72)
-    _,axes = plt.subplots(n, len(columns), figsize=figsize, squeeze=False, layout="constrained")
+    below = 1.35*font/72*max((text(i).count("\n") + 1.5 for text in texts.values() for i in range(n)), default=0)
+    figsize = len(columns)*size,n*(size + below) + (TITLE if sampled else 0)
+    layout = None if sampled else "constrained"
+    figure,axes = plt.subplots(n, len(columns), figsize=figsize, squeeze=False, layout=layout)
+    if sampled: leave_room_below(figure, below)
     for column,(title,images) in zip(axes.T, columns.items()):
         for i,(ax,image) in enumerate(zip(column, images)):
             show_pixels(image, ax, None if i else title)

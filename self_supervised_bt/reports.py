@@ -164,6 +164,7 @@ def _steps_in(transform):
     steps = [type(step).__name__.removesuffix("Step") + _values(step) for step in (transform.crop, *transform.steps)]
     return steps + ([] if transform.norm is None else [f"Normalise{_values(transform.norm)}"])
 
+# %% ../nbs/34_reports.ipynb #5a1e0c51
 def _training(learn):
     "Epochs, optimizer and its settings in the last fit"
     opt = getattr(learn.opt_func, "func", learn.opt_func)

@@ -229,7 +229,10 @@ def test_recipe_of_the_paper():
 def test_show_strength_has_a_row_per_value(name, values):
     axes = show_strength(torch.rand(3, 20, 20), name, values, n=3)
     assert len(axes) == 4*len(values) and all(ax.images for ax in axes)
-    assert all(str(v) in ax.get_title("left") for v, ax in zip(values, axes[1::4]))
+    assert all(str(v) in ax.texts[0].get_text() for v, ax in zip(values, axes[1::4]))
+    axes[0].figure.canvas.draw()
+    left = [ax.get_position().x0 for ax in axes[:4]]
+    assert np.diff(left) == pytest.approx([left[1] - left[0]]*3, abs=.01), "a long label moves the columns apart"
 
 
 def test_show_strength_raises_for_unknown_arguments():

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from self_supervised_bt.compared import run_table, text_table
+from self_supervised_bt.compared import fitted, run_table, say, text_table
 
 
 def make_run(run, epochs=3, planned=10, state="running", **recipe):
@@ -91,3 +91,43 @@ def test_no_value_is_lost_in_80_columns(rows, columns):
 def test_cells():
     text = text_table(pd.DataFrame({"a b": [None, 12.3456, 12345.6, "x", 3]}, index=list("vwxyz")))
     assert text.splitlines() == ["     a b", "v", "w  12.35", "x  12346", "y      x", "z      3"]
+
+
+def test_long_settings_are_broken_and_nothing_is_lost():
+    settings = '{"channels": [32, 64, 128, 256], "stem_width": 16, "name": "a-name-without-any-space-that-is-long"}'
+    table = pd.DataFrame({"arch_args": [settings, "{}"], **{f"setting_{i}": ["a", "b"] for i in range(12)}},
+                         index=["runs/with/a/long/name/of/its/own", "b"])
+    for width in (30, 60, 80):
+        text = text_table(table, width)
+        assert max(map(len, text.splitlines())) <= width
+        for part in ("channels", "setting_11", "128"): assert part in text
+        assert text.replace(" ", "").replace("\n", "").count("a-name") == 1
+
+
+def test_prose_is_broken_between_words_and_tables_are_not():
+    fact = "step       changes the weights by 8.3e-02 of their norm; 0 % of the time is waiting for data"
+    lines = fitted(fact, 50).splitlines()
+    assert max(map(len, lines)) <= 50 and all(line.startswith(" "*11) for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == " ".join(fact.split())
+    assert fitted("  -> use bs=256 or fewer dimensions", 20).splitlines()[1].startswith("     ")
+    row = "a row of a table  95.6  65.8 ± 4.5  85.3 ± 2.5"
+    assert fitted(row, 20) == row
+    assert "runs/photos/a-very-long-name/report.html" in fitted("Open runs/photos/a-very-long-name/report.html now", 20)
+
+
+def test_text_in_a_pipe_stays_as_it_is(capsys, monkeypatch):
+    say(text := "word "*60)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    say(text)
+    out = capsys.readouterr().out.splitlines()
+    assert max(map(len, out)) <= 50 and len(out) == 6
+
+
+def test_numbers_of_a_column_have_the_same_decimals():
+    table = pd.DataFrame({"kNN": [8.3, 0., 50., None], "lr": [.04, .005, 1., 2.], "n": [1, 2, 3, 4],
+                          "s": [1234.5, 2.5, float("nan"), 3.]}, index=list("abcd"))
+    assert [line.split() for line in text_table(table).splitlines()[1:]] == [
+        ["a", "8.3", "0.04", "1", "1234"], ["b", "0.0", "0.005", "2", "2.5"], ["c", "50.0", "1", "3"],
+        ["d", "2", "4", "3.0"]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from self_supervised_bt.core import remove_unfinished, unwrapped, whole_file, write_json
+from self_supervised_bt.core import in_percent, remove_unfinished, unwrapped, whole_file, write_json
 
 
 def names(folder): return sorted(f.name for f in folder.iterdir())
@@ -110,3 +110,8 @@ def test_a_model_comes_out_of_its_wrappers():
     for wrapped in (net, torch.compile(net), nn.DataParallel(net), torch.compile(nn.DataParallel(net)),
                     nn.DataParallel(torch.compile(net))):
         assert unwrapped(wrapped) is net
+
+
+@pytest.mark.parametrize("share, decimals, text", [(.9715, 1, "97.2 %"), (1, 0, "100 %"), (0, 1, "0.0 %"),
+                                                   (torch.tensor(.5), 2, "50.00 %")])
+def test_shares_are_in_percent(share, decimals, text): assert in_percent(share, decimals) == text

@@ -500,6 +500,13 @@ def test_show_plots_the_image_and_the_sampled_parameters(make_learner, make_dls)
         assert shown == [aug.fs[0].describe(row) for aug in learn.barlow_twins.augs]
         assert len(set(shown)) == 3
         assert not axes[4*row].texts
+    figure = axes[0].figure
+    figure.canvas.draw()
+    texts, below = ([ax.texts[0].get_window_extent() for ax in axes[4*row+1:4*row+4]] for row in (0, 1))
+    next_row = max(ax.get_window_extent().y1 for ax in axes[4:8])
+    assert all(next_row < text.y0 for text in texts), "text on the next row of images"
+    assert min(text.y0 for text in texts) - next_row < .35*figure.dpi, "an empty gap between rows"
+    assert all(text.y0 > 0 for text in below), "text is cut off"
     with pytest.raises(ValueError, match="only backend='fused'"):
         make_learner(backend="kornia").barlow_twins.show(sampled=True)
 
