@@ -261,9 +261,8 @@ def as_image(item,   # file, image of Pillow, array (H,W) or (H,W,C), or tensor 
     n_in,*size = x.shape[1:]
     if isinstance(item, np.ndarray): item = Image.fromarray(item)
     if not isinstance(item, Tensor):
-        if size[0] != size[1]: raise ValueError(f"images of {size} are not squares: pass tensors ({n_in},H,W)")
-        if isinstance(item, Image.Image): item = square_tensor(item, size[0], n_in)
-        else: item = read_image(item, size[0], n_in)
+        if isinstance(item, Image.Image): item = square_tensor(item, size, n_in)
+        else: item = read_image(item, size, n_in)
     item = item.as_subclass(Tensor).to(x.device)
     if item.shape != x.shape[1:]:
         raise ValueError(f"an image must be {tuple(x.shape[1:])} as those of the dls, got {tuple(item.shape)}")
@@ -363,9 +362,18 @@ def holds_run(names:set # of the files in a folder
              )->bool:
     "Is it the folder of a run of this library?"
     steps = any(n.startswith("step-") and n.endswith(".pt") for n in names)
-    if "run.json" in names: return steps or "encoder.safetensors" in names
+    if "run.json" in names: return steps or not names.isdisjoint({"encoder.safetensors", "trained_on.npy"})
     return {"encoder.safetensors", "results.json"} <= names
 
+RUN_PICTURES = {"trained_on.npy", "views.png", "loss.png", "cross_correlation.png", "neighbours.png"}
+
+def left_by_run(entry # of `os.scandir`, in the folder of a run
+               )->bool:
+    "Is it a file that could be taken for an image, or the report, which a run writes?"
+    is_report = entry.name == "report" and os.path.isfile(os.path.join(entry.path, "report.html"))
+    return is_report or entry.name in RUN_PICTURES
+
+# %% ../nbs/01_data.ipynb #881a9af6
 def walk_images(path:str|Path,  # folder
                 left_out:dict,  # is filled: reason to folders
                 endings:tuple=IMAGE_ENDINGS # of the names to look for
@@ -380,9 +388,9 @@ def walk_images(path:str|Path,  # folder
             left_out["cannot be read"].append(folder)
             continue
         if key in seen: continue
-        if seen and holds_run({e.name for e in entries}):
-            left_out["hold a run of this library"].append(folder)
-            entries = []
+        if holds_run({e.name for e in entries}):
+            if seen: left_out["hold a run of this library"].append(folder)
+            entries = [] if seen else [e for e in entries if not left_by_run(e)]   # images may lie beside a run
         seen.add(key)
         for e in entries:
             if e.name.startswith("."): continue
@@ -408,6 +416,8 @@ def image_names(path:str|Path # folder to search
     for reason,folders in left_out.items():
         warnings.warn(f"{len(folders)} folder(s) below {path} {reason} and are left out: {some_names(sorted(folders))}")
     if files: return files
+    if holds_run({*os.listdir(path)}):
+        raise ValueError(f"no image files below {path}, which is the folder of a run: pass the folder of the images")
     n = sum(p.is_file() for p in Path(path).rglob("*"))
     raise ValueError(f"no image files below {path}: it has {n} file(s), none with the extension of an image")
 
@@ -627,34 +637,42 @@ def eight_bit(im:Image.Image, # 8 bits per channel
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == mode else im.convert(mode)
 
-def centre_square(im:Image.Image # any size
-                 )->Image.Image: # square
-    "The largest centred square"
-    (w,h),m = im.size,min(im.size)
-    if w == h: return im
-    left,top = (w - m)//2,(h - m)//2
-    return im.crop((left, top, left + m, top + m))
+def height_width(size # an int or a pair
+                )->tuple: # height and width
+    "A size as a pair"
+    return tuple(size) if is_pair(size) else (size, size)
+
+def centre_box(height:int, # of an image
+               width:int,
+               size        # height and width of the result, or one number for both
+              )->tuple:    # left, top, right, bottom
+    "The largest centred part with the aspect ratio of `size`"
+    h,w = height_width(size)
+    part_h,part_w = max(1, min(height, round(width*h/w))),max(1, min(width, round(height*w/h)))
+    left,top = (width - part_w)//2,(height - part_h)//2
+    return left,top,left + part_w,top + part_h
 
 def square_tensor(im:Image.Image, # 8 bits per channel, any size
-                  size:int,       # height and width of the result, pixels
+                  size:int|tuple, # height and width of the result, pixels
                   n_in:int        # channels
-                 )->Tensor:       # (n_in,size,size) uint8
-    "The centred square of a decoded image, resized"
-    im = centre_square(eight_bit(im, "RGB" if n_in == 3 else "L"))
-    x = torch.from_numpy(np.array(im)).view(*im.size, n_in).permute(2, 0, 1)
-    if x.shape[-1] == size: return x
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+                 )->Tensor:       # (n_in,H,W) uint8
+    "The centred square of a decoded image, or the centred part with the aspect ratio of `size`, resized"
+    im,box = eight_bit(im, "RGB" if n_in == 3 else "L"),centre_box(im.height, im.width, size)
+    if box != (0, 0, *im.size): im = im.crop(box)
+    x = torch.from_numpy(np.array(im)).view(im.height, im.width, n_in).permute(2, 0, 1)
+    if tuple(x.shape[1:]) == height_width(size): return x
+    return F.interpolate(x[None], height_width(size), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/01_data.ipynb #b3e3e189
 def read_image(file:str|Path,         # image file
-               size:int,              # height and width of the result, pixels
+               size:int|tuple,        # height and width of the result, pixels
                n_in:int=3,            # channels: 3 for RGB, 1 for grey, others for arrays
                value_range:tuple|int=None # (black, white) of grey above 8 bits, or white where the header has none
-              )->Tensor:              # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
-    "The centred square of an image, upright, resized"
+              )->Tensor:              # (n_in,H,W) uint8; raises `BadImage` naming the file and the reason
+    "The centred square of an image, or the centred part with the aspect ratio of `size`, upright, resized"
     if n_in not in (1, 3) or is_array(file): return read_array(file, size, n_in, value_range)
     with open_image(file, value_range) as im:
-        im.draft("RGB" if n_in == 3 else "L", (size, size))
+        im.draft("RGB" if n_in == 3 else "L", (max(height_width(size)),)*2)   # whichever way up it is
         return square_tensor(upright(im, file, value_range), size, n_in)
 
 def upright(im:Image.Image,       # of `open_image`
@@ -716,16 +734,15 @@ def array_bytes(a:np.ndarray,         # numbers of any type
     scaled = (a.astype(np.float64 if a.dtype.itemsize > 2 else np.float32) - black)*(255/(white - black))
     return np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).round().clip(0, 255).astype(np.uint8)
 
-def read_array(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
-    "The centred square of an array, resized"
+def read_array(file, size:int|tuple, n_in:int, value_range)->Tensor: # (n_in,H,W) uint8; raises `BadImage`
+    "The centred part of an array with the aspect ratio of `size`, resized"
     a = channels_last(array_of(file), n_in, file)
-    m = min(a.shape[:2])
-    if not m: raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
-    top,left = (a.shape[0] - m)//2,(a.shape[1] - m)//2
-    square = array_bytes(a[top:top + m, left:left + m], file, value_range)
-    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(square, -1, 0)))
-    if m == size: return x
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+    if not min(a.shape[:2]): raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
+    left,top,right,bottom = centre_box(*a.shape[:2], size)
+    part = array_bytes(a[top:bottom, left:right], file, value_range)
+    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(part, -1, 0)))
+    if tuple(x.shape[1:]) == height_width(size): return x
+    return F.interpolate(x[None], height_width(size), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/01_data.ipynb #0c7ec39a
 def evenly_spaced(items:list,  # anything with a length
@@ -775,12 +792,15 @@ def in_chunks(f:callable,           # called with a list of items
 
 def check_size(size, # height and width to check
                n_in, # number of channels to check
-               arrays:bool=False # may it be any number, as in arrays?
+               arrays:bool=False, # may it be any number, as in arrays?
+               pair:bool=False # may the size be a pair?
               )->None: # raises `ValueError`
-    "Raise unless `size` is a positive int and `n_in` is 1 or 3"
+    "Raise unless `size` is a positive int, or a pair of them, and `n_in` is 1 or 3"
     if arrays: check_positive_int("n_in", n_in, "1 (grey), 3 (RGB), or that of your arrays")
     elif n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
-    check_positive_int("size", size)
+    if pair and is_pair(size) and len(size) == 2:
+        for side in size: check_positive_int("size", side, "pixels, or a pair (height, width)")
+    else: check_positive_int("size", size)
 
 def check_value_range(value_range # to check
                      )->None:     # raises `ValueError`
@@ -796,17 +816,17 @@ def read_images(files, idxs, size, n_in, value_range): # (len(idxs),n_in,size,si
 
 # %% ../nbs/01_data.ipynb #7eaa35e0
 def load_images(files:list,       # image files
-                size:int,         # height and width of the result, pixels
+                size:int|tuple,   # height and width of the result, pixels
                 n_in:int=3,       # channels: 3 for RGB, 1 for grey, others for arrays
                 progress:bool=True, # show a progress bar?
                 num_workers:int=None, # worker processes; as many as cores if there are many files, 0 for none
                 value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
-               )->Tensor:         # (N,n_in,size,size) uint8; raises `BadImage` naming the file
-    "Read images into one tensor, upright, the centred square of each resized to `size`"
-    check_size(size, n_in, arrays=True)
+               )->Tensor:         # (N,n_in,H,W) uint8; raises `BadImage` naming the file
+    "Read images into one tensor, upright, the centred square (or part of that aspect ratio) of each resized to `size`"
+    check_size(size, n_in, arrays=True, pair=True)
     check_value_range(value_range)
     if value_range is None: value_range = white_of(files)
-    images = torch.empty(len(files), n_in, size, size, dtype=torch.uint8)
+    images = torch.empty(len(files), n_in, *height_width(size), dtype=torch.uint8)
     done = 0
     read = partial(read_images, files, size=size, n_in=n_in, value_range=value_range)
     for x in in_chunks(read, range(len(files)), num_workers, progress):
