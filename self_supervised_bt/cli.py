@@ -124,6 +124,16 @@ DATA_SETS = ("digits", "cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet
              "flowers102", "gtsrb", "fgvcaircraft", "voc2007", "inat2018", "stanfordcars", "oxfordpets", "food101",
              "caltech101", "sun397", "places365")
 
+# %% ../nbs/52_cli.ipynb #f01c37bc
+PAIRS = ("bt_demo", "bt_diagnose", "bt_pretrain", "bt_embed")   # commands whose size may be height and width
+
+def as_size(text # "96", "96x128", a number or `None`
+           ):    # an int or a pair (height, width); what is neither is returned as it is
+    "Height and width as numbers"
+    if not isinstance(text, str) or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text): return text
+    numbers = tuple(map(int, text.split("x")))
+    return numbers if len(numbers) == 2 else numbers[0]
+
 OWN_CHOICES = {"bt_map": dict(method=("pca", "tsne", "umap"))}   # of a command, where they differ
 
 def check_options(given:dict,    # name of a parameter to its value
@@ -134,8 +144,11 @@ def check_options(given:dict,    # name of a parameter to its value
     if command == "bt_pretrain": check_start(given)
     for name,value in given.items():
         if value is None or value == "": continue
+        if name == "size": value = as_size(value)
+        if name == "size" and isinstance(value, tuple) and command in PAIRS: continue
         if name in POSITIVE and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive int, got {value!r}")
+            pair = ", or height and width as 96x128" if name == "size" and command in PAIRS else ""
+            raise ValueError(f"{name} must be a positive int{pair}, got {value!r}")
         if name == "workers" and value < 0:
             raise ValueError(f"workers must be an int >= 0, got {value}: 0 reads files in this process")
         if name == "valid_pct" and not 0 <= value < 1:
@@ -248,7 +261,7 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
             out:str=None,     # folder for the results; runs/NAME if not given
             root:str=None,    # folder that holds data sets; fastai's data folder if not given
             epochs:int=None,  # number of epochs; chosen by the number of images if not given
-            size:int=None,    # side of the views, pixels; chosen by the size of the images if not given
+            size:str=None,    # of the views, as for bt_pretrain; chosen by the size of the images if not given
             seed:int=0,       # random seed of the split, the weights and the views
             no_labels:bool=False, # ignore class folders, and labels of a data set
             recipe:str=None   # as for bt_pretrain; chosen by the images for a CPU and a short run if not given
@@ -257,11 +270,12 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
     from self_supervised_bt.compared import say
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
-    run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=size)
+    run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=as_size(size))
     folder = short_run_folder(run, out)
     r = run.recipe
+    height,width = r.size if isinstance(r.size, tuple) else (r.size, r.size)
     say(f"{run.about}\n{run.n - run.n_test:,} to train on without labels, {run.n_test:,} held out. "
-        f"Recipe {r.name}: {r.epochs} epochs of {r.arch}, {r.nviews} views of {r.size}x{r.size} pixels\n")
+        f"Recipe {r.name}: {r.epochs} epochs of {r.arch}, {r.nviews} views of {height}x{width} pixels\n")
     with advising("a short run has no checkpoints and nothing was saved, start the same command again"):
         compared = train_and_compare(run, seed)
     measure = " (%, mean ± standard deviation over 10 samples of the labels)" if run.labels else ""
@@ -279,7 +293,7 @@ bt_diagnose --data photos --bs 64 --width 4096
 def bt_diagnose(data:str="digits", # images as for bt_pretrain
                 root:str=None,  # folder that holds data sets; fastai's data folder if not given
                 column:str=None, # column of the paths in a table
-                size:int=None,  # side of the views, pixels; chosen by the images if not given, like bs, width and lr
+                size:str=None,  # of the views, as for bt_pretrain; chosen by the images, like bs, width and lr
                 bs:int=None,    # images per batch
                 width:int=None, # width of the projector's layers and of the embedding
                 lmb:float=None, # λ, weight of the redundancy term
@@ -291,7 +305,7 @@ def bt_diagnose(data:str="digits", # images as for bt_pretrain
     "Run a few batches with the settings that bt_pretrain would use, and print the problems found and what to do"
     from self_supervised_bt.compared import say
     from self_supervised_bt.runs import diagnose_run
-    found,words = diagnose_run(data, recipe, root, batches, seed, column, size=size, bs=bs, hidden_size=width,
+    found,words = diagnose_run(data, recipe, root, batches, seed, column, size=as_size(size), bs=bs, hidden_size=width,
                                projection_size=width, lr=lr, lmb=lmb)
     say(f"{words}\n\n{found}")
     if not found.ok: raise SystemExit(1)
@@ -362,7 +376,7 @@ torchrun --nproc-per-node 4 --no-python bt_pretrain photos --out runs/photos
 """
 
 def given_settings(recipe:str,   # that was named, or `None`
-                   settings:dict # of a recipe; `None` for not given
+                   settings:dict # of a recipe and of `pretrain`; `None` for not given
                   )->dict:       # those that were given
     "Settings to replace; of a named recipe also the pooling, where it is for the map of another encoder or size"
     from self_supervised_bt.defaults import pooled_as_map_allows
@@ -370,6 +384,14 @@ def given_settings(recipe:str,   # that was named, or `None`
     given = {k: v for k,v in settings.items() if v is not None}
     if recipe and pooled_as_map_allows(get_recipe(recipe), given): given["pool_type"] = None
     return given
+
+def pretrain_as_typed(settings, again, data, recipe, out, resume, *args)->None:
+    "`pretrain` with `given_settings`, and its results"
+    with saying_how_to_resume(out, again):
+        from self_supervised_bt.runs import pretrain
+        changes = given_settings(None if resume else recipe, settings)
+        results = pretrain(data, recipe, out, resume, *args, resume_with=again, **changes)
+    print_results(out, results)
 
 # %% ../nbs/52_cli.ipynb #42c652f4
 @command(pos=["data"], examples=PRETRAIN_EXAMPLES)
@@ -379,7 +401,7 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 resume:bool=False, # resume the run in that folder; with more --epochs also one that has ended
                 epochs:int=None,  # number of epochs; this and what follows: as in the recipe if not given
                 bs:int=None,      # images per batch, over all ranks
-                size:int=None,    # side of the views, pixels
+                size:str=None,    # of the views, pixels: 96, or height and width as 96x128
                 arch:str=None,    # architecture, known to fastai, torchvision or timm
                 weights:str=None, # run, file, URL or name of weights to continue from; they say which architecture
                 pretrained:bool=False, # start from the architecture's ImageNet weights
@@ -404,15 +426,12 @@ def bt_pretrain(data:str=None,    # folder, "shards/{000..099}.tar", photos.csv,
                 tracker:str=None  # tensorboard, wandb, trackio or mlflow, each installed by pip
                ):
     "Train an encoder on images without labels, with checkpoints from which it resumes after an interruption"
-    settings = dict(epochs=epochs, bs=bs, size=size, arch=arch, lr=lr, method=method, lmb=lmb, hidden_size=width,
-                    projection_size=width, weights=weights, pretrained=pretrained or None)
+    settings = dict(epochs=epochs, bs=bs, size=as_size(size), arch=arch, lr=lr, method=method, lmb=lmb,
+                    hidden_size=width, projection_size=width, weights=weights, pretrained=pretrained or None,
+                    labelled=eval, eval_every=eval_every, eval_labels=eval_labels, tracker=tracker)
     again = resume_command(out, workers=workers, every=every, keep=None if keep == 3 else keep, tracker=tracker)
-    with saying_how_to_resume(out, again):
-        from self_supervised_bt.runs import pretrain
-        changes = given_settings(None if resume else recipe, settings)
-        results = pretrain(data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed, half or None, root,
-                           download, column, None, as_range(value_range), eval, eval_every, eval_labels, tracker, again, **changes)
-    print_results(out, results)
+    pretrain_as_typed(settings, again, data, recipe, out, resume, valid_pct, workers, bad, every, keep, seed,
+                      half or None, root, download, column, None, as_range(value_range))
 
 # %% ../nbs/52_cli.ipynb #4fe760c9
 @command(examples="""
@@ -540,7 +559,7 @@ bt_embed runs/photos photos --out photos.parquet --tta flip
 def bt_embed(run:str,            # folder of a run; or file, URL or name of published weights
              data:str,           # images as for bt_pretrain
              out:str="images.parquet", # file to write: .parquet, .csv or .npz
-             size:int=None,      # side of the images the encoder sees, pixels; as in its training if not given
+             size:str=None,      # of the images the encoder sees, pixels, or 96x128; as in its training if not given
              tta:str=None,       # average over flip, crops, sizes, or sizes in pixels; several with commas
              whiten:bool=False,  # apply the whitening that is stored with the encoder
              labels:str=None,    # folders that name the class, outermost or innermost, or a column; found if not given
@@ -552,7 +571,7 @@ def bt_embed(run:str,            # folder of a run; or file, URL or name of publ
     "Representations of images with their file names; the same command continues one that was stopped"
     from self_supervised_bt.explore import embed_to_file
     from self_supervised_bt.runs import encoder_file
-    how = dict(size=size, tta=averaging(tta), whiten=whiten or None, labels=labels, column=column,
+    how = dict(size=as_size(size), tta=averaging(tta), whiten=whiten or None, labels=labels, column=column,
                device=device)
     try: file,about = embed_to_file(encoder_file(run), data, out, bs, workers, sys.stdout.isatty(), **how)
     except Stopped as e:

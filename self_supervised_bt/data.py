@@ -155,9 +155,9 @@ def warn_of_empty_images(x:Tensor # (N,C,H,W) some images, uint8 or float in [0,
     elif len(x) > 1 and (flat == flat[0]).all(): warnings.warn(f"the {n} are all the same: is this the right data?")
 
 # %% ../nbs/01_data.ipynb #5a0c1e14
-def new_bytes(n:int, n_in:int, size:int)->Tensor: # (n,n_in,size,size) uint8, uninitialised
+def new_bytes(n:int, n_in:int, size:int|tuple)->Tensor: # (n,n_in,H,W) uint8, uninitialised
     "Memory for a batch of images"
-    return torch.empty(n, n_in, size, size, dtype=torch.uint8)
+    return torch.empty(n, n_in, *height_width(size), dtype=torch.uint8)
 
 class BatchMemory:
     "Where a loader's batches of bytes are put together: in a worker process, places that the main process can read"
@@ -167,9 +167,11 @@ class BatchMemory:
         copied = any(isinstance(t, (BytesToFloats, OwnMemory)) for t in getattr(dl.after_batch, "fs", []))
         self.again = copied and torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
         self.places,self.turn = [None]*(dl.fake_l.prefetch_factor + 1),0
-    def __call__(self, n:int, n_in:int, size:int)->Tensor: # (n,n_in,size,size) uint8, uninitialised
-        if not (self.on_cpu and n_in == 3 and size > 64): return self.numbers(n*n_in*size**2).view(n, n_in, size, size)
-        return self.numbers(n*n_in*size**2).view(n, size, size, n_in).permute(0, 3, 1, 2)
+    def __call__(self, n:int, n_in:int, size:int|tuple)->Tensor: # (n,n_in,H,W) uint8, uninitialised
+        h,w = height_width(size)
+        numbers = self.numbers(n*n_in*h*w)
+        if not (self.on_cpu and n_in == 3 and max(h, w) > 64): return numbers.view(n, n_in, h, w)
+        return numbers.view(n, h, w, n_in).permute(0, 3, 1, 2)
     def numbers(self, n:int)->Tensor: # (n,) uint8
         if not self.in_worker: return torch.empty(n, dtype=torch.uint8)
         self.turn = (self.turn + 1) % len(self.places)
@@ -317,9 +319,8 @@ def as_image(item,   # file, image of Pillow, array (H,W) or (H,W,C), or tensor 
     n_in,*size = x.shape[1:]
     if isinstance(item, np.ndarray): item = Image.fromarray(item)
     if not isinstance(item, Tensor):
-        if size[0] != size[1]: raise ValueError(f"images of {size} are not squares: pass tensors ({n_in},H,W)")
-        if isinstance(item, Image.Image): item = square_tensor(item, size[0], n_in)
-        else: item = read_image(item, size[0], n_in)
+        if isinstance(item, Image.Image): item = square_tensor(item, size, n_in)
+        else: item = read_image(item, size, n_in)
     item = item.as_subclass(Tensor).to(x.device)
     if item.shape != x.shape[1:]:
         raise ValueError(f"an image must be {tuple(x.shape[1:])} as those of the dls, got {tuple(item.shape)}")
@@ -419,9 +420,18 @@ def holds_run(names:set # of the files in a folder
              )->bool:
     "Is it the folder of a run of this library?"
     steps = any(n.startswith("step-") and n.endswith(".pt") for n in names)
-    if "run.json" in names: return steps or "encoder.safetensors" in names
+    if "run.json" in names: return steps or not names.isdisjoint({"encoder.safetensors", "trained_on.npy"})
     return {"encoder.safetensors", "results.json"} <= names
 
+RUN_PICTURES = {"trained_on.npy", "views.png", "loss.png", "cross_correlation.png", "neighbours.png"}
+
+def left_by_run(entry # of `os.scandir`, in the folder of a run
+               )->bool:
+    "Is it a file that could be taken for an image, or the report, which a run writes?"
+    is_report = entry.name == "report" and os.path.isfile(os.path.join(entry.path, "report.html"))
+    return is_report or entry.name in RUN_PICTURES
+
+# %% ../nbs/01_data.ipynb #881a9af6
 def walk_images(path:str|Path,  # folder
                 left_out:dict,  # is filled: reason to folders
                 endings:tuple=IMAGE_ENDINGS # of the names to look for
@@ -436,9 +446,9 @@ def walk_images(path:str|Path,  # folder
             left_out["cannot be read"].append(folder)
             continue
         if key in seen: continue
-        if seen and holds_run({e.name for e in entries}):
-            left_out["hold a run of this library"].append(folder)
-            entries = []
+        if holds_run({e.name for e in entries}):
+            if seen: left_out["hold a run of this library"].append(folder)
+            entries = [] if seen else [e for e in entries if not left_by_run(e)]   # images may lie beside a run
         seen.add(key)
         for e in entries:
             if e.name.startswith("."): continue
@@ -464,6 +474,8 @@ def image_names(path:str|Path # folder to search
     for reason,folders in left_out.items():
         warnings.warn(f"{len(folders)} folder(s) below {path} {reason} and are left out: {some_names(sorted(folders))}")
     if files: return files
+    if holds_run({*os.listdir(path)}):
+        raise ValueError(f"no image files below {path}, which is the folder of a run: pass the folder of the images")
     n = sum(p.is_file() for p in Path(path).rglob("*"))
     raise ValueError(f"no image files below {path}: it has {n} file(s), none with the extension of an image")
 
@@ -683,39 +695,46 @@ def eight_bit(im:Image.Image, # 8 bits per channel
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == mode else im.convert(mode)
 
-def centre_square(width:int, # of an image, pixels
-                  height:int # pixels
-                 )->tuple:   # left, top and side of its largest centred square
-    "Where the square lies"
-    side = min(width, height)
-    return (width - side)//2,(height - side)//2,side
+def height_width(size # an int or a pair
+                )->tuple: # height and width
+    "A size as a pair"
+    return tuple(size) if is_pair(size) else (size, size)
+
+def centre_box(height:int, # of an image
+               width:int,
+               size        # height and width of the result, or one number for both
+              )->tuple:    # left, top, right, bottom
+    "The largest centred part with the aspect ratio of `size`"
+    h,w = height_width(size)
+    part_h,part_w = max(1, min(height, round(width*h/w))),max(1, min(width, round(height*w/h)))
+    left,top = (width - part_w)//2,(height - part_h)//2
+    return left,top,left + part_w,top + part_h
 
 # %% ../nbs/01_data.ipynb #5a0c1e15
-def resized_square(a:Tensor, # (H,W,C) uint8, as decoders give it
-                   size:int  # height and width of the result, pixels
-                  )->Tensor: # (C,size,size) uint8, its channels last in memory
-    "The centred square, resized"
-    left,top,side = centre_square(a.shape[1], a.shape[0])
-    x = a[None, top:top + side, left:left + side].permute(0, 3, 1, 2)
-    if side == size: return x[0].clone()   # the decoder's memory is its own
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)[0]
+def resized_part(a:Tensor,      # (H,W,C) uint8, as decoders give it
+                 size:int|tuple # height and width of the result, pixels
+                )->Tensor:      # (C,*size) uint8, its channels last in memory
+    "The centred part with the aspect ratio of `size`, resized"
+    left,top,right,bottom = centre_box(*a.shape[:2], size)
+    x = a[None, top:bottom, left:right].permute(0, 3, 1, 2)
+    if tuple(x.shape[2:]) == height_width(size): return x[0].clone()   # the decoder's memory is its own
+    return F.interpolate(x, height_width(size), mode="bilinear", antialias=True)[0]
 
-def square_pixels(im:Image.Image, # 8 bits per channel, any size
-                  size:int,       # height and width of the result, pixels
-                  n_in:int        # channels
-                 )->Tensor:       # (n_in,size,size) uint8, its channels last in memory
-    "The centred square of an image of Pillow, resized"
-    im = eight_bit(im, "RGB" if n_in == 3 else "L")
-    left,top,side = centre_square(*im.size)
-    if im.size != (side, side): im = im.crop((left, top, left + side, top + side))
-    return resized_square(torch.from_numpy(np.array(im)).view(side, side, n_in), size)
+def part_pixels(im:Image.Image, # 8 bits per channel, any size
+                size:int|tuple, # height and width of the result, pixels
+                n_in:int        # channels
+               )->Tensor:       # (n_in,H,W) uint8, its channels last in memory
+    "The centred part of an image of Pillow, resized"
+    im,box = eight_bit(im, "RGB" if n_in == 3 else "L"),centre_box(im.height, im.width, size)
+    if box != (0, 0, *im.size): im = im.crop(box)
+    return resized_part(torch.from_numpy(np.array(im)).view(im.height, im.width, n_in), size)
 
 def square_tensor(im:Image.Image, # 8 bits per channel, any size
-                  size:int,       # height and width of the result, pixels
+                  size:int|tuple, # height and width of the result, pixels
                   n_in:int        # channels
-                 )->Tensor:       # (n_in,size,size) uint8
-    "The centred square of a decoded image, resized"
-    return square_pixels(im, size, n_in).contiguous()
+                 )->Tensor:       # (n_in,H,W) uint8
+    "The centred square of a decoded image, or the centred part with the aspect ratio of `size`, resized"
+    return part_pixels(im, size, n_in).contiguous()
 
 # %% ../nbs/01_data.ipynb #5a0c1e10
 def is_turned(im:Image.Image # of `open_image`
@@ -746,22 +765,22 @@ def whole_jpeg(im:Image.Image, # of `open_image`
 
 # %% ../nbs/01_data.ipynb #b3e3e189
 def read_image(file:str|Path,         # image file
-               size:int,              # height and width of the result, pixels
+               size:int|tuple,        # height and width of the result, pixels
                n_in:int=3,            # channels: 3 for RGB, 1 for grey, others for arrays
                value_range:tuple|int=None # (black, white) of grey above 8 bits, or white where the header has none
-              )->Tensor:              # (n_in,size,size) uint8; raises `BadImage` naming the file and the reason
-    "The centred square of an image, upright, resized"
+              )->Tensor:              # (n_in,H,W) uint8; raises `BadImage` naming the file and the reason
+    "The centred square of an image, or the centred part with the aspect ratio of `size`, upright, resized"
     return read_pixels(file, size, n_in, value_range).contiguous()
 
-def read_pixels(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
+def read_pixels(file, size:int|tuple, n_in:int, value_range)->Tensor: # (n_in,H,W) uint8; raises `BadImage`
     "`read_image` for a batch: channels are last in memory where the decoder has them so"
     if n_in not in (1, 3) or is_array(file): return read_array(file, size, n_in, value_range)
     with open_image(file, value_range) as im:
         stored = im.size
-        im.draft("RGB" if n_in == 3 else "L", (size, size))
+        im.draft("RGB" if n_in == 3 else "L", (max(height_width(size)),)*2)   # whichever way up it is
         a = whole_jpeg(im, n_in) if im.size == stored else None
-        if a is not None: return resized_square(a, size)
-        return square_pixels(upright(im, file, value_range), size, n_in)
+        if a is not None: return resized_part(a, size)
+        return part_pixels(upright(im, file, value_range), size, n_in)
 
 def upright(im:Image.Image,       # of `open_image`
             file:str|Path,        # its file
@@ -822,15 +841,15 @@ def array_bytes(a:np.ndarray,         # numbers of any type
     scaled = (a.astype(np.float64 if a.dtype.itemsize > 2 else np.float32) - black)*(255/(white - black))
     return np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).round().clip(0, 255).astype(np.uint8)
 
-def read_array(file, size:int, n_in:int, value_range)->Tensor: # (n_in,size,size) uint8; raises `BadImage`
-    "The centred square of an array, resized"
+def read_array(file, size:int|tuple, n_in:int, value_range)->Tensor: # (n_in,H,W) uint8; raises `BadImage`
+    "The centred part of an array with the aspect ratio of `size`, resized"
     a = channels_last(array_of(file), n_in, file)
-    left,top,m = centre_square(a.shape[1], a.shape[0])
-    if not m: raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
-    square = array_bytes(a[top:top + m, left:left + m], file, value_range)
-    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(square, -1, 0)))
-    if m == size: return x
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+    if not min(a.shape[:2]): raise bad_image(file, "other channels", f"an array {a.shape} without pixels")
+    left,top,right,bottom = centre_box(*a.shape[:2], size)
+    part = array_bytes(a[top:bottom, left:right], file, value_range)
+    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(part, -1, 0)))
+    if tuple(x.shape[1:]) == height_width(size): return x
+    return F.interpolate(x[None], height_width(size), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/01_data.ipynb #0c7ec39a
 def evenly_spaced(items:list,  # anything with a length
@@ -880,12 +899,15 @@ def in_chunks(f:callable,           # called with a list of items
 
 def check_size(size, # height and width to check
                n_in, # number of channels to check
-               arrays:bool=False # may it be any number, as in arrays?
+               arrays:bool=False, # may it be any number, as in arrays?
+               pair:bool=False # may the size be a pair?
               )->None: # raises `ValueError`
-    "Raise unless `size` is a positive int and `n_in` is 1 or 3"
+    "Raise unless `size` is a positive int, or a pair of them, and `n_in` is 1 or 3"
     if arrays: check_positive_int("n_in", n_in, "1 (grey), 3 (RGB), or that of your arrays")
     elif n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
-    check_positive_int("size", size)
+    if pair and is_pair(size) and len(size) == 2:
+        for side in size: check_positive_int("size", side, "pixels, or a pair (height, width)")
+    else: check_positive_int("size", size)
 
 def check_value_range(value_range # to check
                      )->None:     # raises `ValueError`
@@ -901,17 +923,17 @@ def read_images(files, idxs, size, n_in, value_range): # (len(idxs),n_in,size,si
 
 # %% ../nbs/01_data.ipynb #7eaa35e0
 def load_images(files:list,       # image files
-                size:int,         # height and width of the result, pixels
+                size:int|tuple,   # height and width of the result, pixels
                 n_in:int=3,       # channels: 3 for RGB, 1 for grey, others for arrays
                 progress:bool=True, # show a progress bar?
                 num_workers:int=None, # worker processes; as many as cores if there are many files, 0 for none
                 value_range:tuple|int=None # as for `read_image`; white in 16-bit files is found if not given
-               )->Tensor:         # (N,n_in,size,size) uint8; raises `BadImage` naming the file
-    "Read images into one tensor, upright, the centred square of each resized to `size`"
-    check_size(size, n_in, arrays=True)
+               )->Tensor:         # (N,n_in,H,W) uint8; raises `BadImage` naming the file
+    "Read images into one tensor, upright, the centred square (or part of that aspect ratio) of each resized to `size`"
+    check_size(size, n_in, arrays=True, pair=True)
     check_value_range(value_range)
     if value_range is None: value_range = white_of(files)
-    images = torch.empty(len(files), n_in, size, size, dtype=torch.uint8)
+    images = torch.empty(len(files), n_in, *height_width(size), dtype=torch.uint8)
     done = 0
     read = partial(read_images, files, size=size, n_in=n_in, value_range=value_range)
     for x in in_chunks(read, range(len(files)), num_workers, progress):

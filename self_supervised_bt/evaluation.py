@@ -559,14 +559,15 @@ class NeighbourSearch:
         if self.leave_one_out: bank = h
         check_comparable("h", h, "bank_h", bank)
         check_representations("h", h)
-        if not self.leave_one_out: check_representations("bank_h", bank)
         self.h = h.detach()
         self.bank = bank.detach()
         self.k,self.chunk = k,chunk   # k may be one of NumPy's numbers
         self.check_k()
         check_positive_int("chunk", chunk)
         norms = [part.float().norm(dim=1) for part in self.bank.split(8192)]
-        self.scale = torch.cat(norms).clamp(min=1e-12).reciprocal()
+        norms = torch.cat(norms)
+        if not norms.isfinite().all(): check_representations("bank_h", bank)   # read once, where all is well
+        self.scale = norms.clamp(min=1e-12).reciprocal()
         self.width = max(8192, 64*k)   # PyTorch's topk is much faster where k is less than a 64th of the row
         self.tile = h.new_empty(min(chunk, len(h)), min(self.width, len(bank)), dtype=torch.float32)
 

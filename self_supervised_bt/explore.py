@@ -7,6 +7,7 @@ __all__ = ['embed', 'similar', 'near_duplicates']
 
 # %% ../nbs/43_explore.ipynb #d8ec3bd6
 import csv
+import ctypes
 import difflib
 import json
 import math
@@ -15,10 +16,10 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections import Counter
 from contextlib import suppress
 from itertools import chain
 from numbers import Integral, Real
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,7 @@ from self_supervised_bt.sources import (
     image_source,
     is_table,
     name_in,
+    named_image,
 )
 from .transfer import bytes_of, encoder_identity, size_seen
 from .weights import as_picture, load_encoder
@@ -124,8 +126,10 @@ class RowEncoder:
         self.about["width"] = h.shape[1]
         return h if self.whitening is None else self.whitening(h, out=h)
 
-    def read_size(self, size=None)->int: # pixels; raises `ValueError` if the encoder states none
+    def read_size(self, size=None)->int|tuple: # pixels; raises `ValueError` if the encoder states none
         "The size at which files are read: the largest that the encoder sees"
+        pair,plain = size_of(self.batch.clean),not any(not isinstance(o, str) or o == "sizes" for o in self.how["tta"])
+        if pair and pair[0] != pair[1] and plain: return pair   # otherwise the square that holds it
         side = size_seen(self.batch.clean, max(size) if isinstance(size, (tuple, list)) else size)
         sizes = [o for o in self.how["tta"] if not isinstance(o, str)]
         return max([*sizes, round(1.5*side) if "sizes" in self.how["tta"] else side])
@@ -371,8 +375,12 @@ def table_of(column:str,   # "file" or "index"
             )->pd.DataFrame:
     "A table of representations"
     columns = {column: text_column(keys)} | ({} if labels is None else {"label": text_column(labels)})
-    table = pd.DataFrame(columns | {"h": list(h)})
-    table.attrs.update(about, bad=[list(pair) for pair in bad])
+    return with_h(pd.DataFrame(columns, index=range(len(h))), h, {**about, "bad": [list(pair) for pair in bad]})
+
+def with_h(table:pd.DataFrame, h:np.ndarray, about:dict)->pd.DataFrame:
+    "A table with its representations and what is said about them"
+    table = table.assign(h=pd.Series(list(h), index=table.index, dtype=object))
+    table.attrs = dict(about)
     return table
 
 def text_column(values:list # text, perhaps with `None`, or numbers
@@ -382,12 +390,28 @@ def text_column(values:list # text, perhaps with `None`, or numbers
     except UnicodeEncodeError: return pd.Series(values, dtype=object)
 
 # %% ../nbs/43_explore.ipynb #e0452a27
-def one_block(rows # arrays (F,)
+def shapes_of(rows # arrays or lists
+             )->set: # of tuples
+    "The shapes of rows"
+    try: return set(map(attrgetter("shape"), rows))   # `map` over C functions: a million rows take tenths of a second
+    except AttributeError: return {np.shape(row) for row in rows}
+
+def addresses(rows # arrays of one shape
+             )->np.ndarray: # `None` if some are not contiguous
+    "Where the numbers of each row are in memory"
+    try: at = list(map(ctypes.addressof, map(ctypes.c_char.from_buffer, rows)))
+    except TypeError: # they cannot be written to
+        at = [r.__array_interface__["data"][0] if r.flags.c_contiguous else 0 for r in rows]
+    return np.array(at, dtype=np.int64) if all(at) else None
+
+def one_block(rows # arrays (F,) of one F
              )->np.ndarray: # (N,F), `None` if they do not follow each other in memory
-    "The matrix of which arrays are the rows, without a copy"
+    "The matrix of which float32 arrays are the rows, without a copy"
     f = rows[0]
-    at = [row.__array_interface__["data"][0] if row.flags.c_contiguous and row.base is f.base else -1 for row in rows]
-    if f.base is None or at != list(range(at[0], at[0] + len(rows)*f.nbytes, f.nbytes)): return None
+    if {*map(type, rows)} != {np.ndarray} or {*map(attrgetter("dtype"), rows)} != {np.dtype(np.float32)}: return None
+    if f.base is None or not len(f) or len({*map(id, map(attrgetter("base"), rows))}) > 1: return None
+    at = addresses(rows)
+    if at is None or (np.diff(at) != f.nbytes).any(): return None
     return np.lib.stride_tricks.as_strided(f, (len(rows), len(f)), (f.nbytes, f.itemsize))
 
 def matrix_of(table:pd.DataFrame # from `embed`, or any with a column `h`
@@ -398,12 +422,11 @@ def matrix_of(table:pd.DataFrame # from `embed`, or any with a column `h`
         raise ValueError(f"table must have a column h of representations, as embed gives it, got {what}")
     if not len(table): raise ValueError("table has no rows: there is nothing to search")
     rows = table["h"].tolist()
-    widths = Counter(row.shape if isinstance(row, np.ndarray) else np.shape(row) for row in rows)
-    if len(widths) > 1 or len(next(iter(widths))) != 1:
-        raise ValueError(f"all h of a table must be vectors of one width, got the shapes {some_names(list(widths))}: "
+    shapes = shapes_of(rows)
+    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        raise ValueError(f"all h of a table must be vectors of one width, got the shapes {some_names(sorted(shapes))}: "
                          "were tables of several encoders joined?")
-    same = all(isinstance(row, np.ndarray) and row.dtype == np.float32 for row in rows)
-    block = one_block(rows) if same else None
+    block = one_block(rows)
     return np.stack([np.asarray(row, dtype=np.float32) for row in rows]) if block is None else block
 
 # %% ../nbs/43_explore.ipynb #911733a5
@@ -493,12 +516,6 @@ def read_csv_table(path:Path)->pd.DataFrame: # raises `ValueError`
     h = np.ascontiguousarray(text[names].to_numpy(np.float32))
     columns = {c: text_column([v or None for v in text[c]]) if c in texts else text[c] for c in text if c not in names}
     return with_h(pd.DataFrame(columns), h, said.get("attrs", {}))
-
-def with_h(table:pd.DataFrame, h:np.ndarray, about:dict)->pd.DataFrame:
-    "A table with its representations and what is said about them"
-    table = table.assign(h=pd.Series(list(h), index=table.index, dtype=object))
-    table.attrs = dict(about)
-    return table
 
 # %% ../nbs/43_explore.ipynb #9319f124
 def write_npz(part:Path, tables, about:dict)->None: # as `write_parquet`
@@ -750,8 +767,8 @@ def join_parts(parts:Parts, # complete
     full = [(f, attrs) for f,(attrs,has_rows) in zip(files, said) if has_rows]
     if not full: raise ValueError("none of the images can be read: " + bad_text(bad))
     about = {**about, "width": full[0][1]["width"], "bad": bad}
+    write_bad(out.with_suffix(".bad.csv"), bad)   # where the table is, everything is
     write_tables(out, (read_npz(f) for f,_ in full), about)
-    write_bad(out.with_suffix(".bad.csv"), bad)
     shutil.rmtree(parts.folder)
     return bad
 
@@ -806,7 +823,9 @@ def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest
     if out.exists():
         was = about_in(out)
         differ = [k for k in parts.about if was.get(k) != about[k]]
-        if not differ: return out
+        if not differ:
+            shutil.rmtree(parts.folder, ignore_errors=True)   # of a call that was killed at its very end
+            return out
         raise ValueError(f"{out} exists, with {differ[0]} {was.get(differ[0])!r}, and now it is {about[differ[0]]!r}: "
                          "remove it, or choose another out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -955,17 +974,19 @@ class Query(NamedTuple):
     h:np.ndarray    # (F,)
     row:int=-1      # in the table, -1 for none
 
-def file_row(files:list, # of a table
-             name:str    # of a file
-            )->int:      # -1 if there is none; raises `ValueError` if there are several
+def file_row(files:pd.Series, # of a table
+             name:str         # of a file
+            )->int:           # -1 if there is none; raises `ValueError` if there are several
     "The row of a file, by its path or the end of it"
-    if name in files: return files.index(name)
+    rows = np.flatnonzero(files == name)
+    if len(rows): return int(rows[0])
     last,real = os.path.basename(name),os.path.realpath(name)
-    same_name = [i for i,f in enumerate(files) if f.endswith(last)]
-    ends = [i for i in same_name if files[i].endswith("/" + name) or os.path.realpath(files[i]) == real]
+    same_name = np.flatnonzero(files.str.endswith((f"/{last}", os.sep + last), na=False) | (files == last))
+    found = zip(same_name.tolist(), files.iloc[same_name])
+    ends = {i: f for i,f in found if f.endswith("/" + name) or os.path.realpath(f) == real}
     if len(ends) > 1:
-        raise ValueError(f"query={name!r} is the end of {len(ends)} files: {some_names(files[i] for i in ends)}")
-    return ends[0] if ends else -1
+        raise ValueError(f"query={name!r} is the end of {len(ends)} files: {some_names(ends.values())}")
+    return next(iter(ends), -1)
 
 def check_row(i, n:int)->int: # raises `ValueError`
     "A row number"
@@ -978,7 +999,7 @@ def is_float(o): return o.is_floating_point() if isinstance(o, Tensor) else o.dt
 
 def query_items(query)->tuple: # a list, and whether it is one query
     "The parts of what was asked for"
-    if isinstance(query, pd.DataFrame): return [row for _,row in query.iterrows()],False
+    if isinstance(query, pd.DataFrame): return list(matrix_of(query)) if len(query) else [],False
     if is_matrix(query): return list(query),False
     if isinstance(query, (list, tuple, L)):
         numbers = len(query) > 0 and all(isinstance(o, float) for o in query)
@@ -1014,7 +1035,7 @@ def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `Ty
     side = table.attrs.get("read") or max(encoder.how["size"] or [0])
     if isinstance(image, Tensor) and image.ndim == 3 and table.attrs.get("read"): image = as_bytes_of(image)
     if isinstance(image, Tensor): x = image
-    elif isinstance(image, (str, Path)): x = read_image(image, side or 224, encoder.n_in)
+    elif isinstance(image, (str, Path)): x = read_image(named_image(image) or image, side or 224, encoder.n_in)
     else:
         picture = as_picture(image)
         x = square_tensor(picture, side or min(picture.size), encoder.n_in)
@@ -1022,16 +1043,16 @@ def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `Ty
     with undisturbed(encoder.net): return encoder(x[None])[0].numpy()
 
 # %% ../nbs/43_explore.ipynb #c8bbb3a1
-def one_query(item, keys, h, image)->Query: # keys: of the rows; image: a function that encodes one
+def one_query(item, keys, h, image)->Query: # keys: column of the table; image: a function that encodes one
     "A query by what it is; raises `ValueError` or `TypeError`"
+    def of_row(row): return Query(keys.iloc[row:row + 1].item(), h[row], row)
     if isinstance(item, pd.Series) and "h" in item: item = np.asarray(item["h"])
     if isinstance(item, (Integral, np.integer)) and not isinstance(item, bool):
-        row = check_row(item, len(h))
-        return Query(keys[row], h[row], row)
+        return of_row(check_row(item, len(h)))
     if isinstance(item, (str, Path)):
-        files = [k for k in keys if isinstance(k, str)]
+        files = keys if keys.name == "file" else pd.Series(dtype=object)
         row = file_row(files, str(item))
-        if row >= 0: return Query(files[row], h[row], row)
+        if row >= 0: return of_row(row)
         check_there(item, files)
         return Query(str(item), image(item))
     if is_vector(item): return Query(None, np.asarray(item, dtype=np.float32))
@@ -1039,10 +1060,15 @@ def one_query(item, keys, h, image)->Query: # keys: of the rows; image: a functi
     raise TypeError("query must be a file, a row number, an image (a file, Pillow's, an array of bytes or a tensor) or "
                     f"a vector, got {type(item).__name__}")
 
+# %% ../nbs/43_explore.ipynb #62a8f88b
+SPELLED = 10_000   # names, at most, among which one is looked for that was misspelled
+
 def check_there(file, files)->None: # raises `FileNotFoundError`
     "A file that is not in the table must be on the disk"
-    if os.path.isfile(file): return
-    near = difflib.get_close_matches(str(file), files, 3)
+    if named_image(file) is not None: return
+    start = os.path.basename(file)[:4]
+    if len(files) > SPELLED: files = files[files.str.contains(start, regex=False, na=False)][:SPELLED]
+    near = difflib.get_close_matches(str(file), files.tolist(), 3)
     raise FileNotFoundError(f"query={str(file)!r} is no file of the table and none on the disk"
                             + (f": did you mean {some_names(near)}?" if near else ""))
 
@@ -1055,7 +1081,7 @@ def queries_of(query, table, h, model)->tuple: # list of `Query`, and whether it
     def image(item):
         if not made: made.append(image_encoder(model, table))
         return image_row(made[0], item, table)
-    keys = table[key_column(table)].tolist()
+    keys = table[key_column(table)]
     queries = [one_query(item, keys, h, image) for item in items]
     for q in queries:
         if len(q.h) != h.shape[1]: raise ValueError(f"query is {len(q.h)} wide and the table {h.shape[1]}: encode both "
@@ -1092,7 +1118,7 @@ def thumbnail(key,         # file, or number of an image
              )->np.ndarray: # (side,side,3) uint8, or (H,W,3); grey if the file cannot be read; raises `ValueError`
     "A small picture of a row"
     if isinstance(key, (str, Path)):
-        try: return read_image(key, side).permute(1, 2, 0).numpy()
+        try: return read_image(named_image(key) or key, side).permute(1, 2, 0).numpy()
         except (BadImage, OSError): return np.full((side, side, 3), 200, np.uint8)
     if images is None: raise ValueError("the table has no files: pass images=, the images that were embedded")
     x = torch.as_tensor(images[key])
@@ -1121,7 +1147,7 @@ def plot_similar(found:pd.DataFrame, # from `similar`
     column,lines,start = key_column(found),[],0
     for name,row,n in found.attrs["query"]:
         part = found.iloc[start:start + n]
-        shown = os.path.isfile(name) if isinstance(name, str) else images is not None and row >= 0
+        shown = named_image(name) is not None if isinstance(name, str) else images is not None and row >= 0
         query = [(thumbnail(name, images), "query")] if shown else []
         lines.append(query + [(thumbnail(k, images), f"{s:.3f}") for k,s in zip(part[column], part.similarity)])
         start += n

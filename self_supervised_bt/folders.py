@@ -44,10 +44,12 @@ from self_supervised_bt.data import (
     device_or_default,
     digest,
     evenly_spaced,
+    height_width,
     image_names,
     images_and_labels,
     in_chunks,
     is_array,
+    is_pair,
     items_of,
     labels_tensor,
     loss_for_labels,
@@ -118,12 +120,13 @@ def size_and_channels(files:list # image files
     return sorted(sides)[len(sides)//2],n_in
 
 # %% ../nbs/02_folders.ipynb #5b0203c6
-def kept_size(size:int, # of the views, pixels; `None` for that of the images
-              side:int  # median of the images' shorter sides, pixels
-             )->int:    # pixels
+def kept_size(size:int|tuple, # of the views, pixels; `None` for that of the images
+              side:int        # median of the images' shorter sides, pixels
+             )->int|tuple:    # pixels, in the aspect ratio of the views
     "Size at which images are kept: a third larger than the views, if the images are that large"
     size = size or side
-    return max(size, min(side, round(size*4/3)))
+    scale = max(1, min(4/3, side/max(height_width(size))))
+    return tuple(round(n*scale) for n in size) if is_pair(size) else round(size*scale)
 
 # %% ../nbs/02_folders.ipynb #1e32388e
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -259,7 +262,7 @@ class ImageFiles:
     deterministic_items = True   # an item uses no random number, so a resumed run may skip items
     def __init__(self,
                  files,         # a `Listing`, or image files
-                 size:int,      # height and width, pixels
+                 size:int|tuple, # height and width, pixels
                  n_in:int=3,    # channels: 3 for RGB, 1 for grey
                  y:Tensor=None, # (N,) class indices
                  vocab:list=None, # names of the classes
@@ -268,7 +271,7 @@ class ImageFiles:
                  value_range:tuple|int=None # black and white of files with more than 8 bits
                 ):
         self.files = image_list(files)
-        self.size,self.n_in,self.split_idx,self.bad = size,n_in,split_idx,bad
+        self.size,self.n_in,self.split_idx,self.bad = tuple(size) if is_pair(size) else size,n_in,split_idx,bad
         self.vocab = CategoryMap(vocab or [], sort=False)
         self.y = labels_tensor(y, "cpu")
         self.value_range = value_range
@@ -386,7 +389,7 @@ def like(self:ImageFiles, items:list): # files, images or `LabelledItem`s
     images,y = images_and_labels(items)
     if all(on_disk(o) or hasattr(o, "open") for o in images):
         return type(self)(images, self.size, self.n_in, y, self.vocab, 1, "raise", self.value_range)
-    x = torch.empty(0, self.n_in, self.size, self.size, dtype=torch.uint8)
+    x = torch.empty(0, self.n_in, *height_width(self.size), dtype=torch.uint8)
     return ImageTensors(x, vocab=self.vocab).like(items)
 
 @patch
@@ -441,7 +444,7 @@ def file_dls(files:list,          # image files
 
 # %% ../nbs/02_folders.ipynb #fb9d96a6
 def unlabelled_dls(items,               # folder, pattern, table of paths, tar shards, data set, or image files
-                   size:int,            # height and width at which images are kept, pixels; views are crops of these
+                   size:int|tuple,      # height and width at which images are kept, pixels; views are crops of these
                    bs:int=256,          # images per batch
                    valid_pct:float=.1,  # share of the files kept for validation
                    seed:int=0,          # of the split
@@ -457,7 +460,7 @@ def unlabelled_dls(items,               # folder, pattern, table of paths, tar s
                    n:int=None           # images of a stream
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over images of any source, read as they are needed; with labels if `labels=True`"
-    check_size(size, n_in, arrays=True)
+    check_size(size, n_in, arrays=True, pair=True)
     check_choice("bad", bad, ("skip", "raise"))
     check_value_range(value_range)
     files,y,vocab = files_and_labels(items, labels, column, buffer, n)
@@ -548,7 +551,7 @@ def image_stats(data,                # `DataLoaders`, whose training images coun
 
 # %% ../nbs/02_folders.ipynb #cb82fb66
 def labelled_dls(data,                # folder with one folder of images per class, or another source with labels
-                 size:int,            # height and width at which images are kept, pixels
+                 size:int|tuple,      # height and width at which images are kept, pixels
                  n_in:int=3,          # channels: 3 for RGB, 1 for grey
                  test=None,           # test images, with the same classes; a share is held out if not given
                  valid_pct:float=.2,  # that share

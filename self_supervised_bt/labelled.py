@@ -28,7 +28,7 @@ from .datasets import named_data, part_dl, read_part
 from .evaluation import encode, linear_probe, mean_and_spread, sample_labels, several_classes
 from .folders import files_and_labels, kept_size, labelled_dls, size_and_channels
 from .reports import loader_of_rows
-from .runs import as_data, check_no_root, encoder_file, place_beside
+from .runs import as_data, check_no_root, encoder_file, place_beside, seen_size
 from .weights import load_encoder, save_model
 
 # %% ../nbs/51_labelled.ipynb #2aa9408f
@@ -77,8 +77,8 @@ def classifier_on(encoder,     # from `load_encoder`
 
 def labelled_dl(encoder, data, num_workers=None, labels=True, column=None, root=None, download=False):
     "A loader of all labelled images, in the size of the encoder; the arguments are those of `classify`"
-    trained_on,n_in = encoder.clean_pipeline.fs,encoder.created_by["n_in"]
-    def size(files): return kept_size(max(trained_on[0].size) if trained_on else None, size_and_channels(files)[0])
+    n_in = encoder.created_by["n_in"]
+    def size(files): return kept_size(seen_size(encoder), size_and_channels(files)[0])
     name = named_data(data)
     if name:
         images = read_part(name, "train", root, download)

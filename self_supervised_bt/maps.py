@@ -31,9 +31,11 @@ from self_supervised_bt.core import check_choice, check_positive_int, whole_file
 from self_supervised_bt.data import BadImage, in_chunks, read_image, some_names, white_of
 from self_supervised_bt.diagnostics import PALETTE, map_2d, plot_map
 from self_supervised_bt.evaluation import neighbours
+from self_supervised_bt.explore import matrix_of, shapes_of
 from self_supervised_bt.folders import folder_of_all, size_and_channels
 from self_supervised_bt.fused import centre_resize
 from self_supervised_bt.reports import sample_rows
+from self_supervised_bt.sources import named_image
 
 # %% ../nbs/44_maps.ipynb #71fb42ac
 NAMES = "file","key","index"   # columns that say which image a row is of
@@ -55,10 +57,12 @@ def check_table(table:pd.DataFrame # one row per image
     if "h" not in table:
         raise ValueError(f"table must have a column h of representations, got {some_names(table.columns)}")
     if not len(table): raise ValueError("table has no rows, there is nothing to show")
-    shapes = Counter(np.shape(row) for row in table["h"])
+    rows = table["h"].tolist()
+    shapes = shapes_of(rows)
     wrong = [shape for shape in shapes if len(shape) != 1 or not shape[0]]
     if wrong: raise ValueError(f"each row of table.h must be a vector of numbers, got one of shape {wrong[0]}")
     if len(shapes) > 1:
+        shapes = Counter(map(np.shape, rows))
         widths = ", ".join(f"{count:,} of width {shape[0]}" for shape,count in shapes.most_common(4))
         raise ValueError(f"table.h must be of one width, that of one encoder, got rows of several: {widths}")
 
@@ -67,7 +71,7 @@ def table_h(table:pd.DataFrame # one row per image
            )->Tensor:          # (N,F) float32, rows of length 1; raises `ValueError`
     "The representations of a table, normalised, so that distances in the map, clusters and neighbours mean the same"
     check_table(table)
-    try: h = torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32) for row in table["h"]]))
+    try: h = torch.from_numpy(matrix_of(table))
     except (TypeError, ValueError) as e: raise ValueError(f"table.h must hold numbers: {e}") from e
     bad = (~h.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
@@ -227,15 +231,15 @@ def file_tiles(files:list,        # image files
                size:int,          # pixels, at most
                progress:bool=False # show a progress bar?
               )->tuple:           # (N,3,size,size) uint8, and row -> why its file could not be read
-    "Thumbnails of files, grey for those that cannot be read"
-    present = [f for f in files if Path(f).is_file()]
+    "Thumbnails of files, also of those inside shards, grey for those that cannot be read"
+    images = [named_image(f) for f in files]
+    present = [o for o in images if o is not None]
     if not present: return None,dict.fromkeys(range(len(files)), "not found")
     try: size = min(size, size_and_channels(present)[0])
     except ValueError: pass   # none of those looked at can be read
     read = partial(read_tiles, size=size, white=white_of(present))
-    there = {str(f) for f in present}
     tiles,missing,start = torch.empty(len(files), 3, size, size, dtype=torch.uint8),{},0
-    for part,why in in_chunks(read, [f if str(f) in there else None for f in files], progress=progress):
+    for part,why in in_chunks(read, images, progress=progress):
         tiles[start:start+len(part)] = part
         missing.update({start + row: reason for row,reason in why.items()})
         start += len(part)
@@ -543,10 +547,12 @@ def page_facts(n:int,        # images shown
     grey = f"; {len(missing):,} whose files could not be read are grey" if missing else ""
     return f"{sampled}{method and f', placed by {method}'}{grey}"
 
-def page_footer(tiles # (N,3,s,s), or `None`
+def page_footer(tiles, # (N,3,s,s), or `None`
+                named:bool # does the table name files?
                )->str:
     "What a reader should know of the numbers and pictures"
-    images = "no thumbnails" if tiles is None else f"thumbnails of {tiles.shape[-1]} pixels, the centred squares"
+    none = "none of the files is there" if named else "the table names no files, map_page(..., images=) shows them"
+    images = f"no thumbnails: {none}" if tiles is None else f"thumbnails of {tiles.shape[-1]} pixels, centred squares"
     return f"Similarity: cosine of the representations. {images[0].upper()}{images[1:]}. All in this one file."
 
 # %% ../nbs/44_maps.ipynb #f9d0ff5e
@@ -576,7 +582,7 @@ def map_page(table:pd.DataFrame,    # `h`, and `file` or `index`; `label` if the
     tiles,missing = tiles_of(table, images, root, tile_size(len(table), size))
     facts = page_facts(len(table), total, missing, table.attrs.get("map", ""))
     data = page_data(table, columns, min(k, len(table)-1), tiles, missing)
-    text = page_text(title=title, facts=facts, footer=page_footer(tiles), data=data)
+    text = page_text(title=title, facts=facts, footer=page_footer(tiles, name_column(table) == "file"), data=data)
     with whole_file(page) as part: part.write_text(text, encoding="utf-8")
     return page
 
@@ -597,13 +603,15 @@ def save_map(table:pd.DataFrame, # one row per image
         raise ValueError(f"out must end in .html for a page, or in {', '.join(PICTURES)} for a picture, "
                          f"got {str(out)!r}")
     table = clusters_added(table, clusters, seed)
-    colour = colour or (clusters and "cluster") or None
+    colour,named = colour or (clusters and "cluster") or None,name_column(table) == "file"
     if out.suffix == ".html": map_page(table, out, colour=colour, seed=seed, title=title, **options)
     else:
-        figure = image_map(table, colour=colour, seed=seed, **options).figure
+        figure = image_map(table, colour=colour, seed=seed, thumbnails=named, **options).figure
         with whole_file(out) as part: figure.savefig(part, dpi=150)
         plt.close(figure)
     about = f"{cluster_table(table).to_string()}\n\n" if clusters else ""
     hint = "; open it in a browser" if out.suffix == ".html" else ""
     shown = min(len(table), options.get("limit") or len(table))
-    return f"{about}{shown:,} of {len(table):,} images in {out} ({out.stat().st_size/1e6:.1f} MB){hint}"
+    points = "" if named else ("\nEach image is a point, as the table names no files: in Python, images= of map_page "
+                               "and image_map shows them")
+    return f"{about}{shown:,} of {len(table):,} images in {out} ({out.stat().st_size/1e6:.1f} MB){hint}{points}"

@@ -115,6 +115,7 @@ from self_supervised_bt.recipes import (
     get_recipe,
     global_bs,
     plain_pair,
+    plain_size,
     recipe_to_start,
     weights_name,
     weights_to_start,
@@ -162,7 +163,7 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
     if name:
         args |= dict(root=root, labels=labels, download=download)
         return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
-    check_no_root(data, root, download)
+    if not isinstance(data, ImageSource): check_no_root(data, root, download)
     source = files_and_labels(data, labels, column, n=n)
     side,n_in = size_and_channels(source.files)
     size = kept_size(recipe.size, side)
@@ -210,45 +211,36 @@ def check_no_root(data, root, download)->None: # raises `ValueError`
                                    "leave it out")
 
 # %% ../nbs/50_runs.ipynb #dc8394a5
-class Seen(NamedTuple):
-    "What is known of images before they are read"
-    n:int     # number of them
-    side:int  # median of the shorter sides, pixels
-    about:str # in one line
-
-def look_at(data,                # as for `run_dls`
-            root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
-            download:bool=False, # fetch a data set that is not there?
-            column:str=None,     # of the paths in a table
-            n:int=None           # images of a stream
-           )->Seen:              # raises `OSError` or `ValueError`
-    "Number and size of images"
+def listed_images(data,                # as for `run_dls`
+                  root:str|Path=None,  # folder that holds data sets; fastai's data folder if not given
+                  download:bool=False, # fetch a data set that is not there?
+                  column:str=None,     # of the paths in a table
+                  n:int=None           # images of a stream
+                 )->str|ImageSource:   # the name of a data set of arrays as it is; raises `OSError` or `ValueError`
+    "The images of a run, listed once for all that asks for them"
     name = named_data(data)
-    if name == "digits":
-        n = len(digits_images()[0])
-        return Seen(n, 8, f"{n:,} handwritten digits of 8x8 pixels (shipped with scikit-learn)")
-    if name:
-        images = read_part(name, "unlabelled", root, download)
-        side = data_card(name).size or size_and_channels(images.files)[0]
-        return Seen(images.n, side, f"{images.n:,} images of {name}, the shorter side {side} pixels")
+    if name and data_card(name).size: return name
+    if name: return ImageSource(image_list(read_part(name, "unlabelled", root, download).files))
     check_no_root(data, root, download)
-    files = files_and_labels(data, False, column, n=n)[0]
-    side = size_and_channels(files)[0]
-    return Seen(len(files), side, f"{len(files):,} images of {data}, the shorter side {side} pixels (median)")
+    return files_and_labels(data, False, column, n=n)
 
-def recipe_for(data,                # as for `run_dls`
-               valid_pct:float,     # share of the images that is held out
-               root:str|Path=None,  # folder that holds data sets
-               download:bool=False, # fetch a data set that is not there?
-               column:str=None,     # of the paths in a table
-               n:int=None,          # images of a stream
-               **kwargs             # settings to replace
-              )->tuple:             # recipe, and the reason in words; raises `OSError` or `ValueError`
+def number_and_side(images # from `listed_images`
+                   )->tuple: # number of images, and the median of their shorter sides in pixels; raises `ValueError`
+    "What is known of images before they are read"
+    if not isinstance(images, str): return len(images.files),size_and_channels(images.files)[0]
+    if images == "digits": return len(digits_images()[0]),8   # all of them
+    card = data_card(images)
+    return card.unlabelled or card.train,card.size
+
+def recipe_for(images,          # from `listed_images`
+               valid_pct:float, # share of the images that is held out
+               **kwargs         # settings to replace
+              )->tuple:         # recipe, and the reason in words; raises `ValueError`
     "The recipe for images, on this machine"
-    if named_data(data) == "digits": return get_recipe("digits", **kwargs),"handwritten digits"
-    seen = look_at(data, root, download, column, n)
-    n_train = max(1, int(seen.n*(1 - valid_pct)))
-    return chosen_recipe(n_train, seen.side, device_or_default(None).type, max(1, num_distrib()), **kwargs)
+    if images == "digits": return get_recipe("digits", **kwargs),"handwritten digits"
+    n,side = number_and_side(images)
+    n_train = max(1, int(n*(1 - valid_pct)))
+    return chosen_recipe(n_train, side, device_or_default(None).type, max(1, num_distrib()), **kwargs)
 
 # %% ../nbs/50_runs.ipynb #833055f3
 def stated(s:dict,          # from `run_settings`
@@ -285,11 +277,8 @@ def machine_in_words(device # of `dls`
 # %% ../nbs/50_runs.ipynb #630c670c
 def run_settings(out:Path,    # folder of the run
                  resume:bool, # resume it?
-                 download:bool=False, # fetch a data set that is not there?
-                 images=None, # as for `run_dls`, if the setting `data` does not say it all
-                 n:int=None,  # images of a stream
                  **kwargs     # settings; `None` for not given
-                )->dict:      # all settings; raises `ValueError`
+                )->dict:      # all settings, `recipe` is `None` if the images choose it; raises `ValueError`
     "Settings of a run: the saved ones when it resumes, otherwise new ones"
     file = out/"run.json"
     given = {k: v for k,v in kwargs.items() if v is not None}
@@ -302,8 +291,15 @@ def run_settings(out:Path,    # folder of the run
         name = name or "cifar"
         return {**s, "base_recipe": name, "recipe": get_recipe(name, **changes)}
     get_recipe("cifar", **changes)   # refuses what cannot be, before the images are looked at
-    recipe,reason = recipe_for(s["data"] if images is None else images, s["valid_pct"], s.get("root"), download,
-                               s.get("column"), n, **changes)
+    return {**s, "recipe": None}
+
+def with_chosen_recipe(s:dict,      # from `run_settings`
+                       images,      # from `listed_images`
+                       changes:dict # settings to replace
+                      )->dict:      # settings
+    "The settings, with the recipe for the images if there is none"
+    if s["recipe"] is not None: return s
+    recipe,reason = recipe_for(images, s["valid_pct"], **changes)
     return {**s, "base_recipe": recipe.name.removesuffix(", changed"), "recipe": recipe, "reason": reason}
 
 # %% ../nbs/50_runs.ipynb #3c71b0a5
@@ -377,7 +373,8 @@ def read_settings(file:Path # a run.json
         check_value_range(saved.get("value_range"))
         for name,kind in (("root", str), ("column", str), ("labelled", str), ("eval_every", int),
                           ("eval_labels", (bool, str))):
-            if saved.get(name) is not None and not isinstance(saved[name], kind): raise ValueError(f"{name} is {saved[name]!r}")
+            if saved.get(name) is None or isinstance(saved[name], kind): continue
+            raise ValueError(f"{name} is {saved[name]!r}")
         return {**saved, "recipe": Recipe().changed(**saved["recipe"])}
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is damaged or was edited: {e}. To resume, {advice}") from e
@@ -742,7 +739,7 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
              value_range:tuple|int=None, # (black, white) or white of images of more than 8 bits; found if not given
              labelled=None,        # images with labels, of any source or name: their kNN top-1 every few epochs
              eval_every:int=None,  # epochs between; so that it is measured 20 times if not given
-             eval_labels:bool|str=None, # which labels of `labelled`, as `labels` of `unlabelled_dls`; `True` if not given
+             eval_labels:bool|str=None, # which labels `labelled` has, as `labels` of `unlabelled_dls`
              tracker:str=None,     # "tensorboard", "wandb", "trackio" or "mlflow"
              resume_with:str="resume=True", # how the run is resumed, printed after a signal
              **kwargs              # settings of the recipe to replace, e.g. `epochs=20`
@@ -753,13 +750,12 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
     check_tracker(tracker)
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
-    s = run_settings(out, resume, download, data, n, data=None if data is None else as_data(data), recipe=recipe,
-                     valid_pct=valid_pct, bad=bad, seed=seed, half=half, root=root and os.path.abspath(root),
-                     column=column, value_range=checked_range(value_range), eval_every=eval_every,
-                     labelled=None if labelled is None else as_data(labelled), eval_labels=eval_labels, changes=kwargs)
+    s = run_settings(out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct,
+                     bad=bad, seed=seed, half=half, root=root and os.path.abspath(root), column=column,
+                     value_range=checked_range(value_range), labelled=None if labelled is None else as_data(labelled),
+                     eval_every=eval_every, eval_labels=eval_labels, changes=kwargs)
     if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
-    s,loaded = run_start(s, out, resume, bool(recipe), kwargs)
-    s,dls = images_of_run(data, s, num_workers, download, n)
+    s,loaded,dls = start_and_images(s, data, out, resume, bool(recipe), kwargs, num_workers, download, n)
     with run_lock(out):
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
@@ -773,12 +769,23 @@ def checked_range(value_range): # as for `unlabelled_dls`; as run.json has it; r
     check_value_range(value_range)
     return value_range
 
-def images_of_run(data, s:dict, num_workers, download, n)->tuple: # settings and `dls`; arguments of `pretrain`
+def run_images(data, s:dict, download:bool, n:int): # from `listed_images`; data and what follows as for `pretrain`
+    "The images of a run, listed"
+    data = s["data"] if data is None or on_disk(data) else data
+    return listed_images(data, s.get("root"), download, s.get("column"), n)
+
+def start_and_images(s:dict, data, out, resume, named, changes, num_workers, download, n)->tuple: # of `pretrain`
+    "The settings with their recipe, weights to continue from, and `dls`"
+    images = run_images(data, s, download, n) if s["recipe"] is None else None
+    s,loaded = run_start(with_chosen_recipe(s, images, changes), out, resume, named, changes)
+    s,dls = run_loaders(images or run_images(data, s, download, n), s, num_workers, download)
+    return s,loaded,dls
+
+def run_loaders(images, s:dict, num_workers, download)->tuple: # settings and `dls`
     "Set the seed of a run, and read its images; the settings get the statistics of many channels"
     set_seed(s["seed"])
-    images = s["data"] if data is None or on_disk(data) else data
-    dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], False, False,
-                  s.get("root"), download, s.get("column"), n, s.get("value_range"))
+    dls = run_dls(images, s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], root=s.get("root"),
+                  download=download, value_range=s.get("value_range"))
     return {**s, "recipe": with_own_stats(s["recipe"], dls)},dls
 
 # %% ../nbs/50_runs.ipynb #8e973073
@@ -859,7 +866,9 @@ def source_to_measure(data, s:dict)->ImageSource: # from `run_settings`; raises 
     if isinstance(data, str) and data.startswith("<"):
         raise ValueError(f"labelled of this run is an object, {data}: pass it again together with resume=True")
     column = s.get("column") if is_table(data) and not is_pattern(data) else None
-    if column is not None and column not in (data if isinstance(data, pd.DataFrame) else read_table(data)): column = None
+    if column is not None:
+        table = data if isinstance(data, pd.DataFrame) else read_table(data)
+        column = column if column in table else None
     try: return files_and_labels(data, s.get("eval_labels") or True, column)
     except ValueError as e: raise ValueError(f"labelled={as_data(data)!r} cannot be measured: {e}") from e
 
@@ -970,7 +979,8 @@ def dls_of_run(run:Path,            # folder of a run
               )->DataLoaders:       # raises `OSError` or `ValueError`
     "The images of a run"
     s = read_settings(run/"run.json")
-    return run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], root=s.get("root"))
+    return run_dls(s["data"], s["recipe"], s["valid_pct"], s["seed"], num_workers, s["bad"], root=s.get("root"),
+                   column=s.get("column"), value_range=s.get("value_range"))
 
 def epochs_in_words(state:dict # of a checkpoint
                    )->str:
@@ -1099,6 +1109,12 @@ def evaluation_dls(folder,               # class folders, or another source with
     train = part((~is_test).nonzero()[:,0], 0, bs=bs)
     return DataLoaders(train, part(test, 1, shuffle=False, drop_last=False), device=dl.device)
 
+def seen_size(encoder # from `load_encoder`
+             )->int|tuple: # pixels, `None` if it does not say
+    "The height and width of the images that an encoder was trained on, one number for squares"
+    trained_on = encoder.clean_pipeline.fs
+    return plain_size(list(trained_on[0].size)) if trained_on else None
+
 def names_of(folders:list # paths
             )->list:      # of text, in their order
     "A name per folder: the shortest end of its path that no other has"
@@ -1137,6 +1153,7 @@ def number_seen(run, dls, num_workers): # "not known" if the run does not say it
 def named_evaluation(name, run, size, n_in, test, num_workers, root, download)->tuple: # as `folder_evaluation`
     "The published training and test images of a data set for `evaluate`"
     if test: raise ValueError(f"test={str(test)!r} is for folders, {name!r} has published test images: leave it out")
+    if isinstance(size, tuple): size = max(size)   # published protocols have squares
     read,crop = protocol_sizes(size) if size else (data_card(name).size, None)
     if read is None: raise ValueError(f"the encoder does not say for which size of images it was trained: save it "
                                       f"with its size, or evaluate {name!r} with transfer_table(..., size=224)")
@@ -1167,9 +1184,8 @@ def evaluate(run:str|Path,        # folder of a run, or what `load_encoder` read
     encoder = load_encoder(encoder_file(run))
     if test and len(folders) > 1:
         raise ValueError(f"test is for one data set, got {len(folders)}: evaluate them one by one")
-    trained_on = encoder.clean_pipeline.fs
-    size = max(trained_on[0].size) if trained_on else None
-    n_in,names,rows = encoder.created_by["n_in"],names_of(folders),{}
+    size,n_in = seen_size(encoder),encoder.created_by["n_in"]
+    names,rows = names_of(folders),{}
     for folder,name in zip(folders, names):
         if named_data(folder): dls,n_seen = named_evaluation(folder, run, size, n_in, test, num_workers, root, download)
         else:
@@ -1304,7 +1320,8 @@ def short_run(data:str|Path="digits", # folder of images, or name of a data set
 def digits_run(labels:bool # use the labels to test with?
               )->ShortRun:
     "The digits of scikit-learn, with which training takes half a minute"
-    n,side,about = look_at("digits")
+    n,side = number_and_side("digits")
+    about = f"{n:,} handwritten digits of {side}x{side} pixels (shipped with scikit-learn)"
     return ShortRun("digits", "digits", n, 500, labels, side, about)
 
 def readable_source(data:str,    # as for `unlabelled_dls`
@@ -1493,8 +1510,10 @@ def diagnose_run(data="digits",          # as for `pretrain`
     "Run a few batches as `pretrain` would, and list the problems found"
     changes = {k: v for k,v in kwargs.items() if v is not None}
     root = root and os.path.abspath(root)
-    s = run_settings(Path(), False, images=data, data=named_data(data) or str(data), recipe=recipe, seed=seed,
-                     root=root, column=column, changes=changes)
+    s = run_settings(Path(), False, data=as_data(data), recipe=recipe, seed=seed, root=root, column=column,
+                     changes=changes)
+    images = listed_images(data, root, column=column)
+    s = with_chosen_recipe(s, images, changes)
     set_seed(seed)
-    dls = run_dls(data, s["recipe"], 0, seed, root=root, column=column)
+    dls = run_dls(images, s["recipe"], 0, seed, root=root)
     return diagnose(bt_learner(dls, recipe=s["recipe"]), batches),stated(s, dls)

@@ -502,6 +502,27 @@ def shard_source(paths:list,            # tar files
         return source   # the folders inside may name the classes
     return with_labels(source, [label for i in kept for label in i.labels or [None]*len(i.names)], where, check=check)
 
+# %% ../nbs/01_sources.ipynb #2cb39eb5
+@lru_cache(64)
+def members_in(path:str,   # a shard
+               stamp:tuple # so that one that was changed is read again
+              )->dict:     # name to offset and size
+    "Where the images of a shard are, by their names"
+    index = shard_index(path)
+    return dict(zip(index.names, zip(index.offsets, index.sizes)))
+
+def named_image(name:str|Path # as tables of representations have it: a path, or "shards/000.tar/cat/1.jpg"
+               ):             # a path or a `Member`; `None` if there is nothing of this name
+    "The image that a name stands for, also inside a shard"
+    name = str(name)
+    if os.path.isfile(name): return name
+    shards = [name[:m.end() - 1] for m in re.finditer(r"\.tar/", name, re.IGNORECASE)]
+    for shard in filter(os.path.isfile, shards):
+        stamp,inside = stamp_of(shard),name[len(shard) + 1:]
+        place = members_in(shard, stamp).get(inside)
+        if place is not None: return Member(shard, stamp, inside, *map(int, place))
+
+
 # %% ../nbs/01_sources.ipynb #6b1d0025
 def folder_of_all(files # file names
                  )->str: # with a separator at the end, or empty

@@ -168,7 +168,7 @@ def network_input(net:nn.Module, # with a head
         size = describe_input(net.clean).get("size")
         if isinstance(image, Tensor): return image[None]
         picture = as_picture(image)
-        return square_tensor(picture, max(size or [min(picture.size)]), n_in)[None]
+        return square_tensor(picture, size or min(picture.size), n_in)[None]
     if not isinstance(image, Tensor): image = eight_bit(as_picture(image), "RGB")
     return net.transforms(image)[None]
 

@@ -37,6 +37,8 @@ def test_bt_demo_on_digits(tmp_path, monkeypatch, capsys):
         "results.json", "table.csv", "views.png"}
     assert "<h2>Diagnosis</h2>" in (tmp_path/"runs/digits/report/report.html").read_text()
     assert load_encoder(tmp_path/"runs/digits/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
+    with pytest.raises(SystemExit, match="^bt_demo: no image files below .*, which is the folder of a run"):
+        bt_demo(data="runs/digits")   # none of its own files is an image
 
 
 def test_bt_demo_on_a_folder_with_and_without_labels(folder, tmp_path, monkeypatch, capsys):
@@ -159,6 +161,16 @@ def test_a_warning_is_one_line_and_names_options():
     @one_line_errors
     def command(bs:int=0): return said()
     assert command() == "Warning: many files: pass --bs 8, or pool_type='avg'\n" and "file.py:7" in said()
+
+
+def test_a_size_is_a_number_or_height_and_width(folder, tmp_path, capsys):
+    assert [cli.as_size(o) for o in ("96", "96x128", 96, None)] == [96, (96, 128), 96, None]
+    for text in ("96x", "0x3", "x", "1.5", "96x128x3", "-4"):
+        with pytest.raises(SystemExit, match="--size must be a positive int, or height and width as 96x128, got"):
+            bt_pretrain(str(folder), out=str(tmp_path/"run"), size=text)
+    small = dict(epochs=1, bs=16, arch="timm/test_resnet", width=16, workers=0)
+    bt_pretrain(str(folder), "cifar", str(tmp_path/"run"), size="16x24", **small)
+    assert "views of 16x24 pixels" in capsys.readouterr().out
 
 
 def test_another_architecture_pools_as_its_map_allows(folder, tmp_path, capsys):

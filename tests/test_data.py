@@ -31,6 +31,7 @@ from self_supervised_bt.data import (
 )
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.folders import check_images, labelled_files, size_and_channels, unlabelled_dls
+from self_supervised_bt.fused import centre_resize
 from self_supervised_bt.guard import item_names
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.weights import load_encoder, save_encoder
@@ -523,12 +524,31 @@ def test_pictures_of_own_runs_are_not_trained_on(tmp_path):
     runs = {"runs/a": ["run.json", "step-0000000003.pt"], "runs/b": ["run.json", "encoder.safetensors"],
             "runs/demo": ["results.json", "encoder.safetensors"], "notes": ["run.json"], "photos": ["results.json"]}
     for run, names in runs.items():
-        for name in (*names, "views.png", "report/loss.png"):
+        for name in (*names, "views.png", "report/report.html", "report/loss.png"):
             (tmp_path/run/name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/run/name).touch()
     with pytest.warns(UserWarning, match=r"3 folder\(s\) below .* hold a run of this library and are left out"):
         found = {f.relative_to(tmp_path).parts[0] for f in image_files(tmp_path)}
-    assert found == {"notes", "photos"} and len(image_files(tmp_path/"runs/a")) == 2   # asked for, it is searched
+    assert found == {"notes", "photos"}
+    for run in ("runs/a", "runs/b", "runs/demo"):   # asked for, it is searched, but for what the run wrote
+        with pytest.raises(ValueError, match=f"no image files below .*{run}, which is the folder of a run"):
+            image_files(tmp_path/run)
+        for name in ("1.png", "report.png", "sub/views.png"):
+            (tmp_path/run/name).parent.mkdir(exist_ok=True)
+            (tmp_path/run/name).touch()
+        assert [f.name for f in image_files(tmp_path/run)] == ["1.png", "report.png", "views.png"]
+    assert len(image_files(tmp_path/"notes")) == 2
+
+
+def test_arrays_beside_a_run_are_images_and_its_own_array_is_none(tmp_path):
+    for name in ("run.json", "trained_on.npy", "a/1.npy", "a/trained_on.npy"):   # before the first checkpoint
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    assert [str(f.relative_to(tmp_path)) for f in image_files(tmp_path)] == ["a/1.npy", "a/trained_on.npy"]
+    (tmp_path/"a/1.npy").unlink()
+    (tmp_path/"a/trained_on.npy").unlink()
+    with pytest.raises(ValueError, match="which is the folder of a run: pass the folder of the images"):
+        image_files(tmp_path)
 
 
 def test_loading_uses_no_random_numbers_and_workers_change_nothing(folder, quick_end):
@@ -608,3 +628,34 @@ def test_invalid_encoder_files_raise(trained, tmp_path):
     own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="encoder="): load_encoder(save_encoder(own, tmp_path/"own"))
     assert torch.equal(load_encoder(tmp_path/"own", encoder=own)[0].weight, own[0].weight)
+
+
+# Sizes of two numbers
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (50, 50), (31, 97), (3, 90)])
+@pytest.mark.parametrize("size", [(24, 32), (32, 24), (24, 24), (40, 10)])
+def test_a_size_of_two_numbers_takes_the_centred_part_of_that_aspect(tmp_path, shape, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path/"1.png")
+    np.save(tmp_path/"1.npy", pixels)
+    x = read_image(tmp_path/"1.png", size)
+    theirs = centre_resize(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), size)[0]
+    assert x.shape == (3, *size) and (x - theirs).abs().max() < 1.5   # rounded twice
+    for name, same in (("1.npy", size), ("1.png", list(size))): assert torch.equal(x, read_image(tmp_path/name, same))
+    assert torch.equal(x, load_images([tmp_path/"1.png"], size, progress=False)[0])
+    if size[0] == size[1]: assert torch.equal(x, read_image(tmp_path/"1.png", size[0]))
+
+
+def test_a_picture_on_its_side_is_turned_before_its_part_is_taken(tmp_path):
+    pixels = np.kron(np.random.default_rng(0).integers(0, 256, (6, 8, 3)), np.ones((40, 40, 1)))
+    picture, exif = Image.fromarray(pixels.astype(np.uint8)), Image.Exif()
+    exif[0x0112] = 6   # turn by 90 degrees
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path/"turned.jpg", exif=exif, quality=95)
+    picture.save(tmp_path/"plain.jpg", quality=95)
+    turned, plain = (read_image(tmp_path/f"{name}.jpg", (30, 40)).float() for name in ("turned", "plain"))
+    assert (turned - plain).abs().mean() < 3
+
+
+@pytest.mark.parametrize("size", [(24,), (24, 32, 3), (24, 0), "24x32", (24., 32.), 0])
+def test_sizes_that_cannot_be(folder, size):
+    with pytest.raises(ValueError, match="size must be"): load_images(image_files(folder), size, progress=False)

@@ -1,6 +1,10 @@
 "Tables of representations, search and near-duplicates: rows as `encode` gives them, brute force, interrupted calls"
+import io
 import json
 import os
+import subprocess
+import sys
+import tarfile
 import warnings
 
 import numpy as np
@@ -13,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, Resize, ToTensor
 
-from self_supervised_bt import explore
+from self_supervised_bt import explore, sources
 from self_supervised_bt.cli import bt_duplicates, bt_embed, bt_similar
 from self_supervised_bt.data import digits_dls, digits_images, image_files, load_images
 from self_supervised_bt.encoder_files import restore_input
@@ -21,6 +25,7 @@ from self_supervised_bt.evaluation import encode
 from self_supervised_bt.explore import embed, load_table, matrix_of, near_duplicates, save_table, similar
 from self_supervised_bt.folders import unlabelled_dls
 from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.maps import table_h
 from self_supervised_bt.sources import write_shards
 from self_supervised_bt.weights import save_encoder
 
@@ -180,6 +185,21 @@ def test_shards_and_patterns(net, folder, tmp_path):
     np.testing.assert_array_equal(matrix_of(some), np.stack(of_folder.loc[some.file].h))
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_the_headers_of_a_shard_are_read_once(with_labels, net, tmp_path, monkeypatch):
+    read, own = [], sources.shard_index
+    monkeypatch.setattr(sources, "shard_index", lambda *args: (read.append(1), own(*args))[1])
+    with tarfile.open(tmp_path/"a.tar", "w") as tar:
+        for i in range(12):
+            content = io.BytesIO()
+            Image.new("RGB", (16, 16), (20*i, 0, 0)).save(content, "PNG")
+            sources.add_member(tar, f"{i}.png", content.getvalue())
+            if with_labels and i < 8: sources.add_member(tar, f"{i}.cls", b"ab"[i % 2:i % 2 + 1])
+    table = embed(net, tmp_path/"a.tar", **QUIET)
+    assert len(read) == 1 and len(table) == 12 and ("label" in table) == with_labels
+    if with_labels: assert table.label.fillna("").tolist() == [*"abababab", "", "", "", ""]
+
+
 def test_images_are_read_a_few_batches_ahead_only(net, folder, monkeypatch):
     events, read = [], explore.ImageFiles.__getitem__
     monkeypatch.setattr(explore.ImageFiles, "__getitem__", lambda self, i: (events.append("read"), read(self, i))[1])
@@ -286,6 +306,41 @@ def test_a_matrix_is_not_copied():
     assert np.array_equal(matrix_of(shuffled), h[shuffled.index]) and np.array_equal(matrix_of(table.iloc[3:9]), h[3:9])
     mixed = table.assign(h=[*table.h[:19], h[19].astype(np.float64)])
     assert np.array_equal(matrix_of(mixed), h) and matrix_of(mixed).dtype == np.float32
+    h.flags.writeable = False
+    for rows in (list(h), list(h[:, 1:3]), list(h[::-1]), list(h[::2]), [h[0], *h[:19]], list(np.asfortranarray(h)),
+                 [h[0]], [h[0].copy()], [row.tolist() for row in h], [torch.from_numpy(row.copy()) for row in h]):
+        found = matrix_of(pd.DataFrame({"h": pd.Series(rows, dtype=object)}))
+        assert np.array_equal(found, np.array([np.asarray(row) for row in rows])) and found.dtype == np.float32
+    assert np.shares_memory(matrix_of(a_table(h)), h)
+
+
+def calls_of(f):
+    "How often Python calls a function, of its own or of C, while `f` runs"
+    count = 0
+    def see(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+    sys.setprofile(see)
+    try: f()
+    finally: sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("query", [7, "7.png", "p/19999.png", np.ones(4, np.float32)])
+def test_a_query_has_no_loop_over_the_rows(query):
+    table = a_table(np.random.default_rng(0).normal(size=(20_000, 4)))
+    table["file"] = "p/" + table["file"]
+    assert calls_of(lambda: similar(table, query)) < 10_000
+
+
+def test_groups_and_maps_have_no_loop_over_the_rows():
+    h = np.random.default_rng(0).normal(size=(6000, 4)).astype(np.float32)
+    h[1::2] = h[::2]
+    table = a_table(h)
+    few, many = (calls_of(lambda: near_duplicates(part, .9999)) for part in (table.iloc[:3000], table))
+    assert many - few < 2000
+    assert calls_of(lambda: table_h(table)) < 500
+    assert calls_of(lambda: explore.table_of("file", [f"{i}.png" for i in range(6000)], None, h, {})) < 3000
 
 
 # Interrupted calls, and ranks
@@ -317,6 +372,80 @@ def test_an_interrupted_call_continues(net, folder, tmp_path, monkeypatch, endin
         with pytest.raises(ValueError, match="exists, with encoder"): embed(an_encoder(seed=1), folder, out, **QUIET)
         with pytest.raises(ValueError, match="exists, with tta"): embed(net, folder, out, tta="flip", **QUIET)
         with pytest.raises(ValueError, match="exists, with data"): embed(net, folder/"light", out, **QUIET)
+
+
+KILLED = """
+import os, signal, sys
+from self_supervised_bt import explore
+from self_supervised_bt.cli import bt_embed
+
+encoder, folder, home = sys.argv[1:]
+explore.PART = 8
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def after(f, n):
+    calls = []
+    def wrapped(*args, **kwargs):
+        out = f(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == n: kill()
+        return out
+    return wrapped
+def half(file, *args):
+    with open(file, "wb") as f: f.write(b"PK or PAR1, and no more")
+    kill()
+def in_a_part():
+    own, calls = explore.write_arrays, []
+    explore.write_arrays = lambda *args: (calls.append(1), (half if len(calls) == 3 else own)(*args))[1]
+def between_parts(): explore.Parts.write = after(explore.Parts.write, 2)
+def in_the_table(): explore.WRITERS[".parquet"] = half
+def before_parts_are_removed():
+    def rmtree(*args, **kwargs): os.path.exists(f"{home}/before_parts_are_removed.parquet") and kill()
+    explore.shutil.rmtree = rmtree
+
+for moment in (between_parts, in_a_part, in_the_table, before_parts_are_removed):
+    pid = os.fork()
+    if not pid:
+        moment()
+        bt_embed(encoder, folder, out=f"{home}/{moment.__name__}.parquet", bs=4, workers=0)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), moment
+"""
+
+def test_a_command_that_was_killed_continues_and_gives_the_same_table(saved, folder, tmp_path, monkeypatch, capsys):
+    "One process imports everything and forks one that is killed with SIGKILL for each moment"
+    pytest.importorskip("pyarrow")
+    if not hasattr(os, "fork"): pytest.skip("no os.fork")
+    (folder/"dark"/"01.png").write_bytes(b"")
+    monkeypatch.setattr(explore, "PART", 8)
+    whole, images, encode_batch = tmp_path/"whole.parquet", [], explore.RowEncoder.__call__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bt_embed(str(saved), str(folder), out=str(whole), bs=4, workers=0)
+        home = tmp_path/"killed"
+        home.mkdir()
+        subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, saved, folder, home], check=True, timeout=120)
+        count = lambda self, b: (images.append(len(b)), encode_batch(self, b))[1]  # noqa: E731
+        monkeypatch.setattr(explore.RowEncoder, "__call__", count)
+        for name, left in dict(between_parts=24, in_a_part=24, in_the_table=0, before_parts_are_removed=0).items():
+            images.clear()
+            out = home/f"{name}.parquet"
+            assert out.exists() == (name == "before_parts_are_removed")
+            bt_embed(str(saved), str(folder), out=str(out), bs=4, workers=0)
+            assert "39 images, " in capsys.readouterr().out and sum(images) == left, name
+            assert equal(load_table(out), load_table(whole)) and load_table(out).attrs == load_table(whole).attrs
+            assert out.read_bytes() == whole.read_bytes() and out.with_suffix(".bad.csv").exists()
+    assert [f.name for f in home.glob(".*") if f.is_dir()] == []
+
+
+def test_duckdb_reads_the_table(net, folder, tmp_path):
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    pytest.importorskip("pyarrow")
+    table = embed(net, folder, tmp_path/"t.parquet", **QUIET)
+    near = table.h[3]/np.linalg.norm(table.h[3])
+    rows = duckdb.execute("select file, label, array_cosine_similarity(h::float[8], ?::float[8]) as s "
+                          f"from '{tmp_path}/t.parquet' order by s desc limit 4", [near.tolist()]).fetchall()
+    assert rows[0][:2] == (table.file[3], table.label[3]) and rows[0][2] == pytest.approx(1, abs=1e-5)
+    assert [row[0] for row in rows[1:]] == similar(table, 3, 3).file.tolist()
 
 
 def test_an_interrupted_loader_continues(net, folder, tmp_path, monkeypatch):
@@ -402,6 +531,20 @@ def test_several_queries(table):
 def test_a_row_never_finds_itself_even_among_copies():
     h = np.ones((6, 4), np.float32)
     for row in range(6): assert sorted(similar(a_table(h), row, k=5).index) == [i for i in range(6) if i != row]
+
+
+def test_a_file_is_found_by_its_path_the_end_of_it_or_a_link(table, tmp_path):
+    files = table.file.tolist()
+    for text in (table, table.assign(file=table.file.astype(object))):
+        assert similar(text, files[7]).attrs["query"][0][:2] == [files[7], 7]
+        assert similar(text, "/".join(files[7].split("/")[-2:])).attrs["query"][0][:2] == [files[7], 7]
+        (tmp_path/"link").unlink(missing_ok=True)
+        (tmp_path/"link").symlink_to(os.path.dirname(files[7]))
+        assert similar(text, tmp_path/"link"/os.path.basename(files[7])).attrs["query"][0][1] == 7
+    doubled = table.assign(file=["a/1.png", "b/1.png", *files[2:]])
+    with pytest.raises(ValueError, match="is the end of 2 files: a/1.png, b/1.png"): similar(doubled, "1.png")
+    wide = a_table(np.eye(5, 4))
+    with pytest.raises(FileNotFoundError, match="did you mean 3.png"): similar(wide, "3.pngg")
 
 
 @pytest.mark.parametrize("query, kwargs, error, message", [
@@ -581,6 +724,19 @@ def test_pictures(table):
     os.remove(table.file[groups.index[0]])
     explore.plot_groups(groups, n=1)   # a grey picture in its place
     with pytest.raises(ValueError, match="no groups"): explore.plot_groups(near_duplicates(a_table(np.eye(50)), .9))
+
+
+def test_pictures_of_images_in_shards(net, folder, tmp_path):
+    write_shards(folder, tmp_path/"shards", per_shard=11)
+    table = embed(net, tmp_path/"shards", **QUIET)
+    found = similar(table, table.file[3], k=2)
+    axes = explore.plot_similar(found)
+    inside = [table.file[3], *found.file]
+    for ax, name in zip(axes, inside, strict=True):
+        theirs = explore.thumbnail(str(folder/name.split(".tar/")[1]))
+        assert np.array_equal(ax.images[0].get_array(), theirs) and theirs.std() > 0
+    other = similar(table.drop(index=3), table.file[3], 1, net)   # of a shard, and not in the table
+    assert other.file.iloc[0] == found.file.iloc[0]
 
 
 def test_pictures_of_arrays(net):

@@ -80,7 +80,7 @@ def test_labels_of_any_source_give_the_same_classifier(kind, folder, encoder, tm
     data, names = as_source(kind, folder, tmp_path)
     theirs = classify(encoder, folder, tmp_path/"folder", seeds=2, num_workers=0)
     ours = classify(encoder, data, tmp_path/"out", seeds=2, num_workers=0, **names)
-    same = ("classes", "images", "largest_class") + (() if kind == "shards" else ("shares",))   # which are in another order
+    same = ("classes", "images", "largest_class") + (() if kind == "shards" else ("shares",))   # their order differs
     assert [ours[k] for k in same] == [theirs[k] for k in same] and ours["classes"] == ["dark", "light"]
     picture = inference_model(ours["file"], folder/"dark/01.png")
     assert picture["pred_class"] == "dark"

@@ -1,8 +1,10 @@
 "Maps: places, clusters, thumbnails, the picture; and the page, in a browser where there is one"
 import base64
 import json
+import os
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,7 @@ from self_supervised_bt.maps import (
     typical_images,
     with_image_rows,
 )
+from self_supervised_bt.sources import image_source, write_shards
 
 
 def digits_table(n=200, label=True):
@@ -217,6 +220,25 @@ def test_relative_paths_of_another_folder(files):
 
 
 # Colours and the picture
+
+def test_images_inside_shards_are_shown(files, tmp_path):
+    shards = write_shards([str(tmp_path/f) for f in files.file], tmp_path/"shards", per_shard=15)
+    inside = [str(member) for member in image_source(tmp_path/"shards").files]
+    table = files.set_index("file").loc[[name.split(".tar/")[1] for name in inside]].reset_index()
+    theirs, _ = tiles_of(table, root=tmp_path)
+    tiles, missing = tiles_of(table.assign(file=inside))
+    assert torch.equal(tiles, theirs) and missing == {}
+    relative = [os.path.relpath(name, tmp_path) for name in inside]
+    assert torch.equal(tiles_of(table.assign(file=relative), root=tmp_path)[0], theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = map_page(table.assign(file=inside), tmp_path/"map.html")
+    assert data_of(page)["missing"] == [] and data_of(page)["tile"] == tiles.shape[-1]
+    shards[1].unlink()
+    with pytest.warns(UserWarning, match="not found"): tiles, missing = tiles_of(table.assign(file=inside))
+    gone = [i for i, name in enumerate(inside) if name.startswith(str(shards[1]))]
+    assert list(missing) == gone and len(gone) == 15
+
 
 def test_classes_have_an_order_and_gaps():
     codes, names = classes_of(pd.Series([10, 9, None, 10]))
@@ -429,6 +451,19 @@ def test_bt_map(stored, tmp_path, capsys):
     bt_map("photos.parquet", out="map.png", method="tsne", clusters=3, limit=20, colour="label")
     out = capsys.readouterr().out
     assert "label share" in out and "20 of 40 images in map.png" in out and (tmp_path/"map.png").exists()
+
+
+def test_bt_map_of_a_table_without_files_says_what_it_shows(tmp_path, monkeypatch, capsys):
+    from self_supervised_bt.cli import bt_map
+    from self_supervised_bt.explore import save_table
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    monkeypatch.chdir(tmp_path)
+    save_table(digits_table(60), "digits.parquet")
+    for out in ("map.html", "map.png"):
+        bt_map("digits.parquet", out=out)
+        assert "Each image is a point, as the table names no files: in Python, images=" in capsys.readouterr().out
+    assert "No thumbnails: the table names no files, map_page(..., images=) shows them" in Path("map.html").read_text()
+    assert Path("map.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("options, words", [

@@ -22,15 +22,18 @@ from fastai.callback.core import CancelEpochException
 from PIL import Image
 from safetensors.torch import load_file
 
-from self_supervised_bt import runs
+from self_supervised_bt import runs, sources
 from self_supervised_bt.checkpoints import read_checkpoint
-from self_supervised_bt.data import PATIENCE
+from self_supervised_bt.data import PATIENCE, image_files, load_images
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
+from self_supervised_bt.explore import embed, similar
 from self_supervised_bt.export import export_timm
 from self_supervised_bt.folders import labelled_dls
+from self_supervised_bt.labelled import classify
 from self_supervised_bt.layers import create_encoder, fit_whitening
 from self_supervised_bt.runs import evaluate, pretrain, size_and_channels
-from self_supervised_bt.weights import load_encoder, save_encoder
+from self_supervised_bt.sources import write_shards
+from self_supervised_bt.weights import inference_model, load_encoder, save_encoder
 
 root = Path(__file__).parents[1]
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
@@ -690,6 +693,75 @@ def test_the_recipe_is_chosen_by_the_images(trained, tmp_path, capsys):
     saved = json.loads((tmp_path/"run/run.json").read_text())
     assert (saved["base_recipe"], saved["reason"]) == ("laptop", "photographs on a CPU")
     assert runs.recipe_for("digits", .05)[0].name == "digits"
+
+
+def test_views_that_are_no_squares_are_made_measured_and_exported_as_they_were_trained(tmp_path, capsys):
+    images, rng = tmp_path/"images", np.random.default_rng(0)
+    for i in range(40):   # the class is at the left and right edge, which no square has
+        f = images/("dark" if i % 2 else "light")/f"{i:02}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (48, 80, 3))
+        pixels[:, :16] = pixels[:, -16:] = 20 if i % 2 else 230
+        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    pretrain(images, "cifar", tmp_path/"run", size=(24, 40), **{**SMALL, "epochs": 1})
+    assert "read at 29x48" in (said := capsys.readouterr().out) and "views of 24x40 pixels" in said
+    pretrain(out=tmp_path/"run", resume=True, epochs=2, size=(24, 40), num_workers=0)
+    assert json.loads((tmp_path/"run/run.json").read_text())["recipe"]["size"] == [24, 40]
+    encoder, files = load_encoder(tmp_path/"run/encoder.safetensors"), image_files(images)
+    assert runs.seen_size(encoder) == (24, 40)
+    x = load_images(files, (24, 40), progress=False)
+    table = embed(encoder, images, num_workers=0, progress=False)
+    np.testing.assert_allclose(np.stack(table.h), encode(encoder, x)[0], atol=1e-5)
+    assert table.attrs["read"] == [24, 40] and similar(table, files[3], 1, encoder).similarity.iloc[0] <= 1
+    found = similar(table, Image.open(files[3]), 1, encoder)
+    assert found.file.iloc[0] == str(files[3]) and found.similarity.iloc[0] > .999
+    assert evaluate(tmp_path/"run", images, ("knn",), num_workers=0, k=3)["kNN (k=3)"].iloc[0] > 90
+    r = classify(tmp_path/"run", images, seeds=1, num_workers=0)
+    assert r["shares"][0] > .9 and inference_model(r["file"], files[0])["pred_class"] == "dark"
+    net, _ = runs.export_run(tmp_path/"run")
+    assert net.exists()
+
+
+def test_images_are_kept_in_the_aspect_of_the_views():
+    assert [runs.kept_size(24, side) for side in (24, 28, 32, 99)] == [24, 28, 32, 32]
+    assert [runs.kept_size((24, 32), side) for side in (20, 32, 40, 99)] == [(24, 32), (24, 32), (30, 40), (32, 43)]
+    assert runs.kept_size((24, 24), 28) == (28, 28) and runs.kept_size(None, 28) == 28
+
+
+def as_shards_or_table(kind, images, home):
+    "A folder of images as another source"
+    if kind == "folder": return images
+    if kind == "shards": return (write_shards(images, home/"shards", per_shard=20), home/"shards")[1]
+    pd.DataFrame(dict(picture=sorted(map(str, images.rglob("*.png"))), n=1)).to_csv(home/"t.csv", index=False)
+    return home/"t.csv"
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "table"])
+def test_the_images_of_a_run_are_listed_once(kind, trained, tmp_path, monkeypatch):
+    data = as_shards_or_table(kind, trained[0]/"images", tmp_path)
+    name = dict(folder="image_names", shards="shard_index", table="read_table")[kind]
+    listed, own = [], getattr(sources, name)
+    monkeypatch.setattr(sources, name, lambda path, *args: (listed.append(path), own(path, *args))[1])
+    monkeypatch.setattr(runs, "train_run", lambda *args: {})
+    monkeypatch.setattr(runs, "diagnose", lambda *args: None)
+    column, once = dict(column="picture") if kind == "table" else {}, 2 if kind == "shards" else 1
+    small = {k: v for k, v in SMALL.items() if k != "bs"}
+    pretrain(data, out=tmp_path/"run", **small, **column)                # the recipe is chosen by the images
+    assert len(listed) == once, "by pretrain"
+    pretrain(data, "cifar", out=tmp_path/"named", **SMALL, **column)     # it is named
+    pretrain(out=tmp_path/"run", resume=True, num_workers=0)             # the settings are known
+    assert len(listed) == 3*once
+    runs.diagnose_run(data, **{k: v for k, v in small.items() if k not in ("num_workers", "epochs")}, **column)
+    assert len(listed) == 4*once, "by diagnose_run"
+    runs.dls_of_run(tmp_path/"run", 0)
+    assert len(listed) == 5*once
+
+
+def test_what_is_wrong_with_settings_is_said_before_images_are_listed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "image_names", lambda path: pytest.fail("listed"))
+    with pytest.raises(ValueError, match="epochs"): pretrain(trained[0]/"images", out=tmp_path/"run", epochs=0)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        pretrain(trained[0]/"images", out=tmp_path/"run", weights=tmp_path/"nowhere.pth")
 
 
 def test_lines_of_a_run_fit_into_80_columns(trained, tmp_path, capsys):

@@ -30,7 +30,7 @@ from self_supervised_bt.cli import bt_diagnose, bt_evaluate, bt_pretrain
 from self_supervised_bt.data import BadImage, image_files, load_images, read_image
 from self_supervised_bt.folders import bad_images, check_images, labelled_dls, unlabelled_dls
 from self_supervised_bt.runs import evaluate, pretrain, seen_in_training
-from self_supervised_bt.sources import expand_braces, image_source, is_pattern, mixed_order, write_shards
+from self_supervised_bt.sources import expand_braces, image_source, is_pattern, mixed_order, named_image, write_shards
 from self_supervised_bt.weights import load_encoder, save_encoder
 
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
@@ -478,6 +478,22 @@ def test_broken_images_in_shards_are_skipped_and_listed(tmp_path):
     bad = {os.path.basename(f): why for f, why in bad_images(dls).bad}
     assert bad == {"7.png": "truncated", "9.png": "not an image"}
     assert len(check_images(tmp_path/"0.tar", full=True)) == 2
+
+
+def test_the_name_of_an_image_in_a_shard_leads_to_it(shards, numbered, tmp_path):
+    for member in image_source(shards).files:
+        found = named_image(str(member))
+        assert found == member and found.open().read() == member.open().read()
+    file = next(numbered.rglob("*.png"))
+    assert named_image(file) == str(file)
+    for name in ("nothing.png", shards, shards/"000000.tar/nothing.png", shards/"000009.tar/a/00.png", "x.tar/1.png"):
+        assert named_image(name) is None, name
+    home = tmp_path/"x.tar"   # a folder of such a name
+    shutil.copytree(shards, home)
+    assert str(named_image(f"{home}/000000.tar/{member.name}" if "000000" in member.path else
+                           str(member).replace(str(shards), str(home)))).startswith(str(home))
+    tar_of(shards/"000000.tar", {"new.png": png(1)})   # it is read again
+    assert named_image(shards/"000000.tar/new.png") is not None
 
 
 def test_shards_beside_images_are_not_read_and_named(numbered, shards):
