@@ -517,7 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.data.read_images': ('data.html#read_images', 'self_supervised_bt/data.py'),
                                          'self_supervised_bt.data.read_pixels': ('data.html#read_pixels', 'self_supervised_bt/data.py'),
                                          'self_supervised_bt.data.reason_for': ('data.html#reason_for', 'self_supervised_bt/data.py'),
-                                         'self_supervised_bt.data.resized_part': ('data.html#resized_part', 'self_supervised_bt/data.py'),
+                                         'self_supervised_bt.data.resized': ('data.html#resized', 'self_supervised_bt/data.py'),
                                          'self_supervised_bt.data.room_for': ('data.html#room_for', 'self_supervised_bt/data.py'),
                                          'self_supervised_bt.data.significant_bits': ( 'data.html#significant_bits',
                                                                                        'self_supervised_bt/data.py'),

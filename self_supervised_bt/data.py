@@ -711,12 +711,11 @@ def centre_box(height:int, # of an image
     return left,top,left + part_w,top + part_h
 
 # %% ../nbs/01_data.ipynb #5a0c1e15
-def resized_part(a:Tensor,      # (H,W,C) uint8, as decoders give it
-                 size:int|tuple # height and width of the result, pixels
-                )->Tensor:      # (C,*size) uint8, its channels last in memory
-    "The centred part with the aspect ratio of `size`, resized"
-    left,top,right,bottom = centre_box(*a.shape[:2], size)
-    x = a[None, top:bottom, left:right].permute(0, 3, 1, 2)
+def resized(a:Tensor,      # (H,W,C) uint8, as decoders give it
+            size:int|tuple # height and width of the result, pixels
+           )->Tensor:      # (C,*size) uint8, its channels last in memory
+    "An image resized with antialiasing"
+    x = a[None].permute(0, 3, 1, 2)
     if tuple(x.shape[2:]) == height_width(size): return x[0].clone()   # the decoder's memory is its own
     return F.interpolate(x, height_width(size), mode="bilinear", antialias=True)[0]
 
@@ -724,10 +723,10 @@ def part_pixels(im:Image.Image, # 8 bits per channel, any size
                 size:int|tuple, # height and width of the result, pixels
                 n_in:int        # channels
                )->Tensor:       # (n_in,H,W) uint8, its channels last in memory
-    "The centred part of an image of Pillow, resized"
+    "The centred part of an image of Pillow with the aspect ratio of `size`, resized"
     im,box = eight_bit(im, "RGB" if n_in == 3 else "L"),centre_box(im.height, im.width, size)
     if box != (0, 0, *im.size): im = im.crop(box)
-    return resized_part(torch.from_numpy(np.array(im)).view(im.height, im.width, n_in), size)
+    return resized(torch.from_numpy(np.array(im)).view(im.height, im.width, n_in), size)
 
 def square_tensor(im:Image.Image, # 8 bits per channel, any size
                   size:int|tuple, # height and width of the result, pixels
@@ -779,8 +778,9 @@ def read_pixels(file, size:int|tuple, n_in:int, value_range)->Tensor: # (n_in,H,
         stored = im.size
         im.draft("RGB" if n_in == 3 else "L", (max(height_width(size)),)*2)   # whichever way up it is
         a = whole_jpeg(im, n_in) if im.size == stored else None
-        if a is not None: return resized_part(a, size)
-        return part_pixels(upright(im, file, value_range), size, n_in)
+        if a is None: return part_pixels(upright(im, file, value_range), size, n_in)
+        left,top,right,bottom = centre_box(*a.shape[:2], size)
+        return resized(a[top:bottom, left:right], size)
 
 def upright(im:Image.Image,       # of `open_image`
             file:str|Path,        # its file
