@@ -9,6 +9,7 @@ __all__ = ['embed', 'similar', 'near_duplicates']
 import csv
 import ctypes
 import difflib
+import glob
 import json
 import math
 import os
@@ -36,7 +37,15 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/43_explore.ipynb #d4f956ba
-from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
+from self_supervised_bt.core import (
+    check_choice,
+    check_positive_int,
+    in_percent,
+    remove_unfinished,
+    undisturbed,
+    whole_file,
+    write_json,
+)
 from self_supervised_bt.data import (
     PATIENCE,
     REASONS,
@@ -825,6 +834,7 @@ def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest
         differ = [k for k in parts.about if was.get(k) != about[k]]
         if not differ:
             shutil.rmtree(parts.folder, ignore_errors=True)   # of a call that was killed at its very end
+            remove_unfinished(out.parent, glob.escape(out.name))
             return out
         raise ValueError(f"{out} exists, with {differ[0]} {was.get(differ[0])!r}, and now it is {about[differ[0]]!r}: "
                          "remove it, or choose another out")

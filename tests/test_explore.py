@@ -399,14 +399,16 @@ def in_a_part():
 def between_parts(): explore.Parts.write = after(explore.Parts.write, 2)
 def in_the_table(): explore.WRITERS[".parquet"] = half
 def before_parts_are_removed():
-    def rmtree(*args, **kwargs): os.path.exists(f"{home}/before_parts_are_removed.parquet") and kill()
+    own = explore.shutil.rmtree
+    def rmtree(*args, **kwargs): kill() if os.path.exists(out) else own(*args, **kwargs)
     explore.shutil.rmtree = rmtree
 
 for moment in (between_parts, in_a_part, in_the_table, before_parts_are_removed):
     pid = os.fork()
     if not pid:
+        out = f"{home}/{moment.__name__}.parquet"
         moment()
-        bt_embed(encoder, folder, out=f"{home}/{moment.__name__}.parquet", bs=4, workers=0)
+        bt_embed(encoder, folder, out=out, bs=4, workers=0)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), moment
 """
@@ -423,7 +425,7 @@ def test_a_command_that_was_killed_continues_and_gives_the_same_table(saved, fol
         bt_embed(str(saved), str(folder), out=str(whole), bs=4, workers=0)
         home = tmp_path/"killed"
         home.mkdir()
-        subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, saved, folder, home], check=True, timeout=120)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, saved, folder, home], check=True, timeout=400)
         count = lambda self, b: (images.append(len(b)), encode_batch(self, b))[1]  # noqa: E731
         monkeypatch.setattr(explore.RowEncoder, "__call__", count)
         for name, left in dict(between_parts=24, in_a_part=24, in_the_table=0, before_parts_are_removed=0).items():
