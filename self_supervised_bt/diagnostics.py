@@ -64,7 +64,7 @@ def _log_scale(ax):
 
 def _whole_numbers(axis):
     "Ticks at whole numbers only, for what is counted"
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.losses`
                 expected:tuple=None, # what `expected_losses` returns, shown as lines
