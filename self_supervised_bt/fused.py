@@ -574,7 +574,6 @@ class BlurStep(Step):
     def apply(self, v, **prepared):   # rows, then columns
         return _blur_each(v, **prepared) if "k" in prepared else _blur_by_matrices(v, **prepared)
 
-
     def native(self, prepared): return self.name,list(prepared.values()),self.radius
     def describe(self, sigma): return f"blur {sigma:.1f}"
 
@@ -698,6 +697,7 @@ def native(f:callable # of tensors, numbers and lists, with annotations
             except Exception: _native[f] = f   # the same result, slower
     return _native[f]
 
+# %% ../nbs/10_fused.ipynb #d1e3f5a7
 _threads = {}   # (process, number of threads) -> executor
 
 def in_threads(f:callable, # of one of the items
