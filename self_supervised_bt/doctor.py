@@ -26,7 +26,7 @@ from .core import check_positive_int, in_percent, undisturbed
 from .diagnostics import expected_losses, loss_of_pairs, losses_to_expect
 from .evaluation import standardised_rank
 from .fitting import batch_size_of, epoch_values, images_per_epoch, loader_kept
-from .fused import batch_images
+from .fused import batch_images, image_batch
 from .guard import all_finite, bad_rows, epoch_order, find_forward
 from .losses import cross_correlation
 from .multiview import MultiView, check_model, multiview_of
@@ -295,7 +295,7 @@ def _update(seen, twin):
 
 def _first_step(seen, twin, bt, z):
     "The first step: images, views and embeddings are kept, and the change of the weights is measured"
-    seen.x,seen.views = bt.images,tuple(v.as_subclass(Tensor) for v in bt.views)
+    seen.x,seen.views = image_batch(bt.images),tuple(v.as_subclass(Tensor) for v in bt.views)
     seen.zs = tuple(part.float() for part in bt.named_views(z).values())
     loss = deepcopy(pair_loss(bt))
     with torch.no_grad():

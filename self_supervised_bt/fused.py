@@ -7,7 +7,14 @@ __all__ = []
 
 # %% ../nbs/10_fused.ipynb #5b890027
 import math
+import mmap
+import os
+import threading
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -24,8 +31,7 @@ from torch import Tensor
 def image_batch(x:Tensor      # (B,C,H,W) images, float in [0,1] or uint8
                )->TensorImage: # (B,C,H,W) float
     "The batch as a float `TensorImage`; raises `ValueError` or `TypeError` if it holds no images"
-    kind = type(x) if isinstance(x, TensorImage) else TensorImage
-    return _floats(x).as_subclass(kind)
+    return _floats(_checked(x)).as_subclass(_kind(x))
 
 def holds_images(x:Tensor # element of a batch
                 )->bool:
@@ -37,16 +43,23 @@ def batch_images(b            # batch of a data loader: images, or a tuple that 
     "The images of a data loader's batch, checked by `image_batch`"
     return image_batch(b[0] if isinstance(b, (tuple, list)) else b)
 
-def _floats(x):
-    "`image_batch` as a plain tensor, whose attributes are faster to read than those of a subclass"
+def raw_batch(x:Tensor       # (B,C,H,W) images, float in [0,1] or uint8
+             )->TensorImage: # the same
+    "The batch as a `TensorImage` of the dtype that it has; raises as `image_batch` does"
+    return _checked(x).as_subclass(_kind(x))
+
+def _kind(x): return type(x) if isinstance(x, TensorImage) else TensorImage
+def _floats(x): return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+def _checked(x):
+    "A batch of images as a plain tensor, whose attributes are faster to read than those of a subclass"
     plain = x.as_subclass(Tensor) if isinstance(x, Tensor) else None
     if plain is None or plain.ndim != 4:
         got = type(x).__name__ if plain is None else tuple(plain.shape)
         raise ValueError(f"images must be a tensor (B,C,H,W), got {got}: "
                          "the first element of each item of the dls must be an image")
     if 0 in plain.shape: raise ValueError(f"images must not be empty, got shape {tuple(plain.shape)}")
-    if plain.dtype == torch.uint8: return plain.float().div_(255)
-    if not plain.is_floating_point():
+    if plain.dtype != torch.uint8 and not plain.is_floating_point():
         raise TypeError(f"images must be float in [0,1] or uint8, got {plain.dtype}: "
                         "add IntToFloatTensor() to the dls, or call .float()")
     return plain
@@ -124,6 +137,8 @@ class Step:
     p = 1.              # probability that an image gets this step
     colour = False      # does it need 1 or 3 channels?
     unit_range = False  # does it need pixels in [0,1]?
+    settings = None     # names of the attributes that `prepare` and `apply` depend on; `None`: not known
+    in_bytes = False    # is it one of the steps of `views_of_bytes`?
 
     def sample(self, n, shape): # number of images; their (height, width)
         "Parameters by name, one row per image"
@@ -136,6 +151,10 @@ class Step:
     def apply(self, v, **prepared): # (b,C,H,W) images that may be overwritten; their prepared rows, on their device
         "The resulting images, in place or not"
         return v
+
+    def native(self, prepared): # what `prepare` returned
+        "For `views_of_bytes`: name, tensors and number of the step"
+        return self.name,list(prepared.values()),0.
 
     def describe(self, **sampled): # parameters of one image
         "A short text about what was sampled"
@@ -227,7 +246,7 @@ def _crop_each(x, box, flip, size, interpolation):
         v[i] = one.flip(-1) if flipped else one
     return v
 
-def _resize(crop, size, interpolation):
+def _resize(crop, size:tuple[int,int], interpolation:str):
     "A crop (1,C,h,w) resized by a native call; without antialiasing where that gives the same, faster"
     shrinks = crop.shape[2] > size[0] or crop.shape[3] > size[1]
     antialias = shrinks or interpolation == "bicubic"
@@ -293,9 +312,22 @@ class CropStep(Step):
         return f"{h}x{w} at ({top},{left})" + (", flipped" if flip else "")
 
 # %% ../nbs/10_fused.ipynb #aa59a638
+def _affine(v, inverse):   # (b,4) xx, xy, yx, yy: view to source, in [-1,1] coordinates
+    "Views sampled anew, bilinear, mirrored at the edge"
+    h,w = v.shape[2],v.shape[3]
+    m = inverse.to(v.dtype)[:,None,None]
+    y = (torch.arange(h, device=v.device, dtype=v.dtype)*2 + 1)/h - 1
+    x = (torch.arange(w, device=v.device, dtype=v.dtype)*2 + 1)/w - 1
+    across = torch.view_as_complex(m[...,0::2]*x[:,None])   # two coordinates as one number: one fast sum
+    down = torch.view_as_complex(m[...,1::2]*y[:,None,None])
+    grid = torch.view_as_real(across + down)   # (b,h,w,2)
+    return F.grid_sample(v, grid, padding_mode="reflection", align_corners=False)
+
 class AffineStep(Step):
     "Rotation and horizontal shear around the centre, bilinear, mirrored at the edge"
     name = "RandomAffine"
+    settings = ()
+    in_bytes = True
     def __init__(self,
                  degrees:float,   # largest rotation, either way
                  shear:float=0.,  # largest shear, degrees, either way
@@ -314,13 +346,7 @@ class AffineStep(Step):
         sin = a.sin()
         return dict(inverse=torch.stack([cos - sin*t, (sin + cos*t)*h/w, -sin*w/h, cos], 1))
 
-    def apply(self, v, inverse):   # (b,4) xx, xy, yx, yy: view to source, in [-1,1] coordinates
-        b,_,h,w = v.shape
-        m = inverse.to(v.dtype)[:,:,None,None]
-        y,x = ((torch.arange(n, device=v.device, dtype=v.dtype)*2 + 1)/n - 1 for n in (h, w))
-        grid = v.new_empty(b, h, w, 2)
-        for k in range(2): torch.add(m[:,2*k]*x, m[:,2*k+1]*y[:,None], out=grid[...,k])
-        return F.grid_sample(v, grid, padding_mode="reflection", align_corners=False)
+    def apply(self, v, inverse): return _affine(v, inverse)
 
     def describe(self, angle, shear): return f"{angle:+.0f}°" + (f", sheared {shear:+.0f}°" if self.shear else "")
 
@@ -354,10 +380,10 @@ def jitter_matrices(factors:Tensor, # (n,4) brightness, contrast, saturation fac
     return whole[:,:3,:3],whole[:,:3,3:]
 
 # %% ../nbs/10_fused.ipynb #17fad6c0
-def _grey(v):
+def _grey(v, weights:tuple[float,float,float]=GREY):
     "Grey of (b,3,H,W) images, (b,1,H,W)"
     r,g,b = v.unbind(1)
-    return (GREY[0]*r).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])[:,None]
+    return (weights[0]*r).add_(g, alpha=weights[1]).add_(b, alpha=weights[2])[:,None]
 
 def _blend(v, other, f): return (f*v + (1-f)*other).clamp_(0, 1)
 def _brightness(v, f): return (f*v).clamp_(0, 1)
@@ -373,22 +399,35 @@ def _exact_jitter(v, factors, order):
             if len(at): v[at] = op(v[at], factors[at,k,None,None,None])
     return v
 
+def _jitter(v, a, b):
+    "The fused jitter, in place"
+    flat = v.flatten(2)
+    mean = b.to(v.dtype) @ flat.mean(2, keepdim=True)
+    torch.clamp(torch.baddbmm(mean, a.to(v.dtype), flat), 0, 1, out=flat)
+    return v
+
 # %% ../nbs/10_fused.ipynb #198d96cd
 class JitterStep(Step):
     "Colour jitter: brightness, contrast, saturation and hue, in a random order per image"
     name = "ColorJitter"
     colour = True
     unit_range = True
+    settings = ("exact",)
     def __init__(self,
                  strengths:tuple=(.48,.48,.48,.12), # factors of the first three: 1 ± strength; hue: ± strength turns
                  p:float=1.,                        # probability
                  exact:bool=False                   # one operation after the other, as torchvision does?
                 ): self.strengths,self.p,self.exact = strengths,p,exact
 
+    @property
+    def in_bytes(self): return not self.exact
+
     def sample(self, n, shape):
         *colours,hue = self.strengths
         factors = [_uniform(n, max(0, 1-s), 1+s) for s in colours] + [_uniform(n, -hue, hue)]
-        return dict(factors=torch.stack(factors, 1), order=torch.rand(n, 4).argsort(1))
+        # NumPy sorts in this thread: one of PyTorch's, once woken, would wait for more work at full speed
+        order = torch.rand(n, 4).numpy().argsort(1, kind="stable")
+        return dict(factors=torch.stack(factors, 1), order=torch.from_numpy(order))
 
     def prepare(self, v, factors, order):
         if self.exact: return dict(factors=factors, order=order)
@@ -398,10 +437,7 @@ class JitterStep(Step):
 
     def apply(self, v, **prepared):
         if self.exact: return _exact_jitter(v.expand(-1,3,-1,-1).clone(), **prepared)[:,:v.shape[1]]
-        flat = v.flatten(2)
-        a,b = (prepared[k].to(v.dtype) for k in ("a", "b"))
-        torch.clamp(torch.baddbmm(b @ flat.mean(2, keepdim=True), a, flat), 0, 1, out=flat)
-        return v
+        return _jitter(v, **prepared)
 
     def describe(self, factors, order):
         *colours,hue = factors.tolist()
@@ -415,20 +451,27 @@ class GreyStep(Step):
     "All three channels become the grey one"
     name = "RandomGrayscale"
     colour = True
+    settings = ()
+    in_bytes = True
     def __init__(self, p:float=1. # probability
                 ): self.p = p
     def apply(self, v): return v if v.shape[1] == 1 else _grey(v).expand_as(v)
     def describe(self): return "grey"
 
+def _solarize(v, threshold:float): return torch.where(v < threshold, v, 1 - v)
+
 class SolarizeStep(Step):
     "Pixels at or above the threshold are inverted"
     name = "RandomSolarize"
     unit_range = True
+    settings = ("threshold",)
+    in_bytes = True
     def __init__(self,
                  p:float=1.,        # probability
                  threshold:float=.5 # in [0,1]
                 ): self.p,self.threshold = p,threshold
-    def apply(self, v): return torch.where(v < self.threshold, v, 1 - v)
+    def apply(self, v): return _solarize(v, self.threshold)
+    def native(self, prepared): return self.name,[],self.threshold
     def describe(self): return "solarised"
 
 # %% ../nbs/10_fused.ipynb #4e5ee618
@@ -471,10 +514,37 @@ def _add_shifted(im, k, dim):
     for t in range(1, len(k)): out.add_(padded.narrow(dim, t, n), alpha=k[t])
     return out
 
+# %% ../nbs/10_fused.ipynb #e5a7c9d4
+def _blur_by_matrices(v, rows, columns):
+    "Views (b,C,h,w) by a matrix (b,h,h) and a matrix (b,w,w)"
+    across = torch.bmm(v.flatten(1, 2), columns.to(v.dtype).transpose(1, 2))
+    return rows.to(v.dtype)[:,None] @ across.view(v.shape)
+
+def _blur_in_strips(v, sigma, radius:int, width:int=32):
+    "One image (1,C,h,w) by products of its strips with one small matrix, which holds the Gaussian around every pixel"
+    r = min(radius, int(math.ceil(4*float(sigma))))
+    zeros = sigma.new_zeros([width - 1])
+    taps = torch.cat([zeros, gaussian_weights(sigma, r)[0], zeros])
+    m = taps.unfold(0, width + 2*r, 1).flip(0)   # (width,width+2r)
+    _,c,h,w = v.shape
+    padded = F.pad(v, (r,r,0,0), mode="reflect").view(c*h, -1)
+    across = v.new_empty([c*h, w])
+    for a in range(0, w, width):
+        b = min(a + width, w)
+        torch.mm(padded[:,a:b+2*r], m[:b-a,:b-a+2*r].t(), out=across[:,a:b])
+    padded = F.pad(across.view(1, c, h, w), (0,0,r,r), mode="reflect")[0]
+    out = torch.empty_like(v)
+    for a in range(0, h, width):
+        b = min(a + width, h)
+        torch.matmul(m[:b-a,:b-a+2*r], padded[:,a:b+2*r], out=out[0,:,a:b])
+    return out
+
 # %% ../nbs/10_fused.ipynb #958eef71
 class BlurStep(Step):
     "Gaussian blur"
     name = "RandomGaussianBlur"
+    settings = ("radius",)
+    in_bytes = True
     def __init__(self,
                  sigma:tuple[float,float], # smallest and largest, pixels of the view
                  size:tuple[int,int],      # height and width of the view
@@ -487,6 +557,7 @@ class BlurStep(Step):
     def sample(self, n, shape): return dict(sigma=_uniform(n, *self.sigma))
 
     def prepare(self, v, sigma):
+        if v.dtype == torch.uint8: return dict(sigma=sigma)
         k = gaussian_weights(sigma, self.radius)
         if one_by_one(v, above=128): return dict(sigma=sigma, k=k)
         k = k.to(v.device, non_blocking=True)
@@ -501,11 +572,48 @@ class BlurStep(Step):
         return (k @ self.shifts[n].flatten(1)).view(-1, n, n)
 
     def apply(self, v, **prepared):   # rows, then columns
-        if "k" in prepared: return _blur_each(v, **prepared)
-        rows,columns = (prepared[name].to(v.dtype) for name in ("rows", "columns"))
-        return rows[:,None] @ torch.bmm(v.flatten(1, 2), columns.transpose(1, 2)).view(v.shape)
+        return _blur_each(v, **prepared) if "k" in prepared else _blur_by_matrices(v, **prepared)
 
+    def native(self, prepared): return self.name,list(prepared.values()),self.radius
     def describe(self, sigma): return f"blur {sigma:.1f}"
+
+# %% ../nbs/10_fused.ipynb #f7c9e1b6
+def channels_last(x:Tensor # (b,C,H,W)
+                 )->Tensor:
+    "The images as pixels of `C` numbers, as PyTorch's native calls for bytes take them"
+    if x.is_contiguous(memory_format=torch.channels_last): return x
+    pixels = torch.empty_like(x, memory_format=torch.channels_last)
+    for c in range(x.shape[1]): pixels[:,c].copy_(x[:,c])   # twice as fast as all at once
+    return pixels
+
+def _native_step(v, channels:int, name:str, row:int, tensors:list[Tensor], number:float):
+    "One step of one view; a grey one stays one channel until a step needs all"
+    t = [t[row:row+1] for t in tensors]
+    if name == "RandomAffine": return _affine(v, t[0])
+    if name == "RandomGrayscale": return v if v.shape[1] == 1 else _grey(v)
+    if name == "RandomGaussianBlur": return _blur_in_strips(v, t[0], int(number))
+    if name == "RandomSolarize": return _solarize(v, number)
+    if v.shape[1] < channels: v = v.expand(-1, channels, -1, -1).contiguous()
+    return _jitter(v, t[0], t[1])
+
+def views_of_bytes(x,                       # (b,C,H,W) bytes, channels last
+                   out,                     # (b,C,h,w) floats for the views
+                   box:list[list[int]], flip:list[bool], interpolation:str, # of the crops
+                   names:list[str],         # of the steps
+                   rows:list[list[int]],    # of each step and view the row of its parameters, -1: not for this view
+                   tensors:list[list[Tensor]], numbers:list[float], # of the steps
+                   mean, scale):            # of the normalisation
+    "Views of large images, image by image, each in the cache from its crop to its normalisation"
+    channels,h,w = out.shape[1:]
+    v = torch.empty_like(out[:1])
+    for i in range(len(x)):
+        top,left,ch,cw = box[i]
+        crop = _resize(x[i:i+1, :, top:top+ch, left:left+cw], (h, w), interpolation)
+        if flip[i]: crop = crop.flip(-1)
+        im = v.copy_(crop).mul_(1/255)
+        for k in range(len(names)):
+            if rows[k][i] >= 0: im = _native_step(im, channels, names[k], rows[k][i], tensors[k], numbers[k])
+        torch.sub(im, mean, out=out[i:i+1]).mul_(scale)
 
 # %% ../nbs/10_fused.ipynb #19a4a784
 class FusedViews(RandTransform):
@@ -532,11 +640,14 @@ class FusedViews(RandTransform):
 
     def encodes(self, x:Tensor):
         if not holds_images(x): return x
-        plain = x.as_subclass(Tensor)
         if not self.random: return compose_tfms(image_batch(x), self.clean())
-        kind = type(x) if isinstance(x, TensorImage) else TensorImage
-        with torch.no_grad(), torch.autocast(plain.device.type, enabled=False):
-            return self.make_views(_floats(plain)).as_subclass(kind)   # fastai would convert float64 to float32
+        return make_views([self], x)[0][0]
+
+    def check(self, x:Tensor): # (B,C,H,W) float
+        "Check the pixels of the first batch"
+        unit = self.crop.interpolation == "bicubic" or any(s.unit_range for s in self.steps)
+        if not self.checked: check_pixels(x, unit)
+        self.checked = True
 
     def decodes(self, x:TensorImage): return self.norm.decode(x) if self.norm else x
 
@@ -567,54 +678,141 @@ def describe(self:FusedViews,
     return "\n".join(step.describe(**row) for step,row in rows.items() if row.pop("on", True))
 
 # %% ../nbs/10_fused.ipynb #0f8ff959
-@patch
-def make_views(self:FusedViews, x):
-    "The views (B,C,h,w) of images (B,C,H,W), a part of the batch at a time"
-    if not self.checked: check_pixels(x, self.crop.interpolation == "bicubic" or any(s.unit_range for s in self.steps))
-    self.checked = True
-    self.sampled = self.sample(len(x), x.shape[-2:])
-    out = x.new_empty(*x.shape[:2], *self.crop.size)
-    crop = self.crop.prepare(x, **self.sampled[self.crop])
-    steps = self.prepare_steps(out)
-    on_cpu = x.device.type == "cpu"
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    parts = max(1, min(len(x), round(out.numel()/2**20))) if on_cpu else 1
-    for p in range(parts):
-        i = len(x)*p//parts
-        j = len(x)*(p+1)//parts
-        some = x[i:j].float() if half else x[i:j]
-        v = self.crop.apply(some, **{k: t[i:j] for k,t in crop.items()})
-        self.apply_steps(v, steps, i, j)
-        if parts == 1: return v.to(x.dtype)
-        out[i:j] = v
-    return out
+def stay_bytes(x:Tensor,  # (B,C,H,W) images
+               tfms:list  # `FusedViews`
+              )->bool:
+    "Are views made of these images as bytes? Large ones on a CPU, of a number of channels with native calls for bytes"
+    if x.dtype != torch.uint8 or x.shape[1] > 4 or not one_by_one(x, tfms[0].crop.size): return False
+    return all(step.in_bytes for t in tfms for step in t.steps)
+
+_native = {}    # function -> the same in TorchScript
+
+def native(f:callable # of tensors, numbers and lists, with annotations
+          )->callable:
+    "`f` compiled by TorchScript, so that threads do not wait for Python's lock at every operation; or `f` itself"
+    if f not in _native:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # TorchScript is deprecated
+            try: _native[f] = torch.jit.script(f)
+            except Exception: _native[f] = f   # the same result, slower
+    return _native[f]
+
+# %% ../nbs/10_fused.ipynb #d1e3f5a7
+_threads = {}   # (process, number of threads) -> executor
+
+def in_threads(f:callable, # of one of the items
+               items:list
+              )->list:     # its results
+    "`f` of every item, on as many threads as PyTorch has, each of which computes for itself"
+    n = torch.get_num_threads()
+    if n == 1 or len(items) == 1: return [f(item) for item in items]
+    key = os.getpid(),n   # a child process has none of its parent's threads
+    if key not in _threads:
+        _threads.clear()
+        _threads[key] = _start_threads(n)
+    return list(_threads[key].map(f, items))
+
+def _start_threads(n):
+    "An executor whose `n` threads use no further threads of PyTorch"
+    executor = ThreadPoolExecutor(n, thread_name_prefix="views")
+    all_started = threading.Barrier(n)
+    def start():
+        torch.get_num_threads()   # or the first operation would read the number of all threads again
+        torch.set_num_threads(1)
+        all_started.wait()
+    for task in [executor.submit(start) for _ in range(n)]: task.result()
+    torch.set_num_threads(n)   # the number of this thread has not changed, but that of later threads
+    return executor
+
+# %% ../nbs/10_fused.ipynb #a9d1f3b6
+_memories = []   # of large views that are gone, at most two
+
+def new_views(shape:tuple, # (B,C,h,w)
+              x:Tensor     # its dtype and device; bytes become float32
+             )->Tensor:    # uninitialised
+    "Memory for views; large views of floats on a CPU get that of earlier ones, whose first use is behind it"
+    n = math.prod(shape)
+    if x.device.type != "cpu" or x.dtype not in (torch.uint8, torch.float32) or n < 2**20:
+        return torch.empty(shape, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype, device=x.device)
+    memory = _reused(4*n) or _new_memory(4*n)
+    array = np.frombuffer(memory, np.float32)
+    gone = weakref.finalize(array, _keep, memory)   # when the last tensor that has it is gone
+    gone.atexit = False
+    return torch.from_numpy(array).view(shape)
+
+def _new_memory(n):
+    "Bytes; on Linux in large pages, because the first use of small ones takes longer than a copy"
+    private = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, n, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError): memory.madvise(mmap.MADV_HUGEPAGE)   # a kernel without large pages
+    return memory
+
+def _keep(memory): _memories[:] = [*_memories[-1:], memory]
+
+def _reused(n):
+    "Memory of that size, not in use any more"
+    while _memories:
+        memory = _memories.pop()
+        if len(memory) == n: return memory
 
 # %% ../nbs/10_fused.ipynb #02e28bd9
-@patch
-def prepare_steps(self:FusedViews, out):
-    "The steps that have images to act on: (step, indices of these images, what was prepared for them, on their device)"
-    prepared = []
-    for step in self.steps:
-        params = dict(self.sampled[step])
-        on = params.pop("on", None)
-        at = torch.arange(len(out)) if on is None else on.nonzero()[:,0]
-        if step.colour and out.shape[1] not in (1, 3): self.warn_channels(step, out.shape[1])
-        elif len(at):
-            rows = step.prepare(out, **{k: t[at] for k,t in params.items()})
-            prepared.append((step, at, {k: t.to(out.device, non_blocking=True) for k,t in rows.items()}))
-    return prepared
+class OnePass:
+    "One pass over a batch: its views by one transform or more, parameters first"
+    def __init__(self,
+                 tfms:list, # `FusedViews` of one size
+                 x:Tensor   # (B,C,H,W) images, a plain tensor
+                ):
+        size = tfms[0].crop.size
+        self.of_bytes = stay_bytes(x, tfms)
+        self.tfms,self.x,self.n = tfms,(x if self.of_bytes else _floats(x)),len(x)
+        self.shape = (len(tfms)*len(x), x.shape[1], *size)   # one view after the other
+        if not self.of_bytes:
+            for t in tfms: t.check(self.x)
+        self.sampled = [t.sample(self.n, x.shape[-2:]) for t in tfms]
+        for t,s in zip(tfms, self.sampled): t.sampled = s
+        self.crops = [t.crop.prepare(self.x, **s[t.crop]) for t,s in zip(tfms, self.sampled)]
+        self.steps = [found for group in shared_steps(tfms) if (found := self.prepare(group))]
 
-@patch
-def apply_steps(self:FusedViews, v, steps, i, j):
-    "The prepared steps and the normalisation, in place, on the images i:j of the batch"
-    for step,at,prepared in steps:
-        lo,hi = torch.searchsorted(at, torch.tensor([i, j])).tolist()
-        part = {k: t[lo:hi] for k,t in prepared.items()}
-        if hi - lo == len(v): v.copy_(step.apply(v, **part))
-        elif hi > lo:
-            these = (at[lo:hi] - i).to(v.device, non_blocking=True)
-            v.index_copy_(0, these, step.apply(v.index_select(0, these), **part))
-    if self.norm: self.norm.normalise_(v)
+    def prepare(self, group):
+        "A step of one view or more: the step, indices of the views that get it, what was prepared for them; or `None`"
+        at,params = zip(*(self.rows(view, step) for view,step in group))
+        at = torch.cat(at)
+        if not len(at): return None
+        step = group[0][1]
+        like = torch.empty((), dtype=self.x.dtype, device=self.x.device).expand(self.shape)
+        prepared = step.prepare(like, **{k: torch.cat([p[k] for p in params]) for k in params[0]})
+        return step,at,{k: t.to(self.x.device, non_blocking=True) for k,t in prepared.items()}
+
+    def rows(self, view, step):
+        "Indices of the views that get this step, and its parameters for them"
+        params = dict(self.sampled[view][step])
+        on = params.pop("on", None)
+        if step.colour and self.shape[1] not in (1, 3):
+            self.tfms[view].warn_channels(step, self.shape[1])
+            on = torch.zeros(self.n, dtype=torch.bool)
+        i = torch.arange(self.n) if on is None else on.nonzero()[:,0]
+        return i + view*self.n,{k: t[i] for k,t in params.items()}
+
+# %% ../nbs/10_fused.ipynb #a7c1e2d0
+def shared_steps(tfms:list # `FusedViews`
+                )->list:   # of lists of (index of the view, its step)
+    "The steps of several views in their order; those that have the same effect, at the same place, are prepared as one"
+    groups = []
+    for place in zip_longest(*(t.steps for t in tfms)):
+        here = []
+        for view,step in enumerate(place):
+            if step is None: continue
+            group = next((g for g in here if _same_effect(g[0][1], step)), None)
+            if group is None: here.append([(view, step)])
+            else: group.append((view, step))
+        groups += here
+    return groups
+
+def _same_effect(a, b):
+    "Do two steps the same with the same parameters?"
+    if a is b: return True
+    return type(a) is type(b) and a.settings is not None and all(getattr(a, k) == getattr(b, k) for k in a.settings)
 
 @patch
 def warn_channels(self:FusedViews, step, channels):
@@ -623,3 +821,93 @@ def warn_channels(self:FusedViews, step, channels):
     warnings.warn(f"{step.name} works on 1 or 3 channels and leaves images of {channels} channels as they are",
                   stacklevel=4)
     self.warned = True
+
+# %% ../nbs/10_fused.ipynb #b2d4f6a1
+@patch
+def of_floats(self:OnePass, view, i, j):
+    "One view of the images i:j, step by step"
+    tfm = self.tfms[view]
+    half = self.x.dtype in (torch.float16, torch.bfloat16)
+    some = self.x[i:j].float() if half else self.x[i:j]
+    v = tfm.crop.apply(some, **{k: t[i:j] for k,t in self.crops[view].items()})
+    first = view*self.n
+    for step,at,prepared in self.steps:
+        lo,hi = torch.searchsorted(at, torch.tensor([first + i, first + j])).tolist()
+        part = {k: t[lo:hi] for k,t in prepared.items()}
+        if hi - lo == len(v): v.copy_(step.apply(v, **part))
+        elif hi > lo:
+            these = (at[lo:hi] - first - i).to(v.device, non_blocking=True)
+            v.index_copy_(0, these, step.apply(v.index_select(0, these), **part))
+    if tfm.norm: tfm.norm.normalise_(v)
+    return v
+
+@patch
+def parts(self:OnePass):
+    "Where the parts of a batch begin and end, some for every thread; a GPU has one"
+    if self.x.device.type != "cpu": return [(0, self.n)]
+    threads = torch.get_num_threads()
+    numbers = math.prod(self.shape[1:])*self.n
+    if self.of_bytes: parts = 8*threads
+    else: parts = max(round(numbers/2**20), min(threads, numbers//2**17), 1)
+    parts = min(parts, self.n)
+    ends = [self.n*p//parts for p in range(parts + 1)]
+    return list(zip(ends, ends[1:]))
+
+# %% ../nbs/10_fused.ipynb #d4f6b8c3
+@patch
+def of_bytes_into(self:OnePass, make, out, i, j):
+    "All views of the images i:j, by `make`, the compiled `views_of_bytes`"
+    x = channels_last(self.x[i:j])
+    for view,(tfm,crop) in enumerate(zip(self.tfms, self.crops)):
+        first = view*self.n + i
+        box,flip = (crop[name][i:j].tolist() for name in ("box", "flip"))
+        some = out[first:first + j - i]
+        mean,std = (some.new_zeros(1), some.new_ones(1)) if tfm.norm is None else tfm.norm._fit(some)
+        mean = mean.expand(1, some.shape[1], 1, 1)   # all channels: a grey image has one, and becomes as many
+        names,tensors,numbers,rows = self.native_steps(first, first + j - i)
+        make(x, some, box, flip, tfm.crop.interpolation, names, rows, tensors, numbers, mean, 1/std)
+
+@patch
+def native_steps(self:OnePass, i, j):
+    "The steps of the views i:j for `views_of_bytes`: names, tensors, numbers, and the row of each view or -1"
+    names,tensors,numbers,rows = [],[],[],[]
+    for step,at,prepared in self.steps:
+        lo,hi = torch.searchsorted(at, torch.tensor([i, j])).tolist()
+        if lo == hi: continue
+        row = [-1]*(j - i)
+        for r,k in enumerate(at[lo:hi].tolist(), lo): row[k-i] = r
+        name,of_step,number = step.native(prepared)
+        names.append(name)
+        tensors.append(of_step)
+        numbers.append(float(number))
+        rows.append(row)
+    return names,tensors,numbers,rows
+
+# %% ../nbs/10_fused.ipynb #e6b8d0a5
+@patch
+def run(self:OnePass):
+    "The views (B,C,h,w), one after the other in memory"
+    views,parts = range(len(self.tfms)),self.parts()
+    if not self.of_bytes and len(views)*len(parts) == 1: return [self.of_floats(0, 0, self.n).to(self.x.dtype)]
+    out = new_views(self.shape, self.x)
+    if self.of_bytes:
+        make = native(views_of_bytes)
+        def some(part):
+            with torch.no_grad(): self.of_bytes_into(make, out, *part)   # a thread has its own setting
+        in_threads(some, parts)
+    else:
+        for view in views:
+            for i,j in parts: out[view*self.n + i:view*self.n + j] = self.of_floats(view, i, j)
+    return list(out.chunk(len(views)))
+
+def make_views(tfms:list, # `FusedViews`, one per view
+               x:Tensor   # (B,C,H,W) images, float in [0,1] or uint8
+              )->tuple:   # `TensorImage`s (B,C,h,w), of bytes float32, else of the dtype of `x`; the parameters of each
+    "A view of the batch by each transform; what they have in common is done once if they have one size"
+    plain = _checked(x)
+    kind = _kind(x)
+    together = len({t.crop.size for t in tfms}) == 1
+    with torch.no_grad(), torch.autocast(plain.device.type, enabled=False):
+        passes = [OnePass(tfms, plain)] if together else [OnePass([t], plain) for t in tfms]
+        views = [v.as_subclass(kind) for p in passes for v in p.run()]
+    return views,[s for p in passes for s in p.sampled]

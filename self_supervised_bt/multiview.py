@@ -29,8 +29,8 @@ from self_supervised_bt.augmentations import (
     clean_pipeline,
     displayable,
     fused_views,
-    sampled_by,
     show_pixels,
+    views_of,
 )
 from .core import check_positive_int, unwrapped
 from self_supervised_bt.fitting import (
@@ -44,7 +44,7 @@ from self_supervised_bt.fitting import (
     remove_columns,
     sampled_images,
 )
-from .fused import batch_images, centre_resize, image_batch
+from .fused import centre_resize, image_batch, raw_batch
 from .losses import check_loss, set_lmb
 
 # %% ../nbs/14_multiview.ipynb #7f1812f9
@@ -146,6 +146,18 @@ class MultiView(Callback):
     def after_batch(self): self.views = self.images = self.sampled = None
     def after_fit(self): self.release()
 
+# %% ../nbs/14_multiview.ipynb #b7e9f1c2
+def in_one_batch(views:tuple # (B,C,h,w) each
+                )->Tensor:   # (n*B,C,h,w)
+    "All views, one after the other; without a copy if they are so in memory already"
+    first = views[0]
+    at = first.untyped_storage().data_ptr()
+    step = first.numel()
+    one_memory = all(v.is_contiguous() and v.dtype == first.dtype and v.untyped_storage().data_ptr() == at
+                     and v.storage_offset() == first.storage_offset() + i*step for i,v in enumerate(views))
+    if not one_memory: return torch.cat(views)
+    return first.as_strided((len(views)*len(first), *first.shape[1:]), first.stride())
+
 # %% ../nbs/14_multiview.ipynb #53c8b904
 @patch
 def loss(self:MultiView, z:Tensor)->Tensor: # z (n*B,D) embeddings of all views, one view after the other; a scalar
@@ -155,7 +167,7 @@ def loss(self:MultiView, z:Tensor)->Tensor: # z (n*B,D) embeddings of all views,
 @patch
 def model_input(self:MultiView)->tuple: # what the model is called with
     "All views in one batch; with `separate_bn` also `paired` and `views` of `BarlowTwinsModel`"
-    x = torch.cat(self.views)
+    x = in_one_batch(self.views)
     return (x, False, len(self.views)) if self.separate_bn else (x,)
 
 @patch
@@ -252,13 +264,13 @@ def has_metrics(self:MultiView):
 
 @patch
 def input_images(self:MultiView)->TensorImage:
-    "The images of the Learner's batch; raises if there is no image, or more than one per item"
+    "The images of the Learner's batch, floats or bytes; raises if there is no image, or more than one per item"
     xb = self.learn.xb
     if not isinstance(xb, (tuple, list)):
         raise TypeError(f"the dls give a bare {type(xb).__name__} as batch, and fastai takes its first row for the "
                         "images: let the dataset return tuples, (image,) or (image, label)")
     if len(xb) != 1: raise ValueError(f"the dls give {len(xb)} inputs per item, one image is expected: set n_inp=1")
-    return image_batch(xb[0])
+    return raw_batch(xb[0])
 
 @patch
 def train_on(self:MultiView, x:TensorImage):
@@ -273,7 +285,7 @@ def train_on(self:MultiView, x:TensorImage):
     views,*how = self.model_input()
     self.learn.xb = (self.in_model_precision(views), *how)
     if len(self.xb) > 1 and isinstance(self.model, nn.DataParallel): self.refuse_data_parallel()
-    if not len(self.yb): self.learn.yb = (x.new_zeros(len(x)).as_subclass(Tensor),)
+    if not len(self.yb): self.learn.yb = (views.new_zeros(len(x)).as_subclass(Tensor),)
 
 # %% ../nbs/14_multiview.ipynb #ed4db862
 @patch
@@ -366,31 +378,32 @@ def logging_of_views(learn):
 def training_images(dls # `DataLoaders` of fastai's or PyTorch's loaders
                    )->TensorImage: # (B,C,H,W) float
     "One batch of training images"
-    return batch_images(look_at_batch(dls.train))
+    return image_batch(_raw_images(dls))
+
+def _raw_images(dls):
+    b = look_at_batch(dls.train)
+    return raw_batch(b[0] if isinstance(b, (tuple, list)) else b)
 
 @patch
 def make_views(self:MultiView,
-               x:TensorImage # (B,C,H,W)
+               x:TensorImage # (B,C,H,W), floats or bytes
               )->tuple:      # the views, and the parameters sampled for each (`None` unless its backend is fused)
     "A view by each pipeline"
-    views,sampled = [],[]
-    for aug in self.augs:   # may be the same one twice, so its parameters are noted before the next view
-        views.append(aug(x))
-        sampled.append(sampled_by(aug))
+    views,sampled = views_of(self.augs, x)
     return tuple(views),sampled
 
 @patch
 def sample_views(self:MultiView)->tuple: # images (B,C,H,W), and their views
     "A batch of training images and its views; loader and random states stay as they are"
-    x = training_images(self.dls)
-    with random_states_kept(): return x,self.make_views(x)[0]
+    x = _raw_images(self.dls)
+    with random_states_kept(): return image_batch(x),self.make_views(x)[0]
 
 @patch
 def views_to_show(self:MultiView)->tuple: # images, views, sampled parameters of each
     "Those of the Learner's batch, or of a batch of training images"
-    if self.views: return self.images,self.views,self.sampled
-    x = training_images(self.dls)
-    return x,*self.make_views(x)
+    if self.views: return image_batch(self.images),self.views,self.sampled
+    x = _raw_images(self.dls)
+    return image_batch(x),*self.make_views(x)
 
 # %% ../nbs/14_multiview.ipynb #5a1e0c61
 TITLE = .3   # inches above the first row of axes

@@ -24,7 +24,7 @@ from .barlow_twins import BarlowTwinsModel
 from .core import check_choice, check_number, check_positive_int
 from .layers import create_mlp_module, encoder_width
 from .losses import AllPairs, at_least_float32, check_embeddings, check_loss, squares_and_diagonal
-from .multiview import MultiView, check_model
+from .multiview import MultiView, check_model, in_one_batch
 
 # %% ../nbs/16_siblings.ipynb #e6523088
 class ViewLoss:
@@ -371,7 +371,7 @@ class BYOL(MultiView):
     def after_step(self): check_byol_model(self.model).follow(momentum_at(self.pct_train, self.momentum))
     def model_input(self):
         "All views in one batch, to be predicted"
-        return (torch.cat(self.views), True, len(self.views) if self.separate_bn else 1)
+        return (in_one_batch(self.views), True, len(self.views) if self.separate_bn else 1)
     def loss(self, z):
         "The loss of predictions and targets, of all views"
         return self.objective(*z.chunk(2*len(self.augs)))

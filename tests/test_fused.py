@@ -1,5 +1,6 @@
 "The fused views: parameters per image, distributions and pixels compared with torchvision"
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,18 +10,34 @@ import torchvision.transforms.v2.functional as TF
 from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.core import imagenet_stats
+from fasttransform import Pipeline
 from scipy import stats as st
 from torchvision.transforms import RandomResizedCrop
 
-from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_batch_augs
+from self_supervised_bt import fused
+from self_supervised_bt.augmentations import (
+    VIEW_RECIPES,
+    get_barlow_twins_aug_pipelines,
+    get_batch_augs,
+    get_multi_aug_pipelines,
+    sampled_by,
+    views_of,
+)
 from self_supervised_bt.fused import (
     INTERPOLATIONS,
     AffineStep,
     BlurStep,
+    CropStep,
+    FusedViews,
+    GreyStep,
     JitterStep,
     NormalizeViews,
+    SolarizeStep,
+    Step,
     crop_boxes,
     image_batch,
+    in_threads,
+    stay_bytes,
 )
 
 OFF = dict(rotate=False, jitter=False, bw=False, blur=False, stats=None)
@@ -305,3 +322,206 @@ def test_colour_steps_skip_other_numbers_of_channels_and_warn_once():
         warnings.simplefilter("error")
         p(x)
     assert len(caught) == 1
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+def photographs(n, shape, channels=3, memory_format=torch.contiguous_format):
+    "Smooth images as bytes"
+    x = F.interpolate(torch.rand(n, channels, 9, 9), size=shape, mode="bicubic").clamp(0, 1)
+    return (x*255).round().byte().contiguous(memory_format=memory_format)
+
+
+ONLY = dict(rotate=False, jitter=False, bw=False, blur=False)
+BYTES = {   # settings, and the largest and mean difference of a pixel in [0,1]; a byte is rounded by at most .002
+    "crop": (ONLY, .0045, .0012),
+    "bicubic": (dict(ONLY, interpolation="bicubic"), .012, .0016),   # its weights are larger than 1 in sum
+    "rotation and shear": (dict(ONLY, rotate=True, rotate_p=1, shear_deg=10), .0045, .0012),
+    "jitter": (dict(ONLY, jitter=True, jitter_p=1, jitter_s=.3), .01, .0016),
+    "grey": (dict(ONLY, bw=True, bw_p=1), .0045, .0008),
+    "blur": (dict(ONLY, blur=True, blur_p=1, blur_s=(1., 3.)), .0045, .0008),
+    "default": ({}, .012, .0015),
+    "jitter after another": (dict(rotate_p=.5, jitter_p=.5, bw_p=.5, blur_p=.5, jitter_s=.3), .01, .0015),
+}
+
+
+@pytest.mark.parametrize("shape,size", [((128, 100), (96, 70)), ((150, 160), 140), ((60, 50), 100)])
+@pytest.mark.parametrize("case", BYTES)
+def test_views_of_bytes_are_those_of_floats_up_to_rounding(case, shape, size):
+    settings, largest, mean = BYTES[case]
+    torch.manual_seed(0)
+    tfm, = get_batch_augs(size, **{"stats": None, **settings})
+    x = photographs(24, shape, memory_format=torch.channels_last)
+    assert stay_bytes(x, [tfm])
+    v = seeded_view(tfm, x)
+    of_bytes = tfm.sampled
+    difference = (v - seeded_view(tfm, TensorImage(x.float()/255))).abs()
+    assert difference.max() < largest and difference.mean() < mean and v.dtype == torch.float32
+    for step, params in tfm.sampled.items():
+        for name, t in params.items(): assert torch.equal(t, of_bytes[step][name])
+
+
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+def test_recipes_make_views_of_bytes(recipe):
+    "All views in one call, which are those of floats up to rounding; a pixel may pass the threshold of solarisation"
+    x = photographs(16, (90, 90))
+    p = get_multi_aug_pipelines(2, 80, recipe, **({} if recipe == "digits" else dict(interpolation="bilinear")))
+    torch.manual_seed(1)
+    views, sampled = views_of(p, x)
+    torch.manual_seed(1)
+    for v, s, aug in zip(views, sampled, p):
+        floats = aug(TensorImage(x.float()/255))
+        assert (v - floats).abs().median() < .02 and (v - floats).abs().mean() < .03
+        for step, params in sampled_by(aug).items(): assert torch.equal(s[step].get("on", v), params.get("on", v))
+
+
+def test_views_of_bytes_equal_torchvisions():
+    "torchvision's own crops of bytes are equal but for the last bit, wherever they lie"
+    torch.manual_seed(0)
+    tfm, = get_batch_augs(96, **ONLY, stats=None)
+    x = photographs(40, (128, 150))
+    v = (seeded_view(tfm, x)*255).round()
+    for i, ours in enumerate(v):
+        d = {k: t[i] for k, t in tfm.sampled[tfm.crop].items()}
+        theirs = TF.resized_crop(x[i], *d["box"].tolist(), [96, 96], antialias=True)
+        difference = (ours - (theirs.flip(-1) if d["flip"] else theirs)).abs()
+        assert difference.max() <= 1 and difference.mean() < .02
+
+
+@pytest.mark.parametrize("stats", [None, imagenet_stats])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_bytes_of_any_number_of_channels(channels, stats):
+    stats = stats and ([.4]*channels, [.2]*channels)
+    tfm, = get_batch_augs(80, stats=stats, jitter=channels in (1, 3), bw=channels in (1, 3), blur_p=1)
+    x = photographs(6, (90, 70), channels)
+    v = seeded_view(tfm, x)
+    assert v.shape == (6, channels, 80, 80)
+    assert (v - seeded_view(tfm, TensorImage(x.float()/255))).abs().max() < .1
+
+
+@pytest.mark.parametrize("shape,size", [((32, 32), 24), ((100, 90), 96)])
+def test_bytes_of_any_layout_give_the_same_views_and_stay_as_they_are(shape, size):
+    tfm, = get_batch_augs(size)
+    x = photographs(20, shape)
+    before, v = x.clone(), seeded_view(tfm, x)
+    layouts = (x.to(memory_format=torch.channels_last), torch.stack([x, x], 1)[:, 1],
+               torch.cat([x, x], 3)[..., :shape[1]], TensorImageBW(x))
+    for other in layouts: assert torch.equal(seeded_view(tfm, other), v)
+    assert torch.equal(x, before) and type(seeded_view(tfm, TensorImageBW(x))) is TensorImageBW
+    one = photographs(1, shape).expand(20, -1, -1, -1)
+    assert torch.equal(seeded_view(tfm, one), seeded_view(tfm, one.contiguous()))
+
+
+def test_one_set_of_parameters_for_a_batch_of_bytes():
+    tfm, = get_batch_augs(80, same_on_batch=True)
+    v = seeded_view(tfm, photographs(1, (90, 90)).expand(8, -1, -1, -1))
+    assert torch.equal(v, v[:1].expand_as(v))
+
+
+class Inverted(Step):
+    "A step of one's own"
+    def apply(self, v): return 1 - v
+
+
+def test_steps_that_are_not_for_bytes_get_floats():
+    x = photographs(6, (90, 90))
+    for steps in ([Inverted()], [JitterStep(exact=True)]):
+        tfm = FusedViews(CropStep((80, 80)), steps)
+        assert torch.equal(seeded_view(tfm, x), seeded_view(tfm, TensorImage(x.float()/255)))
+
+
+def test_steps_in_another_order():
+    "A grey image is one channel for some steps, and three for the next"
+    steps = [GreyStep(), AffineStep(20), JitterStep(), BlurStep((.5, 2.), (80, 80)), SolarizeStep(), GreyStep()]
+    x = photographs(6, (90, 90))
+    tfm = FusedViews(CropStep((80, 80)), steps)
+    difference = (seeded_view(tfm, x) - seeded_view(tfm, TensorImage(x.float()/255))).abs()
+    assert (difference > .01).double().mean() < .03
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape,size", [((32, 32), 32), ((128, 128), 96), ((160, 160), 140)])
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+def test_all_views_in_one_call_are_those_of_each_pipeline(recipe, shape, size, dtype):
+    "Also with pipelines of different steps, and with one pipeline for two views"
+    x = photographs(16, shape)
+    x = x if dtype == torch.uint8 else TensorImage(x.float()/255)
+    p = get_multi_aug_pipelines(2, size, recipe)
+    p = [p[0], p[1], p[0]]
+    torch.manual_seed(2)
+    views, sampled = views_of(p, x)
+    torch.manual_seed(2)
+    for v, s, aug in zip(views, sampled, p):
+        alone = aug(x)
+        assert torch.allclose(v, alone, atol=1e-5) and type(v) is type(alone) is TensorImage
+        for step, params in sampled_by(aug).items():
+            for name, t in params.items(): assert torch.equal(s[step][name], t)
+
+
+def test_views_with_further_transforms_or_of_different_sizes():
+    x = photographs(6, (90, 90))
+    p = [Pipeline(get_batch_augs(80, xtra_tfms=[lambda v: v + torch.rand(1)]), split_idx=0),
+         Pipeline(get_batch_augs(80, backend="kornia"), split_idx=0), Pipeline(get_batch_augs(20), split_idx=0)]
+    torch.manual_seed(3)
+    views, sampled = views_of(p, x)
+    torch.manual_seed(3)
+    first = p[0](x)
+    assert torch.equal(views[0], first) and [s is None for s in sampled] == [False, True, False]
+    assert [v.shape[-1] for v in views] == [80, 80, 20] and all(v.is_floating_point() for v in views)
+    several = [p[2], Pipeline(get_batch_augs(80), split_idx=0)]
+    assert [v.shape[-1] for v in views_of(several, x)[0]] == [20, 80]
+
+
+@pytest.mark.parametrize("shape,size", [((32, 32), 32), ((128, 128), 96), ((256, 256), 224)])
+def test_threads_change_nothing(shape, size):
+    "Neither the views, nor the number of threads of PyTorch in this thread and in later ones"
+    p, x = get_barlow_twins_aug_pipelines(size), photographs(9, shape)
+    n, found = torch.get_num_threads(), []
+    try:
+        for k in (1, 2, 3):
+            torch.set_num_threads(k)
+            torch.manual_seed(4)
+            found.append(torch.cat(views_of(p, x)[0]))
+            with ThreadPoolExecutor(1) as later: assert later.submit(torch.get_num_threads).result() == k
+            assert torch.get_num_threads() == k
+    finally: torch.set_num_threads(n)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_an_error_in_a_thread_is_raised():
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError): in_threads(lambda i: 1/i, [2, 1, 0])
+        assert in_threads(lambda i: i + torch.get_num_threads(), [1, 2, 3]) == [2, 3, 4]
+    finally: torch.set_num_threads(n)
+
+
+def test_without_torchscript_the_views_are_the_same(monkeypatch):
+    tfm, x = get_batch_augs(80)[0], photographs(12, (90, 90))
+    v = seeded_view(tfm, x)
+    def gone(f): raise RuntimeError("TorchScript is gone")
+    monkeypatch.setattr(torch.jit, "script", gone)
+    monkeypatch.setattr(fused, "_native", {})
+    assert torch.equal(seeded_view(tfm, x), v)
+
+
+def test_the_memory_of_views_is_used_again_when_they_are_gone():
+    x = torch.empty(1, dtype=torch.uint8)
+    shape = (2, 3, 500, 500)
+    first = fused.new_views(shape, x)
+    half = first[:1].fill_(1)
+    at = first.data_ptr()
+    del first
+    second = fused.new_views(shape, x).fill_(2)
+    assert second.data_ptr() != at and (half == 1).all()     # a part of it is still in use
+    del half
+    assert fused.new_views(shape, x).data_ptr() == at
+    assert fused.new_views((3, *shape[1:]), x).shape[0] == 3 and (second == 2).all()
+
+
+def test_views_of_bytes_under_autocast_and_without_gradients():
+    tfm, x = get_batch_augs(80)[0], photographs(8, (90, 90))
+    v = seeded_view(tfm, x)
+    with torch.autocast("cpu", torch.bfloat16): w = seeded_view(tfm, x)
+    assert torch.equal(v, w) and w.dtype == torch.float32 and not w.requires_grad

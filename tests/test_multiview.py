@@ -15,6 +15,7 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders, Datasets
+from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import CastToTensor, Learner, load_learner
 from fastai.torch_core import TensorImage, set_seed
@@ -29,7 +30,7 @@ from self_supervised_bt.data import digits_images, tensor_dls
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.fused import NormalizeViews
 from self_supervised_bt.losses import BarlowTwinsLoss, barlow_twins_loss
-from self_supervised_bt.multiview import no_loss
+from self_supervised_bt.multiview import in_one_batch, no_loss
 from self_supervised_bt.recipes import bt_learner
 
 AUGS = dict(size=8, stats=None)
@@ -568,3 +569,49 @@ def test_a_validation_inside_a_fit_leaves_the_loss_of_the_views(make_dls, own_lo
     outside = learn.loss_func
     learn.fit(2, 1e-2)
     assert losses == ["ViewsLoss"]*2 and learn.loss_func is outside
+
+
+# Batches of bytes
+
+@pytest.fixture
+def bytes_dls():
+    "Loaders that give bytes, with labels"
+    def make(size, n=48):
+        x = F.interpolate(torch.rand(n, 1, 6, 6), size=size, mode="bilinear")
+        items = torch.utils.data.TensorDataset((x*255).byte(), torch.arange(n) % 2)
+        return DataLoaders(*(DataLoader(items, bs=16) for _ in range(2)))
+    return make
+
+
+@pytest.mark.parametrize("size", [8, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_train_and_are_evaluated_as_floats_are(make_learner, bytes_dls, size, backend):
+    "Bytes come as far as the views; model, predictions, and `show` see floats"
+    spy, dls = RecordBatches(), bytes_dls(size)
+    learn = make_learner(dls=dls, size=size, stats=imagenet_stats, cbs=[spy], backend=backend)
+    learn.fit(1)
+    assert all(x.dtype == torch.float32 and len(x) == 32 for x in spy.inputs)
+    batch = dls.valid.one_batch()
+    learn._split(batch)
+    learn("before_batch")
+    assert learn.barlow_twins.images.dtype == torch.uint8
+    original = learn.barlow_twins.show(2, original=True)[0].images[0].get_array()
+    assert abs(original*255 - batch[0][0, 0].numpy()).max() < 1e-3
+    x, views = learn.barlow_twins.sample_views()
+    assert x.max() <= 1 and x.is_floating_point() and views[0].shape == (16, 1, size, size)
+    preds = learn.get_preds()[0]
+    floats = torch.cat([b[0] for b in dls.valid]).float()/255
+    with torch.no_grad(): expected = learn.model(learn.barlow_twins.clean(floats).as_subclass(torch.Tensor))
+    assert torch.allclose(preds, expected, atol=1e-5)
+
+
+def test_both_views_are_one_batch_in_memory(make_learner):
+    "Without a copy, and views that lie elsewhere are put together"
+    learn = make_learner()
+    learn._split(learn.dls.one_batch())
+    learn("before_batch")
+    first, second = learn.barlow_twins.views
+    assert learn.xb[0].data_ptr() == first.data_ptr() and torch.equal(learn.xb[0], torch.cat([first, second]))
+    for views in ([second, first], [first, first], [first, second.clone()], [first, second.double()],
+                  [first[:4], second[:4]], [first[..., 1:], second[..., 1:]]):
+        assert torch.equal(in_one_batch(views), torch.cat(views))
