@@ -164,6 +164,7 @@ def laid_out(table:pd.DataFrame, # of texts
         return [line(row) for row in zip(*(a + p + [""]*(height - len(a + p)) for a,p in zip(above, parts)))]
     return "\n".join([*lines(heads, at_end=True), *(one for row in zip(*columns) for one in lines(row))])
 
+# %% ../nbs/50_compared.ipynb #b200394b
 def text_table(table:pd.DataFrame,
                width:int=80       # columns of the terminal
               )->str:

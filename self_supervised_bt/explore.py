@@ -62,6 +62,8 @@ from self_supervised_bt.data import (
 )
 from .datasets import named_data, read_part
 from .encoder_files import describe_input
+
+# %% ../nbs/43_explore.ipynb #d4f956bb
 from self_supervised_bt.evaluation import (
     BatchEncoder,
     RowBuffer,
