@@ -1510,8 +1510,8 @@ def diagnose_run(data="digits",          # as for `pretrain`
     "Run a few batches as `pretrain` would, and list the problems found"
     changes = {k: v for k,v in kwargs.items() if v is not None}
     root = root and os.path.abspath(root)
-    s = run_settings(Path(), False, data=as_data(data), recipe=recipe, seed=seed, root=root, column=column,
-                     changes=changes)
+    shown = str(data) if on_disk(data) else as_data(data)
+    s = run_settings(Path(), False, data=shown, recipe=recipe, seed=seed, root=root, column=column, changes=changes)
     images = listed_images(data, root, column=column)
     s = with_chosen_recipe(s, images, changes)
     set_seed(seed)

@@ -124,7 +124,7 @@ STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)
 
 @pytest.mark.parametrize("name", STATUS)
 def test_a_signal_before_training_ends_with_one_line(folder, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.setattr(runs, "run_dls", lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    monkeypatch.setattr(runs, "run_dls", lambda *args, **kwargs: os.kill(os.getpid(), getattr(signal, name)))
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(SystemExit) as e: bt_pretrain(str(folder), out=str(tmp_path/"run"), **SMALL)
     said = f"bt_pretrain: stopped by {name}: there is no checkpoint yet, start the same command again"
