@@ -143,6 +143,7 @@ def column_texts(column:pd.Series # of a table
     if not 1 <= decimals <= 2: return texts
     return [f"{v:.{decimals}f}" if ok else t for v,t,ok in zip(column, texts, small)]
 
+# %% ../nbs/50_compared.ipynb #5a1e0c71
 def laid_out(table:pd.DataFrame, # of texts
              wrap:bool,          # break headings at spaces?
              most:int=None       # columns of a cell, longer ones continue below; any number if not given
@@ -164,7 +165,7 @@ def laid_out(table:pd.DataFrame, # of texts
         return [line(row) for row in zip(*(a + p + [""]*(height - len(a + p)) for a,p in zip(above, parts)))]
     return "\n".join([*lines(heads, at_end=True), *(one for row in zip(*columns) for one in lines(row))])
 
-# %% ../nbs/50_compared.ipynb #b200394b
+# %% ../nbs/50_compared.ipynb #5a1e0c72
 def text_table(table:pd.DataFrame,
                width:int=80       # columns of the terminal
               )->str:

@@ -235,7 +235,7 @@ def test_help_needs_no_pytorch_and_has_defaults_and_examples_in_80_columns(tmp_p
     examples = out[out.index("examples:") + 1:]
     assert any(line.startswith(f"  {name}") for line in examples)
     for k, p in inspect.signature(getattr(cli, name)).parameters.items():
-        shown = p.default not in (p.empty, None)
+        shown = p.default not in (p.empty, None) and p.default is not False   # a flag that is not given is off
         if shown: assert f"(default:{p.default})" in "".join(out).replace(" ", ""), k
 
 
