@@ -367,7 +367,7 @@ def arguments():
     p.add_argument("--files", type=int, default=100_000, help="tiny files to index")
     p.add_argument("--batch", type=int, default=256, help="tiny files per batch")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch in the main process")
-    p.add_argument("--loaders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="ratios: to the last")
+    p.add_argument("--loaders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="ratios to the last")
     p.add_argument("--seconds", type=float, default=3, help="that a turn of a loader is timed")
     p.add_argument("--repeats", type=int, default=5, help="turns of every contender")
     p.add_argument("--epochs", type=int, default=5, help="over the tiny files")
