@@ -145,9 +145,9 @@ CONTENDERS = {
     "ours": ours,
     "ours, files to batches alone": partial(ours, views=False),
     "ours, no workers": partial(ours, workers=0),
-    "lightly": lightly,
-    "albumentations, OpenCV": albumentations,
     "torchvision v2, bytes": torchvision,
+    "albumentations, OpenCV": albumentations,
+    "lightly": lightly,
 }
 
 
@@ -199,17 +199,17 @@ def row(what, name, rates, against, after=""):
 
 
 def ingest(folders, a):
-    print("images/s from files to two views, two workers: median (slowest-fastest) | times as fast as lightly's loader "
-          "| ms of processor time per image: main process + workers")
+    print("images/s from files to two views, two workers: median (slowest-fastest) | times as fast as "
+          f"{a.loaders[-1]} | ms of processor time per image: main process + workers")
     for size in a.sizes:
         files = image_files(folders[size])
-        results = {k: [] for k in CONTENDERS}
+        results = {k: [] for k in a.loaders}
         for _ in range(a.repeats):
-            for k, make in CONTENDERS.items(): results[k].append(timed(make(files, size), a.seconds))
+            for k in a.loaders: results[k].append(timed(CONTENDERS[k](files, size), a.seconds))
         rates = {k: [r for r, *_ in v] for k, v in results.items()}
         for k, v in results.items():
             main, workers = (statistics.median(ms) for ms in list(zip(*v))[1:])
-            row(f"{size} px", k, rates[k], rates["lightly"], f" | {main:.2f} + {workers:.2f}")
+            row(f"{size} px", k, rates[k], rates[a.loaders[-1]], f" | {main:.2f} + {workers:.2f}")
         parts(files, size)
 
 
@@ -367,6 +367,7 @@ def arguments():
     p.add_argument("--files", type=int, default=100_000, help="tiny files to index")
     p.add_argument("--batch", type=int, default=256, help="tiny files per batch")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch in the main process")
+    p.add_argument("--loaders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="ratios to the last")
     p.add_argument("--seconds", type=float, default=3, help="that a turn of a loader is timed")
     p.add_argument("--repeats", type=int, default=5, help="turns of every contender")
     p.add_argument("--epochs", type=int, default=5, help="over the tiny files")

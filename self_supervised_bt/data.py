@@ -750,16 +750,19 @@ def room_for(n:int # bytes
     if len(getattr(_room, "bytes", ())) < n: _room.bytes = np.empty(n, dtype=np.uint8)
     return _room.bytes[:n]
 
-def whole_jpeg(im:Image.Image, # of `open_image`
-               n_in:int        # channels
-              )->Tensor:       # (H,W,n_in) uint8 until the next call; `None` if Pillow is to read it
-    "An upright JPEG in RGB or grey at its full size: Pillow's pixels in less time. What is damaged is left to Pillow"
+def jpeg_pixels(im:Image.Image, # of `open_image`, perhaps to be reduced by its `draft`
+                stored:tuple,   # its size in the file
+                n_in:int        # channels
+               )->Tensor:       # (H,W,n_in) uint8 until the next call; `None` if Pillow is to read it
+    "An upright JPEG in RGB or grey: Pillow's pixels in less time. What is damaged is left to Pillow"
     if im.format not in ("JPEG", "MPO") or im.mode not in ("RGB", "L") or is_turned(im): return None
+    w,h = im.size
+    if (w,h) != stored and min(stored) < 64: return None   # at 1/2 and 3/8 it would have the same size
     im.fp.seek(0)
-    room = room_for(im.width*im.height*n_in)
-    try: a = simplejpeg.decode_jpeg(im.fp.read(), "RGB" if n_in == 3 else "GRAY", buffer=room)
+    mode,room = "RGB" if n_in == 3 else "GRAY",room_for(w*h*n_in)
+    try: a = simplejpeg.decode_jpeg(im.fp.read(), mode, min_height=h, min_width=w, buffer=room)
     except ValueError: return None   # also where Pillow reads it in spite of the damage
-    return torch.from_numpy(a)
+    return torch.from_numpy(a) if a.shape[:2] == (h,w) else None
 
 
 # %% ../nbs/01_data.ipynb #b3e3e189
@@ -777,7 +780,7 @@ def read_pixels(file, size:int|tuple, n_in:int, value_range)->Tensor: # (n_in,H,
     with open_image(file, value_range) as im:
         stored = im.size
         im.draft("RGB" if n_in == 3 else "L", (max(height_width(size)),)*2)   # whichever way up it is
-        a = whole_jpeg(im, n_in) if im.size == stored else None
+        a = jpeg_pixels(im, stored, n_in)
         if a is None: return part_pixels(upright(im, file, value_range), size, n_in)
         left,top,right,bottom = centre_box(*a.shape[:2], size)
         return resized(a[top:bottom, left:right], size)
