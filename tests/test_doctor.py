@@ -531,3 +531,17 @@ def test_bad_input(make_dls):
     plain = Learner(make_dls(), small_model(), loss_func=lambda *_: 0)
     with pytest.raises(ValueError, match="no BarlowTwins callback"): diagnose(plain)
     with pytest.raises(ValueError, match="batches"): diagnose(learner(), batches=1)
+
+
+def test_batches_of_bytes_are_judged_as_floats_are():
+    x = (photographs()*255).byte()
+    x[::2] = 51   # blank
+    def run(images):
+        loaders = [DataLoader(TensorDataset(images), batch_size=64, shuffle=True) for _ in range(2)]
+        augs = get_barlow_twins_aug_pipelines(32, "cifar", stats=([.5]*3, [.25]*3))
+        torch.manual_seed(0)
+        return diagnose(bt_learner(DataLoaders(*loaders), "timm/test_resnet", 32, augs, small_stem=False,
+                                   hidden_size=64, projection_size=64))
+    found, floats = run(x), run(x.float()/255)
+    def blank(found): return [f.seen for f in found.findings if f.name == "blank images"]
+    assert blank(found) == blank(floats) != [] and found.facts["batch"] == floats.facts["batch"]
