@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.core._is_write_error': ( 'core.html#_is_write_error',
                                                                                       'self_supervised_bt/core.py'),
                                          'self_supervised_bt.core._lock': ('core.html#_lock', 'self_supervised_bt/core.py'),
+                                         'self_supervised_bt.core._new_folder': ('core.html#_new_folder', 'self_supervised_bt/core.py'),
                                          'self_supervised_bt.core._saying_disk_is_full': ( 'core.html#_saying_disk_is_full',
                                                                                            'self_supervised_bt/core.py'),
                                          'self_supervised_bt.core.check_choice': ('core.html#check_choice', 'self_supervised_bt/core.py'),

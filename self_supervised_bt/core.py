@@ -130,15 +130,26 @@ def remove_unfinished(folder:Path, # where the files are
             shutil.rmtree(hidden, ignore_errors=True)
             if fcntl: os.close(fd)
 
+# %% ../nbs/00_core.ipynb #317f06f3
+def _new_folder(path, tries=100):
+    "A hidden folder beside `path` and its lock, `None` where there are no locks"
+    for _ in range(tries):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
+        if not fcntl: return folder,None
+        try: fd = _lock(folder)
+        except (FileNotFoundError, BlockingIOError): continue   # another process took it for one that a killed one left
+        except OSError: return folder,None                      # some network disks have no locks
+        if folder.exists(): return folder,fd
+        os.close(fd)
+    raise OSError(f"other processes removed {tries} new folders")
+
 @contextmanager
 def hidden_folder(path:Path # file to be written; its folder exists
                  ):        # yields a folder
     "A folder beside a file to write it in, which is gone afterwards"
     remove_unfinished(path.parent, glob.escape(path.name))
-    folder,fd = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)),None
-    try:
-        with suppress(OSError): fd = _lock(folder) if fcntl else None   # some network disks have no locks
-        yield folder
+    folder,fd = _new_folder(path)
+    try: yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if fd is not None: os.close(fd)

@@ -4,12 +4,13 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from torch import nn
 
-from self_supervised_bt.core import in_percent, remove_unfinished, unwrapped, whole_file, write_json
+from self_supervised_bt.core import _lock, in_percent, remove_unfinished, unwrapped, whole_file, write_json
 
 
 def names(folder): return sorted(f.name for f in folder.iterdir())
@@ -115,3 +116,20 @@ def test_a_model_comes_out_of_its_wrappers():
 @pytest.mark.parametrize("share, decimals, text", [(.9715, 1, "97.2 %"), (1, 0, "100 %"), (0, 1, "0.0 %"),
                                                    (torch.tensor(.5), 2, "50.00 %")])
 def test_shares_are_in_percent(share, decimals, text): assert in_percent(share, decimals) == text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks")
+@pytest.mark.parametrize("held", [False, True])
+def test_a_new_folder_that_another_process_removes_before_it_is_locked(tmp_path, monkeypatch, held):
+    real, made, locks = tempfile.mkdtemp, [], []
+
+    def mkdtemp(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        if len(made) == 1 and held: locks.append(_lock(made[0]))   # the other process is about to remove it
+        elif len(made) == 1: remove_unfinished(tmp_path, "a.txt")
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with whole_file(tmp_path/"a.txt") as part: part.write_text("whole")
+    for lock in locks: os.close(lock)
+    assert len(made) == 2 and (tmp_path/"a.txt").read_text() == "whole" and not os.path.exists(made[1])

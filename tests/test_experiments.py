@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -37,7 +38,9 @@ def in_child(f):
     pid = os.fork()
     if pid: return pid
     try: f()
-    except BaseException: os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 
