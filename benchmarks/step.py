@@ -16,7 +16,8 @@ import torch
 from _common import machine
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
-from views import PILImages
+from PIL import Image
+from views import Images, in_lightly
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
@@ -66,7 +67,7 @@ class InLightly(Floor):
         from lightly.loss import BarlowTwinsLoss
         super().__init__(x, batch, device)
         self.loss = BarlowTwinsLoss()
-        self.data = PILImages(x, 32)
+        self.data = Images([Image.fromarray(im.permute(1, 2, 0).numpy()) for im in x], in_lightly(32))
         self.device = device
 
     def start(self):

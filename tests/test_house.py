@@ -1,4 +1,5 @@
 "The order of the package: one list of modules, imports that point down, few public names, short cells and lines"
+import ast
 import builtins
 import re
 import sys
@@ -103,3 +104,16 @@ def test_the_checks_can_fail():
                         "@patch(as_prop=True)\ndef g(self:Mine): pass\n@patch_to(Learner)\ndef h(self): pass\n")
     assert house.decorated_patches(methods) == ["Theirs.f", "Learner.h"]
     assert house.import_edges({"mine": methods}) == [("mine", "other", ["Theirs"])]
+
+
+BENCHMARKS = {f.stem: ast.parse(f.read_text()) for f in sorted((root/"benchmarks").glob("*.py"))}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_find_what_they_take_from_each_other(name):
+    for node in ast.walk(BENCHMARKS[name]):
+        if not isinstance(node, ast.ImportFrom) or node.module not in BENCHMARKS: continue
+        source = BENCHMARKS[node.module].body
+        there = {n.name for n in source if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        there |= {t.id for n in source if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+        assert {alias.name for alias in node.names} <= there, node.module
