@@ -268,12 +268,13 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
            ):
     "Train an encoder on images without labels, and show whether it worked"
     from self_supervised_bt.compared import say
+    from self_supervised_bt.data import height_width
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=as_size(size))
     folder = short_run_folder(run, out)
     r = run.recipe
-    height,width = r.size if isinstance(r.size, tuple) else (r.size, r.size)
+    height,width = height_width(r.size)
     say(f"{run.about}\n{run.n - run.n_test:,} to train on without labels, {run.n_test:,} held out. "
         f"Recipe {r.name}: {r.epochs} epochs of {r.arch}, {r.nviews} views of {height}x{width} pixels\n")
     with advising("a short run has no checkpoints and nothing was saved, start the same command again"):
@@ -355,11 +356,12 @@ def print_results(out:str,     # folder of a run
                  )->None:
     "A line per result, and the commands that use the run"
     from self_supervised_bt.compared import cell_text
+    from self_supervised_bt.core import in_percent
     if not results: return
     print(f"\nSaved in {out}/\n")
     for name,value in results.items():
         if isinstance(value, dict): continue
-        text = f"{100*value:.1f} %" if name == "positive_pair_accuracy" else cell_text(value)
+        text = in_percent(value) if name == "positive_pair_accuracy" else cell_text(value)
         print(f"  {name.replace('_', ' '):22} {text}")
     run = shlex.quote(str(out))
     print(f"\nA page about this run, its accuracy, representations of images:\n\n  bt_report {run}\n"
