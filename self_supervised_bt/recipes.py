@@ -42,7 +42,7 @@ from self_supervised_bt.layers import (
 from .mixed import MixedBarlowTwins
 from .multiview import MultiView, training_images
 from .siblings import SIBLINGS, check_method_args, create_byol_model, sibling_callback
-from .training import LARS, WarmupCosine, muon, split_norm_bias
+from .training import LARS, MatmulConvs, WarmupCosine, muon, split_norm_bias
 from .zoo import load_weights
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9
@@ -663,7 +663,7 @@ def bt_learner(dls,                      # images, with or without labels
     augs,channels,view_size = recipe_views(recipe, aug_pipelines, training_images(dls), size, n_in)
     if loaded is not None: model = continued_model(loaded, recipe, channels, view_size)
     else: model = recipe_model(recipe_encoder(recipe, arch, view_size, channels), recipe, view_size)
-    cbs = [recipe_callback(recipe, augs, loss, terms)] + L(cbs)
+    cbs = [recipe_callback(recipe, augs, loss, terms), MatmulConvs()] + L(cbs)
     learn = Learner(dls, model, cbs=cbs, **{**recipe_optimizer(recipe), **kwargs})
     learn.recipe = recipe.changed(bs=global_bs(dls), size=recipe.size if aug_pipelines is None else view_size)
     return learn
