@@ -1,15 +1,16 @@
 """CIFAR-10 on a CPU: accuracy after 440 seconds of training on 10,000 images without labels, and what each setting adds
 
     python benchmarks/cifar.py path/to/cifar10-train                  # the recipe, one seed: 9 minutes on 2 cores
-    python benchmarks/cifar.py path/to/cifar10-train --seeds 0 1 2    # with a spread
+    python benchmarks/cifar.py path/to/cifar10-train --seeds 0 1 2 --try "recipe, SimCLR"   # with a spread
     python benchmarks/cifar.py cifar10-train --choose --cpu --seconds 190 --seeds 0 1 2 --try all --csv tried.csv
 
 Trains on the first 1,000 images per class by file name, without labels. The settings were chosen, with `--choose`, on
-the last 500 per class; without it, the figures are measured on the 500 per class before those, on which nothing was
-chosen. kNN is a weighted vote of the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds:
-the schedule follows the clock, or with `--cpu` the seconds that one core has computed, so that other work on the
-machine does not count. "whitened" is kNN at 40 pixels after whitening by the training images,
-"averaged" the mean over each image and its mirror image at 32 and 40 pixels: rows of their own, no single views.
+the last 500 per class, most of them one at a time against the recipe as it was `before` its last four changes; without
+it, the figures are measured on the 500 per class before those, on which nothing was chosen. kNN is a weighted vote of
+the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds: the schedule follows the clock,
+or with `--cpu` the seconds that one core has computed, so that other work on the machine does not count. "whitened" is
+kNN at 40 pixels after whitening by the training images, "averaged" the mean over each image and its mirror image at 32
+and 40 pixels: rows of their own, no single views.
 """
 import argparse
 import time
@@ -29,11 +30,11 @@ from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.layers import fit_whitening
 from self_supervised_bt.recipes import bt_learner, get_recipe
-from self_supervised_bt.training import Autocast
+from self_supervised_bt.training import Autocast, MatmulConvs
 
 LARGER = 40   # pixels of the second evaluation
 AVERAGED = ("flip", 32, LARGER)
-EXTRAS = dict(bf16=True, channels_last=True, compiled=False, sizes=None, ema=None)   # that no recipe has
+EXTRAS = dict(bf16=True, channels_last=True, matmul=True, compiled=False, sizes=None, ema=None)   # that no recipe has
 
 
 class ByTheClock(Callback):
@@ -69,7 +70,7 @@ class WeightAverage(Callback):
             for w, average in zip(self.model.encoder.parameters(), self.average): w.copy_(average)
 
 
-def learner(x, seed, bf16, channels_last, compiled, sizes, ema, **changes):
+def learner(x, seed, bf16, channels_last, matmul, compiled, sizes, ema, **changes):
     "The recipe with `changes`, on images `x`"
     set_seed(seed)
     recipe = get_recipe("cifar", **changes)
@@ -79,6 +80,7 @@ def learner(x, seed, bf16, channels_last, compiled, sizes, ema, **changes):
     if ema: cbs.append(WeightAverage(ema))
     dls = tensor_dls(x, bs=recipe.bs, valid_pct=0, device="cpu")
     learn = bt_learner(dls, recipe=recipe, cbs=cbs)
+    if not matmul: learn.remove_cb(MatmulConvs)
     if compiled: learn.model.compile()
     return learn
 
@@ -120,7 +122,9 @@ def run(data, seed, seconds, clock, chosen, probe, settings):
     return epochs, took, scores(learn, data, chosen, probe)
 
 
-TRIED = {   # name to what differs from the recipe
+BEFORE = dict(schedule="one cycle", lr=.04, patch_init=False, matmul=False)   # what the others were compared with
+CHANGES = {   # name to what differs from `BEFORE`
+    "before": {},
     "float32": dict(bf16=False),
     "not channels last": dict(channels_last=False),
     "Adam": dict(opt="fastai", lr=.005, lr_bias=None),
@@ -129,6 +133,9 @@ TRIED = {   # name to what differs from the recipe
     "Muon, learning rate 0.02": dict(lr=.02),
     "Muon, learning rate 0.08": dict(lr=.08),
     "half a cosine instead of one cycle": dict(schedule="cosine"),
+    "half a cosine, learning rate 0.03": dict(schedule="cosine", lr=.03),
+    "first kernels from patches": dict(patch_init=True),
+    "small maps by matrix products": dict(matmul=True),
     "λ 0.005": dict(lmb=.005),
     "λ 0.08": dict(lmb=.08),
     "projector 256, λ 0.04": dict(hidden_size=256, projection_size=256, lmb=.04),
@@ -161,6 +168,7 @@ TRIED = {   # name to what differs from the recipe
     "VICReg, two views": dict(method="vicreg", nviews=2),
     "compiled": dict(compiled=True),   # with --cpu its compiler's seconds, those of other processes, do not count
 }
+TRIED = {name: {**BEFORE, **changes} for name, changes in CHANGES.items()} | {"recipe, SimCLR": dict(method="simclr")}
 
 
 def arguments():
@@ -170,7 +178,7 @@ def arguments():
     p.add_argument("--cpu", action="store_true", help="count seconds that one core computes")
     p.add_argument("--choose", action="store_true", help="test on the images for choosing settings")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="other settings")
+    p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="settings that were tried")
     p.add_argument("--no-linear", action="store_true", help="leave out the linear probe")
     p.add_argument("--csv", type=Path, help="file to add every run to; those that it holds are not run again")
     return p.parse_args()

@@ -24,7 +24,7 @@ import torchvision.models as tvm
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.vision.models import xresnet
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import layer_norm, normalize, unfold
 
 from self_supervised_bt.core import (
     check_choice,
@@ -419,6 +419,37 @@ def create_encoder(arch:str|Callable,   # name known to fastai, torchvision or t
         if not pretrained: raise
         raise RuntimeError(f"no pretrained weights for {arch} could be loaded ({e}): "
                            "check the connection for the download, or pass pretrained=False") from e
+
+# %% ../nbs/12_layers.ipynb #d35b7f5e
+def principal_patches(x:Tensor,  # (B,C,H,W) images
+                      size:tuple # height and width of the patches
+                     )->Tensor:  # (C*h*w,C,h,w) float32, of length one; the first direction has the largest variance
+    "The principal directions of the patches of images, which do not overlap"
+    d = x.shape[1]*size[0]*size[1]
+    patches = unfold(x.float(), size, stride=size).transpose(1, 2).reshape(-1, d).double()
+    centred = patches - patches.mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.T.flip(0)
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return (directions*largest.sign()).float().view(d, x.shape[1], *size)
+
+# %% ../nbs/12_layers.ipynb #d43720d1
+@torch.no_grad()
+def init_from_patches(encoder:nn.Module, # whose first convolution is to start anew
+                      x:Tensor           # (B,C,H,W) images as the encoder sees them, e.g. views
+                     )->nn.Module:       # the same encoder; raises `ValueError`
+    "Start the kernels of the first convolution from the principal directions of patches of images"
+    conv = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None: raise ValueError(f"the encoder ({type(encoder).__name__}) has no convolution to start anew")
+    if conv.groups > 1: raise ValueError(f"the first convolution has {conv.groups} groups, and sees no whole patches")
+    shape = tuple(x.shape)
+    if len(shape) != 4 or shape[1] != conv.in_channels or any(s < k for s,k in zip(shape[2:], conv.kernel_size)):
+        raise ValueError(f"x must be images (B,{conv.in_channels},H,W) of {conv.kernel_size[0]}x{conv.kernel_size[1]} "
+                         f"pixels or more, as the first convolution takes them, got {shape}")
+    if not x.isfinite().all(): raise ValueError("x holds NaN or infinite pixels: leave those images out")
+    directions = principal_patches(x, conv.kernel_size).to(conv.weight)
+    kernels = torch.cat([directions, -directions])[:len(conv.weight)]
+    conv.weight[:len(kernels)] = kernels*conv.weight.flatten(1).norm(dim=1).mean()
+    return encoder
 
 # %% ../nbs/12_layers.ipynb #759bacc8
 def create_mlp_module(dim:int,             # width of the representation

@@ -23,7 +23,7 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from torch import nn
+from torch import Tensor, nn
 
 from .augmentations import check_pipelines, get_batch_augs, get_multi_aug_pipelines
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
@@ -37,6 +37,7 @@ from self_supervised_bt.layers import (
     architecture,
     create_encoder,
     encoder_channels,
+    init_from_patches,
     set_channels,
 )
 from .mixed import MixedBarlowTwins
@@ -67,6 +68,7 @@ class Recipe:
     arch:str="resnet18"         # architecture for `create_encoder`
     arch_args:dict=field(default_factory=dict) # for the architecture, e.g. `stem_width`
     pretrained:bool=False       # pretrained weights of the architecture to start from?
+    patch_init:bool=False       # start the first convolution from patches of views, see `init_from_patches`?
     weights:str|None=None       # file, URL or name of weights to continue from, see `bt_learner`
     pool_type:str|None="catavgmax" # how the last map becomes a vector; None chooses by the last map
     small_stem:bool|str|None=None # as in `create_encoder`; None chooses by the size of the views
@@ -145,7 +147,10 @@ def check_recipe(r:Recipe # any
         if not isinstance(text, str): raise ValueError(f"{name} must be text, got {text!r}")
     if r.weights and r.pretrained:
         raise ValueError(f"weights={r.weights!r} and pretrained=True exclude each other: choose one to start from")
-    for name in ("pretrained", "bn", "separate_bn", "scale_lr"): check_choice(name, getattr(r, name), (True, False))
+    if r.patch_init and (r.weights or r.pretrained):
+        raise ValueError("patch_init=True would replace the first kernels of trained weights: leave patch_init out")
+    for name in ("pretrained", "patch_init", "bn", "separate_bn", "scale_lr"):
+        check_choice(name, getattr(r, name), (True, False))
     check_choice("bias", r.bias, (True, False, "last"))
     check_choice("opt", r.opt, tuple(OPTIMIZERS))
     check_choice("schedule", r.schedule, SCHEDULES)
@@ -245,6 +250,7 @@ def implied(r:Recipe,    # to be changed
     if changes.get("arch", r.arch) != r.arch: new |= dict(arch_args={}, small_stem=None)   # of the other architecture
     if changes.get("opt", r.opt) != r.opt and r.wd == DECAYS.get(r.opt, 0.): new["wd"] = None
     epochs = changes.get("epochs", r.epochs)
+    if changes.get("pretrained") or changes.get("weights"): new["patch_init"] = False   # they have trained kernels
     if changes.get("lmb_reg") is not None: new["nviews"] = 2   # that Mixed Barlow Twins mixes
     if isinstance(epochs, int) and 0 < epochs < r.epochs: new["warmup"] = min(r.warmup, epochs/10)
     return {k: v for k,v in new.items() if k not in changes}
@@ -292,7 +298,8 @@ _small_gpu = _paper.changed(
 _cifar = Recipe(
     "cifar", arch="timm/resnet10t", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem="no pool",
     size=24, views=dict(recipe="cifar"), nviews=4, hidden_size=512, projection_size=512, lmb=.02, epochs=45,
-    opt="muon", lr=.04, lr_bias=5e-3, wd=.01, source="this library, measured on two cores")
+    opt="muon", lr=.03, lr_bias=5e-3, wd=.01, schedule="cosine", patch_init=True,
+    source="this library, measured on two cores")
 _laptop = _cifar.changed(
     name="laptop", small_stem=False, pool_type=None, size=64, nviews=2, lmb=5e-3, epochs=100,
     source="this library, its speed measured on two cores")
@@ -437,7 +444,7 @@ def with_given(recipe:Recipe,
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on an encoder that is built already: "
                              "leave it out here, and give it to create_encoder")
-        given |= dict(arch=OWN, arch_args={}, pretrained=False, pool_type=None, small_stem=None)
+        given |= dict(arch=OWN, arch_args={}, pretrained=False, patch_init=False, pool_type=None, small_stem=None)
     elif arch is not None:
         given["arch"],options = architecture(arch)
         if options: given["arch_args"] = options
@@ -554,7 +561,8 @@ def with_weights(recipe:Recipe,        # that was asked for
     loaded = without_other_predictor(loaded, recipe)
     mlp = projector_to_continue(loaded, recipe, asked)
     if mlp is None: loaded = replace(loaded, projector=None, predictor=None)
-    settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded), **(mlp or {})}
+    settings = {**encoder_settings(loaded.encoder), "views": views_of_weights(recipe, loaded), **(mlp or {}),
+                "patch_init": False}
     return recipe.changed(**settings),loaded
 
 # %% ../nbs/21_recipes.ipynb #e6974371
@@ -623,6 +631,10 @@ def start_of(recipe, arch, weights, aug_pipelines, loss, # as given to `bt_learn
     wanted,loaded = with_weights(wanted, loaded, asked)
     return wanted.changed(weights=weights_name(weights)),loaded
 
+def start_from_views(encoder:nn.Module, augs:list, x:Tensor)->None: # raises `ValueError`
+    "Start the first convolution from patches of one view of each of the images `x`; random states stay as they are"
+    with random_states_kept(): init_from_patches(encoder, augs[0](x))
+
 def weights_name(weights # as given to `bt_learner`
                 )->str:
     "Weights as they are recorded: an absolute path for a file"
@@ -660,9 +672,11 @@ def bt_learner(dls,                      # images, with or without labels
     recipe,loaded = start_of(recipe, arch, weights, aug_pipelines, loss, given)
     decay = {k: kwargs.pop(k) for k in ("wd", "wd_bn_bias") if k in kwargs}
     recipe = with_optimizer(recipe, kwargs.get("opt_func"), **decay)
-    augs,channels,view_size = recipe_views(recipe, aug_pipelines, training_images(dls), size, n_in)
+    x = training_images(dls)
+    augs,channels,view_size = recipe_views(recipe, aug_pipelines, x, size, n_in)
     if loaded is not None: model = continued_model(loaded, recipe, channels, view_size)
     else: model = recipe_model(recipe_encoder(recipe, arch, view_size, channels), recipe, view_size)
+    if recipe.patch_init: start_from_views(model.encoder, augs, x)
     cbs = [recipe_callback(recipe, augs, loss, terms), MatmulConvs()] + L(cbs)
     learn = Learner(dls, model, cbs=cbs, **{**recipe_optimizer(recipe), **kwargs})
     learn.recipe = recipe.changed(bs=global_bs(dls), size=recipe.size if aug_pipelines is None else view_size)
