@@ -178,7 +178,7 @@ def arguments():
     p.add_argument("--cpu", action="store_true", help="count seconds that one core computes")
     p.add_argument("--choose", action="store_true", help="test on the images for choosing settings")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="settings that were tried")
+    p.add_argument("--try", nargs="+", choices=[*TRIED, "all"], default=[], dest="tried", help="which to run as well")
     p.add_argument("--no-linear", action="store_true", help="leave out the linear probe")
     p.add_argument("--csv", type=Path, help="file to add every run to; those that it holds are not run again")
     return p.parse_args()

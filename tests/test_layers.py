@@ -24,6 +24,7 @@ from self_supervised_bt.layers import (
     encoder_channels,
     encoder_width,
     fit_whitening,
+    init_from_patches,
     is_resnet,
     mean_and_covariance,
     row_parts,
@@ -473,3 +474,64 @@ def test_a_whitening_belongs_to_the_weights_in_any_precision(dtype):
     assert usable_whitening(encoder) is usable_whitening(encoder.to(dtype)) is encoder.whitening
     encoder.float()(torch.rand(64, 3, 9, 9) + .1)   # one step: only BatchNorm's statistics changed
     assert usable_whitening(encoder) is None
+
+
+# first kernels from patches
+
+def first_conv(encoder): return next(m for m in encoder.modules() if isinstance(m, nn.Conv2d))
+
+
+def directions_by_svd(x, h, w):
+    "Principal directions of patches, cut one by one, in float64 by NumPy's singular values"
+    x = x.double().numpy()
+    rows, columns = range(0, x.shape[2] - h + 1, h), range(0, x.shape[3] - w + 1, w)
+    patches = np.stack([image[:, i:i+h, j:j+w].ravel() for image in x for i in rows for j in columns])
+    return np.linalg.svd(patches - patches.mean(0), full_matrices=False)[2]
+
+
+@pytest.mark.parametrize("kernel, channels, filters", [(3, 3, 12), (3, 3, 64), ((2, 3), 1, 4), (5, 2, 50), (4, 2, 7)])
+def test_first_kernels_are_the_principal_directions(kernel, channels, filters):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, filters, kernel, bias=False)
+    before = conv.weight.detach().flatten(1).clone()
+    x = torch.randn(20, channels, 21, 17)*torch.rand(channels, 1, 1) + 5
+    init_from_patches(nn.Sequential(nn.ReLU(), conv), x)
+    kernels = conv.weight.detach().flatten(1)
+    expected = torch.tensor(directions_by_svd(x, *conv.kernel_size)).float()
+    n, d = min(filters, len(expected)), len(expected)
+    length = before.norm(dim=1).mean()
+    cosines = torch.linalg.vecdot(kernels[:n], expected[:n])/length
+    torch.testing.assert_close(cosines.abs(), torch.ones(n), rtol=0, atol=1e-4)
+    torch.testing.assert_close(kernels[d:2*d], -kernels[:d][:len(kernels[d:2*d])])
+    assert torch.equal(kernels[2*d:], before[2*d:])
+
+
+def test_first_kernels_alone_change_and_are_the_same_again():
+    torch.manual_seed(0)
+    encoder, x = create_encoder("timm/resnet10t", pretrained=False), torch.rand(4, 3, 24, 24)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    assert init_from_patches(encoder, x) is encoder
+    changed = [k for k, v in encoder.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["conv1.0.weight"] and encoder.conv1[0].weight.requires_grad
+    kernels = encoder.conv1[0].weight.detach().clone()
+    init_from_patches(encoder, x)
+    torch.testing.assert_close(encoder.conv1[0].weight.detach(), kernels)
+
+
+def test_images_without_detail_give_finite_kernels():
+    conv = init_from_patches(nn.Conv2d(3, 40, 3), torch.ones(1, 3, 3, 3))
+    assert conv.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder, shape, message", [
+    (nn.Linear(2, 2), (2, 3, 8, 8), "no convolution"), (nn.Conv2d(4, 4, 3, groups=2), (2, 4, 8, 8), "2 groups"),
+    (nn.Conv2d(3, 4, 3), (2, 1, 8, 8), r"\(B,3,H,W\).*got \(2, 1, 8, 8\)"), (nn.Conv2d(3, 4, 3), (3, 8, 8), "got"),
+    (nn.Conv2d(3, 4, (3, 9)), (2, 3, 8, 8), "3x9")])
+def test_images_that_give_no_patches_are_refused(encoder, shape, message):
+    with pytest.raises(ValueError, match=message): init_from_patches(encoder, torch.rand(shape))
+
+
+def test_patches_that_are_not_finite_are_refused():
+    x = torch.rand(2, 3, 8, 8)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"): init_from_patches(nn.Conv2d(3, 4, 3), x)

@@ -652,3 +652,41 @@ def test_what_the_weights_decide_is_not_taken_twice(pretrained, given):
 
 def test_weights_and_pretrained_exclude_each_other():
     with pytest.raises(ValueError, match="exclude each other"): Recipe(weights="x.pth", pretrained=True)
+
+
+# first kernels from patches
+
+FEW = dict(SMALL, nlayers=1, nviews=2, bs=16, size=24)
+
+def weights_of(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def test_the_first_kernels_come_from_views_and_nothing_else_changes():
+    dls, weights, after = small_dls(), [], []
+    for patch_init in (False, True):
+        torch.manual_seed(0)
+        weights.append(weights_of(bt_learner(dls, recipe=get_recipe("cifar", patch_init=patch_init, **FEW))))
+        after.append(torch.rand(1))
+    assert [k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])] == ["encoder.conv1.0.weight"]
+    assert torch.equal(*after), "views that are sampled for the kernels change the views of the training"
+    kernels = weights[1]["encoder.conv1.0.weight"].flatten(1)
+    orthogonal = torch.eye(len(kernels))*kernels[0].square().sum()
+    torch.testing.assert_close(kernels @ kernels.T, orthogonal, rtol=0, atol=1e-5)
+
+
+def test_trained_first_kernels_stay(tmp_path):
+    assert get_recipe("cifar").patch_init and not get_recipe("cifar", pretrained=True).patch_init
+    for start in (dict(pretrained=True), dict(weights="file.pth")):
+        with pytest.raises(ValueError, match="patch_init=True"): get_recipe("cifar", patch_init=True, **start)
+    trained = bt_learner(small_dls(), recipe=get_recipe("cifar", **FEW))
+    save_model(trained, tmp_path/"model.safetensors")
+    again = bt_learner(small_dls(), recipe="cifar", weights=tmp_path/"model.safetensors")
+    name = "encoder.conv1.0.weight"
+    assert torch.equal(weights_of(again)[name], weights_of(trained)[name]) and not again.recipe.patch_init
+
+
+def test_the_kernels_of_a_network_of_the_users_own_stay():
+    own = tiny()
+    before = own[0].weight.detach().clone()
+    learn = bt_learner(small_dls(), own, recipe=get_recipe("cifar", **FEW))
+    assert torch.equal(own[0].weight, before) and not learn.recipe.patch_init
