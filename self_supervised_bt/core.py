@@ -14,11 +14,12 @@ import random
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.foundation import L
 from torch import nn
 
 try:
@@ -52,6 +53,15 @@ def check_number(name:str,       # name of the argument
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and 0 <= value <= most and (zero or value > 0): return
     raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, of at most {most:g}, got {value!r}")
+
+# %% ../nbs/00_core.ipynb #cd8132ef
+def height_width(size # pixels, or (height, width)
+                )->tuple: # two numbers; raises `ValueError`
+    "The size of images as a pair"
+    pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair)
+    if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
+    raise ValueError(f"size must be a positive int, pixels, or a pair of them (height, width), got {size!r:.80}")
 
 # %% ../nbs/00_core.ipynb #5a1e0c32
 def in_percent(share:float,  # 1 is all

@@ -42,7 +42,7 @@ from fasttransform import Pipeline, Transform
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .core import check_positive_int
+from .core import check_positive_int, height_width
 
 # %% ../nbs/01_data.ipynb #5a0c1e12
 class BytesToFloats(IntToFloatTensor):
@@ -695,11 +695,6 @@ def eight_bit(im:Image.Image, # 8 bits per channel
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == mode else im.convert(mode)
 
-def height_width(size # an int or a pair
-                )->tuple: # height and width
-    "A size as a pair"
-    return tuple(size) if is_pair(size) else (size, size)
-
 def centre_box(height:int, # of an image
                width:int,
                size        # height and width of the result, or one number for both
@@ -908,8 +903,7 @@ def check_size(size, # height and width to check
     "Raise unless `size` is a positive int, or a pair of them, and `n_in` is 1 or 3"
     if arrays: check_positive_int("n_in", n_in, "1 (grey), 3 (RGB), or that of your arrays")
     elif n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
-    if pair and is_pair(size) and len(size) == 2:
-        for side in size: check_positive_int("size", side, "pixels, or a pair (height, width)")
+    if pair: height_width(size)
     else: check_positive_int("size", size)
 
 def check_value_range(value_range # to check

@@ -33,7 +33,7 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .core import check_positive_int, in_percent, undisturbed, unwrapped
+from .core import check_positive_int, height_width, in_percent, undisturbed, unwrapped
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
@@ -69,9 +69,7 @@ def at_size(clean:Pipeline, # size and normalisation of an encoder's images
             size:int|tuple  # height and width, pixels
            )->Pipeline:     # the same at the other size
     "Replace the size of a clean pipeline"
-    height,width = size if isinstance(size, (tuple, list)) else (size, size)
-    if min(height, width) < 1: raise ValueError(f"size must be positive, got {size!r}")
-    return Pipeline([CentreResize((height, width)), *unsized(clean)], split_idx=1)
+    return Pipeline([CentreResize(height_width(size)), *unsized(clean)], split_idx=1)
 
 # %% ../nbs/30_evaluation.ipynb #0c96c943
 def transforms_in(o # a data loader, a dataset, or something that holds transforms
@@ -379,10 +377,9 @@ def how_encoded(clean:Pipeline,          # size and normalisation of an encoder'
                )->dict:                  # size, tta and levels as plain data; raises `ValueError`
     "How images are encoded; a whitening says it, and nothing else may contradict it"
     fitted = None if whitening is None else whitening.how
-    if size is not None: at_size(clean, size)   # raises if it is none
-    asked = dict(size=size_of(clean) if size is None else (size, size) if isinstance(size, Integral) else size,
-                 tta=averaged(tta), levels=1 if levels is None else levels)
-    asked["size"] = asked["size"] and [int(pixels) for pixels in asked["size"]]
+    seen = size_of(clean) if size is None else size
+    asked = dict(size=None if seen is None else list(height_width(seen)), tta=averaged(tta),
+                 levels=1 if levels is None else levels)
     if size is not None and any(not isinstance(o, str) for o in asked["tta"]):
         raise ValueError(f"size={size} and the sizes in tta={tta!r} contradict each other: leave one of them out")
     if fitted is None: return asked

@@ -30,6 +30,7 @@ from self_supervised_bt.core import (
     check_choice,
     check_number,
     check_positive_int,
+    height_width,
     rng_states,
     set_rng_states,
     undisturbed,
@@ -42,8 +43,6 @@ def encoder_channels(encoder:nn.Module # images to representations
     "How many channels an encoder takes"
     return next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
 
-def _height_width(size): return (size, size) if isinstance(size, int) else tuple(size)
-
 def _probe_sizes(encoder):
     "Image sizes to try: those the encoder declares, then common ones"
     patch_embed = getattr(encoder, "patch_embed", None)
@@ -51,7 +50,7 @@ def _probe_sizes(encoder):
     declared = [getattr(patch_embed, "img_size", None), getattr(encoder, "image_size", None)]
     pretrained = tuple(cfg.get("input_size", ()))[1:]
     sizes = [*declared, 64, 128, pretrained, 224, 256, 299, 384, 96, 32, 28]
-    return [_height_width(s) for s in sizes if s]
+    return [height_width(s) for s in sizes if s]
 
 # %% ../nbs/12_layers.ipynb #77dd9a51
 def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
@@ -61,7 +60,7 @@ def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
     like = next(encoder.parameters(), torch.zeros(()))
     n_in = encoder_channels(encoder)
     channels = (3, 1) if n_in is None else (n_in,)
-    sizes = _probe_sizes(encoder) if size is None else [_height_width(size)]
+    sizes = _probe_sizes(encoder) if size is None else [height_width(size)]
     errors = []
     with undisturbed(encoder):
         for shape in [(1, c, *hw) for c in channels for hw in sizes]:
@@ -275,7 +274,7 @@ def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
                    size:int|tuple=None  # of the images, pixels
                   )->bool|str:          # what was done, one of `STEMS` except `None`; raises `ValueError`
     "Give a ResNet the stem for images of up to 64 pixels"
-    small = size is not None and max(_height_width(size)) <= 64
+    small = size is not None and max(height_width(size)) <= 64
     if small_stem is None: small_stem = small and is_resnet(encoder) and ("no pool" if pretrained else True)
     if small_stem and not is_resnet(encoder):
         raise ValueError("small_stem is for ResNets, and this architecture has no such stem: leave small_stem out")
@@ -351,7 +350,7 @@ def _patch_size(encoder):
     "Height and width of the patches that an encoder cuts images into; overlapping ones leave no rest"
     embed = getattr(encoder, "patch_embed", None)
     stride = getattr(getattr(embed, "proj", None), "stride", None)
-    patch = _height_width(getattr(embed, "patch_size", (1, 1)))
+    patch = height_width(getattr(embed, "patch_size", (1, 1)))
     return patch if stride in (None, patch) else (1, 1)
 
 def _try_size(encoder, size):
@@ -379,7 +378,7 @@ def _build_for_size(make, size):
 # %% ../nbs/12_layers.ipynb #4c07a63d
 def _sized_encoder(settings, size, pool_type):
     "An encoder for images of `size`, its pooling chosen by its last map if `pool_type` is None"
-    size = _height_width(size)
+    size = height_width(size)
     states = rng_states()
     pool = pool_type or PoolingType.CatAvgMax
     def make(option):
