@@ -63,6 +63,12 @@ def height_width(size # pixels, or (height, width)
     if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
     raise ValueError(f"size must be a positive int, pixels, or a pair of them (height, width), got {size!r:.80}")
 
+# %% ../nbs/00_core.ipynb #9bbb78ba
+def shape_or_type(o # what was given
+                 ): # for a message
+    "A tensor's shape, or the type of what is no tensor"
+    return tuple(o.shape) if isinstance(o, torch.Tensor) else type(o).__name__
+
 # %% ../nbs/00_core.ipynb #5a1e0c32
 def in_percent(share:float,  # 1 is all
                decimals:int=1 # after the point

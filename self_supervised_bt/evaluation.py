@@ -33,13 +33,15 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .core import check_positive_int, height_width, in_percent, undisturbed, unwrapped
+from .core import check_positive_int, height_width, in_percent, shape_or_type, undisturbed, unwrapped
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
 from self_supervised_bt.layers import (
     Whitening,
     check_levels,
+    check_matrix,
+    check_representations,
     encoder_channels,
     fit_whitening,
     is_fitted_with,
@@ -50,11 +52,14 @@ from self_supervised_bt.layers import (
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
+def network_of(model)->nn.Module: # of a Learner, or what is a network itself
+    "The network, out of its wrappers"
+    return unwrapped(model.model if isinstance(model, Learner) else model)
+
 def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need
     "The encoder, and the transforms that turn images into what it was trained on"
-    net = model.model if isinstance(model, Learner) else model
-    net = unwrapped(net)
+    net = network_of(model)
     encoder = getattr(net, "encoder", net)
     views = multiview_of(model) if isinstance(model, Learner) else None
     if views is not None: return encoder,views.clean
@@ -343,8 +348,8 @@ class BatchEncoder:
     def represent(self, x): # normalised images; (B,F) float32
         h = self.forward(x)
         if isinstance(h, Tensor) and h.ndim == 2: return h.float()
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"the encoder must give representations (B,F), got {got}: pool and flatten its output")
+        raise ValueError(f"the encoder must give representations (B,F), got {shape_or_type(h)}: pool and flatten its "
+                         "output")
 
     def warn_of_bytes(self, x): # once
         if self.said or x.min() < 0 or x.max() < 16: return
@@ -477,22 +482,6 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     return h if whitening is None else whitening(h, out=h),y
 
 # %% ../nbs/30_evaluation.ipynb #7cf0ccba
-def check_matrix(name:str, # of the argument
-                 h):       # what came
-    "Raises ValueError if `h` is not a non-empty matrix (N,F)"
-    if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
-    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f"{name} must be representations (N,F), got {got}")
-
-def check_representations(name:str, # of the argument
-                          h):       # what came
-    "Raises ValueError if `h` is not a matrix (N,F) of finite rows"
-    check_matrix(name, h)
-    if h.sum(1).isfinite().all(): return   # no (N,F) mask unless there is a doubt
-    bad = int((~h.isfinite()).any(1).sum())
-    if bad: raise ValueError(f"{name} has {bad} row(s) that are not finite: the encoder diverged, "
-                             "or its input was not finite")
-
 def check_comparable(name:str, h:Tensor, other:str, h2:Tensor):
     "Raises ValueError if two sets of representations differ in width or device"
     check_matrix(name, h)

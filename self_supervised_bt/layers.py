@@ -33,6 +33,7 @@ from self_supervised_bt.core import (
     height_width,
     rng_states,
     set_rng_states,
+    shape_or_type,
     undisturbed,
     unwrapped,
 )
@@ -74,8 +75,8 @@ def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
 
 def _width_of(h):
     if isinstance(h, Tensor) and h.ndim == 2: return h.shape[1]
-    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f"the encoder must return representations (B,F), got {got}: add pooling and nn.Flatten()")
+    raise ValueError(f"the encoder must return representations (B,F), got {shape_or_type(h)}: "
+                     "add pooling and nn.Flatten()")
 
 # %% ../nbs/12_layers.ipynb #827f282b
 class PoolingType(StrEnum):
@@ -466,8 +467,7 @@ def check_levels(encoder:nn.Module, # an encoder of `create_encoder`
 def pooled(out, name): # output of a stage and its name; (B,C) float32, rows of length one
     "The means of a map, each row scaled to length one"
     if not isinstance(out, Tensor) or out.ndim != 4:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {got}: use levels=1")
+        raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {shape_or_type(out)}: use levels=1")
     return normalize(out.float().mean((2, 3)), dim=1)
 
 @contextmanager
@@ -530,15 +530,25 @@ def row_parts(h): # (N,F); parts of at most 2**24 numbers
     return h.split(max(1, 2**24//h.shape[1]))
 
 # %% ../nbs/12_layers.ipynb #8e315b34
+def check_matrix(name:str, # of the argument
+                 h):       # what came
+    "Raises ValueError if `h` is not a non-empty matrix (N,F)"
+    if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
+    raise ValueError(f"{name} must be representations (N,F), got {shape_or_type(h)}")
+
+def check_representations(name:str, # of the argument
+                          h):       # what came
+    "Raises ValueError if `h` is not a matrix (N,F) of finite rows"
+    check_matrix(name, h)
+    if h.sum(1).isfinite().all(): return   # no (N,F) mask unless there is a doubt
+    bad = int((~h.isfinite()).any(1).sum())
+    if bad: raise ValueError(f"{name} has {bad} row(s) that are not finite: the encoder diverged, "
+                             "or its input was not finite")
+
 def check_whitenable(h:Tensor # (N,F) representations
                     )->None:  # raises `ValueError`
     "Raise `ValueError` if no covariance can be told from the rows"
-    if not isinstance(h, Tensor) or h.ndim != 2 or 0 in h.shape:
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"h must be representations (N,F), got {got}")
-    bad = sum(int((~part.isfinite()).any(1).sum()) for part in row_parts(h))
-    if bad: raise ValueError(f"h has {bad} row(s) that are not finite: the encoder diverged, or its input was not "
-                             "finite")
+    check_representations("h", h)
     if len(h) < 2: raise ValueError("h has 1 row, which has no variance: fit the whitening on many images")
     if len(h) < h.shape[1]:
         warnings.warn(f"the whitening of {h.shape[1]} dimensions is fitted on {len(h)} images: with fewer images than "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .classifiers import dataset_rows
 from .core import check_positive_int, write_json
-from .data import digest
+from .data import bytes_of, digest
 from .datasets import CARDS, check_there, data_card, data_root, train_test_dls
 from .encoder_files import describe_input, plain_weights
 from self_supervised_bt.evaluation import (
@@ -107,7 +107,9 @@ def encoder_identity(encoder)->str: # 16 hexadecimal digits
     weights = sorted(plain_weights(encoder).items())
     return digest(*(part for name,t in weights for part in (name.encode(), bytes_of(t))))
 
-def bytes_of(t:Tensor): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def whitening_digest(whitening)->str: # `None` without
+    "What a whitening does, in short"
+    return whitening and digest(bytes_of(whitening.mean), bytes_of(whitening.matrix))
 
 def saved_scores(file:Path,    # a JSON file of `transfer_table`
                  depends:dict  # on what the scores depend
@@ -207,9 +209,7 @@ def transfer_table(model,              # a Learner, a `BarlowTwinsModel` or an e
 def how_encoded(encoder, tta, whiten)->tuple: # for `encode`, and as results record it
     "Averaging and whitening, empty if there is none"
     how = ({} if tta is None else {"tta": tta}) | ({"whiten": True} if whiten else {})
-    whitening = getattr(encoder, "whitening", None)
-    fitted = digest(bytes_of(whitening.mean), bytes_of(whitening.matrix)) if whiten and whitening is not None else None
-    return how,how | ({"whiten": fitted} if whiten else {})
+    return how,how | ({"whiten": whitening_digest(getattr(encoder, "whitening", None))} if whiten else {})
 
 def one_transfer(model, name, dls, about, size, file, how)->dict: # scores
     "Scores on one data set, from its file if there is one"
