@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.foundation import L
 from torch import nn
 
 try:
@@ -58,7 +57,7 @@ def check_number(name:str,       # name of the argument
 def height_width(size # pixels, or (height, width)
                 )->tuple: # two numbers; raises `ValueError`
     "The size of images as a pair"
-    pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
+    pair = tuple(size) if hasattr(size, "__len__") else (size, size)
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair)
     if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
     raise ValueError(f"size must be a positive int, pixels, or a pair of them (height, width), got {size!r:.80}")

@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+# %% ../nbs/24_distributed.ipynb #e8dcb138
 from .core import check_choice
 from .data import patiently
 from .fitting import around_fit

@@ -32,6 +32,7 @@ from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
+# %% ../nbs/30_evaluation.ipynb #23105866
 from .augmentations import CropTfm
 from .core import check_positive_int, height_width, in_percent, shape_or_type, undisturbed, unwrapped
 from .encoder_files import AVERAGED

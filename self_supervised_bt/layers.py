@@ -545,6 +545,7 @@ def check_representations(name:str, # of the argument
     if bad: raise ValueError(f"{name} has {bad} row(s) that are not finite: the encoder diverged, "
                              "or its input was not finite")
 
+# %% ../nbs/12_layers.ipynb #b880e98f
 def check_whitenable(h:Tensor # (N,F) representations
                     )->None:  # raises `ValueError`
     "Raise `ValueError` if no covariance can be told from the rows"
