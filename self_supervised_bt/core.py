@@ -57,7 +57,8 @@ def check_number(name:str,       # name of the argument
 def height_width(size # pixels, or (height, width)
                 )->tuple: # two numbers; raises `ValueError`
     "The size of images as a pair"
-    pair = tuple(size) if hasattr(size, "__len__") else (size, size)
+    try: pair = tuple(size)
+    except TypeError: pair = size,size
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair)
     if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
     raise ValueError(f"size must be a positive int, pixels, or a pair of them (height, width), got {size!r:.80}")

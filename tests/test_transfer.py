@@ -214,13 +214,13 @@ def test_own_dls_with_one_label_several_and_none(one_C):
     x, y = torch.rand(60, 3, 8, 8), torch.arange(60) % 2
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     mine, several = (tensor_dls(x, labels, bs=16, valid_pct=.3, device="cpu") for labels in (y, F.one_hot(y).float()))
+    def by_hand(*size):
+        h, labels, h_test, test_labels = *encode(model, mine.train, *size), *encode(model, mine.valid, *size)
+        return round(100*linear_probe(h, labels, h_test, test_labels, Cs=(1.,)).top1, 2)
     got = transfer_table(model, {"mine": mine, "several": several})
-    p = linear_probe(*encode(model, mine.train), *encode(model, mine.valid))
-    assert got.linear["mine"] == round(100*p.top1, 2) and got.metric.tolist() == ["top-1", "mAP"]
+    assert got.linear["mine"] == by_hand() and got.metric.tolist() == ["top-1", "mAP"]
     assert "published" not in got and got.kNN["several"] == ""
-    wide = transfer_table(model, {"mine": mine}, size=(8, 12))
-    p = linear_probe(*encode(model, mine.train, (8, 12)), *encode(model, mine.valid, (8, 12)))
-    assert wide.linear["mine"] == round(100*p.top1, 2)
+    assert transfer_table(model, {"mine": mine}, size=(8, 12)).linear["mine"] == by_hand((8, 12))
     empty = tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")
     with pytest.raises(ValueError, match="empty one: data holds no images"): transfer_table(model, {"empty one": empty})
     with pytest.raises(ValueError, match="none: the labels of the training images is None"):
