@@ -2,6 +2,7 @@
 import importlib.metadata
 import os
 import platform
+import statistics
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def machine(*packages):
     "One line: processor, cores, Python and the versions that matter"
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", *packages))
     return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+
+
+def wait(device):
+    "Until the device has computed everything"
+    import torch
+    if device.type == "cuda": torch.cuda.synchronize()
+
+
+def median_and_range(values, spec):
+    "Median (smallest-largest), each formatted by `spec`"
+    return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
 
 
 def class_folders(path, per_class, held_out, spare=0):

@@ -1,10 +1,9 @@
 "Accuracy of the demo's encoder: five seeds (of split, weights, views), mean ± standard deviation over seeds"
 import io
-import statistics
 from contextlib import redirect_stdout
 
 import pandas as pd
-from _common import machine
+from _common import machine, median_and_range
 
 from self_supervised_bt.runs import short_run, train_and_compare
 
@@ -19,4 +18,4 @@ for seed in SEEDS:
     seconds.append(compared.seconds)
 by_row = pd.concat(tables, keys=SEEDS).groupby(level=1, sort=False)
 print((by_row.mean().map("{:.1f}".format) + " ± " + by_row.std().map("{:.1f}".format)).to_string())
-print(f"training: {statistics.median(seconds):.0f} s ({min(seconds):.0f}-{max(seconds):.0f})")
+print(f"training: {median_and_range(seconds, '.0f')} s")

@@ -6,7 +6,6 @@
 Ranks of one machine exchange over loopback: the seconds say how the work is divided, not how a network does.
 """
 import argparse
-import statistics
 import sys
 import time
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _common import machine
+from _common import machine, median_and_range
 from lightly.loss import BarlowTwinsLoss as Lightly
 
 from self_supervised_bt.distributed import EXCHANGES, GlobalLoss, exchange_bytes, synced_batchnorm
@@ -75,7 +74,7 @@ def row(name, a, d, seen, whole, whole_grad):
     slowest = [max(t)*1000 for t in zip(*times)]
     sent = f"{exchange_bytes(a.images, d, a.ranks, name)/1e6:6.1f} MB" if name in EXCHANGES else " "*9
     return (f"D={d:5} {name:28} loss off by {error:7.1e}, gradients {factor:5.3f} of the batch's, {sent} "
-            f"{statistics.median(slowest):8.1f} ms ({min(slowest):.1f}-{max(slowest):.1f})")
+            f"{median_and_range(slowest, '.1f'):>24} ms")
 
 
 def main():

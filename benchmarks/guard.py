@@ -7,12 +7,11 @@ Times what the callback does inside a fit, event by event. On a GPU this include
 gradients, which without it comes in fastai's Recorder: the ratio of whole fits, which take turns, is the one to read.
 """
 import argparse
-import statistics
 import time
 from collections import Counter
 
 import torch
-from _common import machine
+from _common import machine, median_and_range, wait
 from fastai.torch_core import set_seed
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
@@ -21,10 +20,6 @@ from self_supervised_bt.guard import NonFiniteGuard
 from self_supervised_bt.recipes import bt_learner
 
 DEFAULTS = dict(images=2048, bs=256, size=32, width=1024, epochs=2, turns=5)
-
-
-def wait(device):
-    if device.type == "cuda": torch.cuda.synchronize()
 
 
 class Timed(NonFiniteGuard):
@@ -56,10 +51,6 @@ def fit(a, cbs, device):
     return seconds, torch.cuda.max_memory_allocated()/2**20 if device.type == "cuda" else 0
 
 
-def summary(values, digits):
-    return f"{statistics.median(values):{digits}} ({min(values):{digits}}-{max(values):{digits}})"
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in DEFAULTS.items(): p.add_argument(f"--{name}", type=int, default=value)
@@ -84,8 +75,8 @@ def main():
         print(f"  {1000*plain/steps:6.1f} ms per step without, the guard {1000*spent/steps:.2f} ms{memory}", flush=True)
     per_event = ", ".join(f"{e} {1000*s/steps/a.turns:.3f}" for e, s in events.most_common(6))
     print(f"\nms per step by event: {per_event}")
-    print(f"{'share of the time without it':30} {summary(shares, '.2%'):>24}")
-    print(f"{'fits with / without':30} {summary(ratios, '.3f'):>24}")
+    print(f"{'share of the time without it':30} {median_and_range(shares, '.2%'):>24}")
+    print(f"{'fits with / without':30} {median_and_range(ratios, '.3f'):>24}")
 
 
 if __name__ == "__main__": main()

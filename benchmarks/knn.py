@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from _common import machine
+from _common import machine, median_and_range
 
 CONTENDERS = ("ours", "lightly, one call", "lightly, 256 at a time")
 
@@ -84,7 +84,7 @@ def line(name, turns, ours):
     ratio = statistics.median(t["seconds"]/o["seconds"] for t, o in zip(turns, ours))
     labels, our_labels = turns[0]["labels"], ours[0]["labels"]
     same = sum(a == b for a, b in zip(labels, our_labels))/len(our_labels)
-    spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+    spread = median_and_range(seconds, ".2f")
     return f"{name:24} {spread:>20} {ratio:15.2f} {mb:20.0f} {mb/our_mb:17.1f}  {same:.1%}"
 
 

@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from _common import machine
+from _common import machine, median_and_range
 
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.recipes import bt_learner, get_recipe
@@ -90,7 +90,7 @@ def arguments():
     return p.parse_args()
 
 
-def shown(rates): return f"{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
+def shown(rates): return median_and_range(rates, ".0f")
 
 
 def main():

@@ -3,11 +3,10 @@
     python benchmarks/probe.py                  # 20,000 x 512, ten classes: two minutes on 2 cores
 """
 import argparse
-import statistics
 import time
 
 import torch
-from _common import machine
+from _common import machine, median_and_range
 from sklearn.linear_model import LogisticRegression
 
 from self_supervised_bt.evaluation import linear_probe
@@ -46,7 +45,7 @@ def main():
             seen[name].append((time.perf_counter() - start, score))
     for name, turns in seen.items():
         s = [seconds for seconds, _ in turns]
-        spread = f"{statistics.median(s):.2f} ({min(s):.2f}-{max(s):.2f})"
+        spread = median_and_range(s, ".2f")
         print(f"{name:24} {spread:>20} s   top-1 {100*turns[0][1]:.2f} %")
     print(f"\nC = {chosen.C:.2g}, chosen on a tenth of the training rows")
 

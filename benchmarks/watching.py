@@ -6,11 +6,10 @@ Times the callbacks inside a fit, event by event, and the whole fit; on a GPU it
 As a check, fits with and without the callbacks alternate.
 """
 import argparse
-import statistics
 import time
 
 import torch
-from _common import machine
+from _common import machine, median_and_range, wait
 from fastai.torch_core import set_seed
 
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
@@ -18,10 +17,6 @@ from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.diagnostics import Diagnostics
 from self_supervised_bt.evaluation import OnlineEvaluation
 from self_supervised_bt.recipes import bt_learner
-
-
-def wait(device):
-    if device.type == "cuda": torch.cuda.synchronize()
 
 
 def timed(cls):
@@ -66,9 +61,6 @@ def labelled_images(n):
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(n) % 10
 
 
-def summary(values, spec): return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
-
-
 def main():
     a = arguments()
     device, steps = torch.device(a.device), a.epochs*(a.images//a.bs)
@@ -88,8 +80,8 @@ def main():
         print(f"  {plain/steps*1000:6.0f} ms per step; Diagnostics {1000*spent[0]/steps:.2f} ms per step, "
               f"online evaluation {1000*spent[1]/a.epochs:.0f} ms per epoch", flush=True)
     print(f"\n{'':24} {'share of the time without it':>30}")
-    for name, s in shares.items(): print(f"{name:24} {summary(s, '.2%'):>30}")
-    print(f"{'fits with both/without':24} {summary(ratios, '.3f'):>30}")
+    for name, s in shares.items(): print(f"{name:24} {median_and_range(s, '.2%'):>30}")
+    print(f"{'fits with both/without':24} {median_and_range(ratios, '.3f'):>30}")
 
 
 if __name__ == "__main__": main()

@@ -23,7 +23,7 @@ from fastcore.meta import delegates
 from fasttransform import Pipeline
 from torch import Tensor
 
-from .core import check_choice, check_positive_int
+from .core import check_choice, check_positive_int, height_width
 from self_supervised_bt.fused import (
     INTERPOLATIONS,
     AffineStep,
@@ -138,13 +138,6 @@ def _kornia_tfms(crop, steps, stats, same):
 BACKENDS = {"fused": _fused_tfms, "kornia": _kornia_tfms}
 
 # %% ../nbs/11_augmentations.ipynb #f1412fe6
-def _size_pair(size):
-    "Height and width, Python's ints, from an int or a pair"
-    pair = tuple(size) if isinstance(size, (list, tuple, L)) else (size, size)
-    whole = all(isinstance(s, Integral) and not isinstance(s, bool) and s > 0 for s in pair)
-    if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
-    raise ValueError(f"size must be an int or a pair (height, width) of positive ints, got {size!r}")
-
 def _range(name, r, lo=0., hi=float("inf")):
     "`r` as an ordered pair within [`lo`,`hi`]"
     if not isinstance(r, (list, tuple, L)) or len(r) != 2 or not lo <= r[0] <= r[1] <= hi:
@@ -236,7 +229,7 @@ def get_batch_augs(size:int|tuple,         # height and width of the view, pixel
                   )->list:                 # transforms for one `Pipeline(..., split_idx=0)`
     "The transforms that make one view: crop, flip, rotation, jitter, grey, blur, solarisation, normalisation"
     _check_switches(locals())
-    size = _size_pair(size)
+    size = height_width(size)
     check_choice("backend", backend, BACKENDS)
     _check_angles(rotate_deg, shear_deg)
     _check_p(flip_p=flip_p, rotate_p=rotate_p, jitter_p=jitter_p, bw_p=bw_p, blur_p=blur_p, solarize_p=solarize_p)
@@ -374,7 +367,7 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
     "Show the effect of one argument at several values"
     check_choice("name", name, _SWITCH)
     x = image_batch(x[None])
-    size = _size_pair(size or tuple(x.shape[-2:]))
+    size = height_width(size or tuple(x.shape[-2:]))
     original = centre_resize(x, size)[0].clamp(0, 1)
     figsize = (n+1)*width,len(values)*width
     _,axes = plt.subplots(len(values), n+1, figsize=figsize, squeeze=False, layout="constrained")

@@ -11,7 +11,7 @@ from torch import nn
 
 from .layers import create_mlp_module, encoder_width
 from .losses import AllPairs, BarlowTwinsLoss
-from .multiview import MultiView, check_model
+from .multiview import MultiView, has_predictor
 
 # %% ../nbs/15_barlow_twins.ipynb #0914f44e
 class BarlowTwinsModel(nn.Module):
@@ -63,7 +63,7 @@ class BarlowTwins(MultiView):
     def model_input(self):
         "All views in one batch; with a predictor also `paired=True`, with `separate_bn` also how many they are"
         x,*how = super().model_input()
-        if getattr(check_model(self.model), "predictor", None) is None: return (x, *how)
+        if not has_predictor(self.model): return (x, *how)
         if len(self.augs) > 2:
             raise ValueError(f"a predictor needs two views, got {len(self.augs)}: "
                              "pass two pipelines")

@@ -268,7 +268,7 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
            ):
     "Train an encoder on images without labels, and show whether it worked"
     from self_supervised_bt.compared import say
-    from self_supervised_bt.data import height_width
+    from self_supervised_bt.core import height_width
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
     run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=as_size(size))

@@ -144,22 +144,37 @@ def column_texts(column:pd.Series # of a table
     return [f"{v:.{decimals}f}" if ok else t for v,t,ok in zip(column, texts, small)]
 
 # %% ../nbs/50_compared.ipynb #5a1e0c71
+HANG = "  "   # before the second line of a row's name
+
+def column_widths(heads:list,   # one per column, "" for the first, which holds the names of the rows
+                  columns:list, # of texts
+                  wrap:bool,    # break heads at spaces?
+                  most:int=None, # columns of a cell at most, longer ones continue below
+                  width:int=None # of the table, if names of rows may be broken between words for it
+                 )->list:       # of numbers
+    "How wide the columns of a table are"
+    def of(head, cells): return max(map(len, [*cells, *(head.split() if wrap else [head]), ""]))
+    first,*rest = (of(*column) for column in zip(heads, columns))
+    if most: rest = [min(w, most) for w in rest]
+    if width is None: return [first, *rest]
+    word = max(len(word) for name in columns[0] for word in ["", *name.split()])
+    return [min(first, max(word + len(HANG), width - sum(2 + w for w in rest))), *rest]
+
 def laid_out(table:pd.DataFrame, # of texts
-             wrap:bool,          # break headings at spaces?
-             most:int=None       # columns of a cell, longer ones continue below; any number if not given
+             wrap:bool,          # as for `column_widths`, like the rest
+             most:int=None,
+             width:int=None
             )->str:
     "The lines of a table"
+    heads = ["", *map(str, table.columns)]
     columns = [list(map(str, table.index)), *(list(table.iloc[:, i]) for i in range(table.shape[1]))]
-    heads,widths = [],[]
-    for name,cells in zip(("", *map(str, table.columns)), columns):
-        width = max(map(len, [*cells, *(name.split() if wrap else [name]), ""]))
-        widths.append(min(width, most) if most and widths else width)   # the first column are the names of the rows
-        heads.append(name)
+    widths = column_widths(heads, columns, wrap, most, width)
+    hang = [HANG, *[""]*table.shape[1]]
     def line(cells):
         first,*rest = zip(cells, widths)
         return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c,w in rest)]).rstrip()
     def lines(cells, at_end=False):
-        parts = [textwrap.wrap(cell, max(w, 1)) or [""] for cell,w in zip(cells, widths)]
+        parts = [textwrap.wrap(c, max(w, 1), subsequent_indent=h) or [""] for c,w,h in zip(cells, widths, hang)]
         height = max(map(len, parts))
         above = [[""]*(height - len(p)) if at_end else [] for p in parts]
         return [line(row) for row in zip(*(a + p + [""]*(height - len(a + p)) for a,p in zip(above, parts)))]
@@ -172,8 +187,8 @@ def text_table(table:pd.DataFrame,
     "A table as text, in the width of a terminal: if it is too wide a row becomes a column, and its cells are broken"
     texts = pd.DataFrame({i: column_texts(table.iloc[:, i]) for i in range(table.shape[1])}, table.index)
     texts.columns = table.columns
-    for shape,wrap in ((texts, False), (texts, True), (texts.T, True)):
-        text = laid_out(shape, wrap)
+    for shape,wrap,names in ((texts, False, None), (texts, True, None), (texts, True, width), (texts.T, True, None)):
+        text = laid_out(shape, wrap, width=names)
         if max(map(len, text.splitlines())) <= width: return text
     room = width - max(map(len, map(str, table.columns)))
     n = max(1, min(len(texts), room//18))   # rows side by side

@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,22 @@ def check_number(name:str,       # name of the argument
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and 0 <= value <= most and (zero or value > 0): return
     raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, of at most {most:g}, got {value!r}")
+
+# %% ../nbs/00_core.ipynb #cd8132ef
+def height_width(size # pixels, or (height, width)
+                )->tuple: # two numbers; raises `ValueError`
+    "The size of images as a pair"
+    try: pair = tuple(size)
+    except TypeError: pair = size,size
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair)
+    if len(pair) == 2 and whole: return int(pair[0]),int(pair[1])
+    raise ValueError(f"size must be a positive int, pixels, or a pair of them (height, width), got {size!r:.80}")
+
+# %% ../nbs/00_core.ipynb #9bbb78ba
+def shape_or_type(o # what was given
+                 ): # for a message
+    "A tensor's shape, or the type of what is no tensor"
+    return tuple(o.shape) if isinstance(o, torch.Tensor) else type(o).__name__
 
 # %% ../nbs/00_core.ipynb #5a1e0c32
 def in_percent(share:float,  # 1 is all

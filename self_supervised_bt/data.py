@@ -42,7 +42,7 @@ from fasttransform import Pipeline, Transform
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .core import check_positive_int
+from .core import check_positive_int, height_width, shape_or_type
 
 # %% ../nbs/01_data.ipynb #5a0c1e12
 class BytesToFloats(IntToFloatTensor):
@@ -88,8 +88,7 @@ class ImageTensors:
         return type(self)(self.x[:0], y, self.split_idx, self.c, self.vocab)
     def identity(self)->str:
         "A short digest of the images: shape, type and content"
-        parts = (x.contiguous().cpu().view(torch.uint8).numpy().data for x in self.x.split(1024))
-        return digest(f"{tuple(self.x.shape)} {self.x.dtype}".encode(), *parts)
+        return digest(f"{tuple(self.x.shape)} {self.x.dtype}".encode(), *map(bytes_of, self.x.split(1024)))
     def names(self, idxs:list)->list: # strings
         "What the images at these indices are called: their places in the user's data"
         return [f"image {int(i if self.rows is None else self.rows[i])}" for i in idxs]
@@ -102,13 +101,14 @@ def digest(*parts # bytes, one after the other
     for part in parts: h.update(part)
     return h.hexdigest()[:16]
 
+def bytes_of(t:Tensor): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data # of its numbers
+
 def check_images_and_labels(x, # the images to check
                             y  # their labels, or `None`
                            )->None: # raises `ValueError`
     "Raise unless `x` is a tensor (N,C,H,W) and, if there are labels, `y` has one per image"
     if not isinstance(x, Tensor) or x.ndim != 4:
-        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of images (N,C,H,W), got {came}")
+        raise ValueError(f"x must be a tensor of images (N,C,H,W), got {shape_or_type(x)}")
     if y is not None and len(y) != len(x):
         raise ValueError(f"y has {len(y)} labels for {len(x)} images: pass one label per image")
 
@@ -695,11 +695,6 @@ def eight_bit(im:Image.Image, # 8 bits per channel
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == mode else im.convert(mode)
 
-def height_width(size # an int or a pair
-                )->tuple: # height and width
-    "A size as a pair"
-    return tuple(size) if is_pair(size) else (size, size)
-
 def centre_box(height:int, # of an image
                width:int,
                size        # height and width of the result, or one number for both
@@ -908,8 +903,7 @@ def check_size(size, # height and width to check
     "Raise unless `size` is a positive int, or a pair of them, and `n_in` is 1 or 3"
     if arrays: check_positive_int("n_in", n_in, "1 (grey), 3 (RGB), or that of your arrays")
     elif n_in not in (1, 3): raise ValueError(f"n_in must be 1 (grey) or 3 (RGB), got {n_in!r}")
-    if pair and is_pair(size) and len(size) == 2:
-        for side in size: check_positive_int("size", side, "pixels, or a pair (height, width)")
+    if pair: height_width(size)
     else: check_positive_int("size", size)
 
 def check_value_range(value_range # to check

@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+# %% ../nbs/24_distributed.ipynb #e8dcb138
 from .core import check_choice
 from .data import patiently
 from .fitting import around_fit
@@ -42,6 +43,7 @@ from self_supervised_bt.losses import (
     full_precision_backward,
     inner_product,
     product_diagonal,
+    standardise,
     terms_from,
 )
 from .mixed import MixedBarlowTwinsLoss
@@ -215,10 +217,6 @@ def _through_standardising(g, a, rstd, mean, along):
     "Gradient by the rows, given that by the standardised rows: less its mean and its component along `a`"
     return (g - mean).addcmul_(a, along, value=-1).mul_(rstd)
 
-def _standardised(z, eps):
-    "Standardised columns, their means and 1/σ"
-    return torch.native_batch_norm(z.contiguous(), None, None, None, None, True, 0., eps)
-
 # %% ../nbs/24_distributed.ipynb #8c21654f
 class _GatheredGram(torch.autograd.Function):
     "Off-diagonal squares and diagonal of the global `c`, from own rows of the Gram matrices"
@@ -227,8 +225,8 @@ class _GatheredGram(torch.autograd.Function):
         d,n = z1.shape[1],sum(sizes)
         own = _own_rows(sizes, group)
         z = at_least_float32(_gather(torch.cat([z1, z2], 1), sizes, group))   # (N,2D)
-        a,_,rstd_a = _standardised(z[:,:d], eps)
-        b,_,rstd_b = _standardised(z[:,d:], eps)
+        a,_,rstd_a = standardise(z[:,:d], eps)
+        b,_,rstd_b = standardise(z[:,d:], eps)
         gram_a = a[own] @ a.T   # (n,N)
         gram_b = b[own] @ b.T
         diag = product_diagonal(a, b)

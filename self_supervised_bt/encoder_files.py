@@ -28,7 +28,7 @@ from self_supervised_bt.core import (
     check_positive_int,
     unwrapped,
 )
-from .data import check_value_range
+from .data import bytes_of, check_value_range
 from .fitting import random_states_kept
 from .fused import CentreResize, NormalizeViews
 from self_supervised_bt.layers import (
@@ -140,7 +140,7 @@ def checksum(text:str,    # what is written about the weights
     h = hashlib.sha256(text.encode())
     for name,t in sorted((plain_name(name), t) for name,t in tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(bytes_of(t))
     return h.hexdigest()
 
 def metadata(path:str|Path # a safetensors file

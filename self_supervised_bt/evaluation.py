@@ -32,14 +32,17 @@ from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from torch import Tensor, nn
 
+# %% ../nbs/30_evaluation.ipynb #23105866
 from .augmentations import CropTfm
-from .core import check_positive_int, in_percent, undisturbed, unwrapped
+from .core import check_positive_int, height_width, in_percent, shape_or_type, undisturbed, unwrapped
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
 from self_supervised_bt.layers import (
     Whitening,
     check_levels,
+    check_matrix,
+    check_representations,
     encoder_channels,
     fit_whitening,
     is_fitted_with,
@@ -50,11 +53,14 @@ from self_supervised_bt.layers import (
 from .multiview import check_model, multiview_of
 
 # %% ../nbs/30_evaluation.ipynb #1df8a118
+def network_of(model)->nn.Module: # of a Learner, or what is a network itself
+    "The network, out of its wrappers"
+    return unwrapped(model.model if isinstance(model, Learner) else model)
+
 def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need
     "The encoder, and the transforms that turn images into what it was trained on"
-    net = model.model if isinstance(model, Learner) else model
-    net = unwrapped(net)
+    net = network_of(model)
     encoder = getattr(net, "encoder", net)
     views = multiview_of(model) if isinstance(model, Learner) else None
     if views is not None: return encoder,views.clean
@@ -69,9 +75,7 @@ def at_size(clean:Pipeline, # size and normalisation of an encoder's images
             size:int|tuple  # height and width, pixels
            )->Pipeline:     # the same at the other size
     "Replace the size of a clean pipeline"
-    height,width = size if isinstance(size, (tuple, list)) else (size, size)
-    if min(height, width) < 1: raise ValueError(f"size must be positive, got {size!r}")
-    return Pipeline([CentreResize((height, width)), *unsized(clean)], split_idx=1)
+    return Pipeline([CentreResize(height_width(size)), *unsized(clean)], split_idx=1)
 
 # %% ../nbs/30_evaluation.ipynb #0c96c943
 def transforms_in(o # a data loader, a dataset, or something that holds transforms
@@ -345,8 +349,8 @@ class BatchEncoder:
     def represent(self, x): # normalised images; (B,F) float32
         h = self.forward(x)
         if isinstance(h, Tensor) and h.ndim == 2: return h.float()
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"the encoder must give representations (B,F), got {got}: pool and flatten its output")
+        raise ValueError(f"the encoder must give representations (B,F), got {shape_or_type(h)}: pool and flatten its "
+                         "output")
 
     def warn_of_bytes(self, x): # once
         if self.said or x.min() < 0 or x.max() < 16: return
@@ -379,10 +383,9 @@ def how_encoded(clean:Pipeline,          # size and normalisation of an encoder'
                )->dict:                  # size, tta and levels as plain data; raises `ValueError`
     "How images are encoded; a whitening says it, and nothing else may contradict it"
     fitted = None if whitening is None else whitening.how
-    if size is not None: at_size(clean, size)   # raises if it is none
-    asked = dict(size=size_of(clean) if size is None else (size, size) if isinstance(size, Integral) else size,
-                 tta=averaged(tta), levels=1 if levels is None else levels)
-    asked["size"] = asked["size"] and [int(pixels) for pixels in asked["size"]]
+    seen = size_of(clean) if size is None else size
+    asked = dict(size=None if seen is None else list(height_width(seen)), tta=averaged(tta),
+                 levels=1 if levels is None else levels)
     if size is not None and any(not isinstance(o, str) for o in asked["tta"]):
         raise ValueError(f"size={size} and the sizes in tta={tta!r} contradict each other: leave one of them out")
     if fitted is None: return asked
@@ -480,22 +483,6 @@ def encode(model,             # a Learner, a `BarlowTwinsModel` or an encoder
     return h if whitening is None else whitening(h, out=h),y
 
 # %% ../nbs/30_evaluation.ipynb #7cf0ccba
-def check_matrix(name:str, # of the argument
-                 h):       # what came
-    "Raises ValueError if `h` is not a non-empty matrix (N,F)"
-    if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
-    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f"{name} must be representations (N,F), got {got}")
-
-def check_representations(name:str, # of the argument
-                          h):       # what came
-    "Raises ValueError if `h` is not a matrix (N,F) of finite rows"
-    check_matrix(name, h)
-    if h.sum(1).isfinite().all(): return   # no (N,F) mask unless there is a doubt
-    bad = int((~h.isfinite()).any(1).sum())
-    if bad: raise ValueError(f"{name} has {bad} row(s) that are not finite: the encoder diverged, "
-                             "or its input was not finite")
-
 def check_comparable(name:str, h:Tensor, other:str, h2:Tensor):
     "Raises ValueError if two sets of representations differ in width or device"
     check_matrix(name, h)

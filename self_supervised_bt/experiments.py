@@ -33,6 +33,7 @@ from torch import Tensor
 # %% ../nbs/51_experiments.ipynb #4b4f07f3
 from .augmentations import VIEW_RECIPES
 from .checkpoints import package_versions
+from .compared import text_table
 from .core import check_choice, check_positive_int, whole_file, write_json
 from self_supervised_bt.data import (
     digest,
@@ -655,18 +656,6 @@ def shown_table(table:pd.DataFrame # from `summary`
 # %% ../nbs/51_experiments.ipynb #ea2ea0c5
 WIDTH = 80   # columns of text
 
-def in_columns(shown:pd.DataFrame # from `shown_table`
-              )->str:             # lines of at most `WIDTH` columns
-    "A table of text; names of rows that are too long go on in another line"
-    widths = [max(len(c), *map(len, shown[c])) for c in shown]
-    room = max(12, WIDTH - sum(widths) - 2*len(widths))
-    def line(name, values): return name.ljust(room) + "".join(f"  {v:>{w}}" for v,w in zip(values, widths))
-    lines = [line("", shown.columns).rstrip()]
-    for name,values in zip(shown.index, shown.itertuples(index=False)):
-        first,*rest = textwrap.wrap(name, room)
-        lines += [line(first, values).rstrip(), *(f"  {r}" for r in rest)]
-    return "\n".join(lines)
-
 def notes(e:Experiment,
           table:pd.DataFrame, # from `summary`
           about:dict,         # the images, from `settings_of`
@@ -688,7 +677,7 @@ def notes(e:Experiment,
 def text_of(e, table, about, made_with)->str:
     "Table and notes as text of at most `WIDTH` columns"
     wrapped = [textwrap.fill(n, WIDTH) for n in notes(e, table, about, made_with)]
-    return "\n".join([in_columns(shown_table(table)), "", *wrapped])
+    return "\n".join([text_table(shown_table(table), WIDTH), "", *wrapped])
 
 def markdown_of(e, table, about, made_with)->str:
     "Table and notes as Markdown"

@@ -52,6 +52,7 @@ from self_supervised_bt.data import (
     BadImage,
     ImageTensors,
     OwnMemory,
+    bytes_of,
     device_or_default,
     digest,
     patiently,
@@ -95,7 +96,7 @@ from self_supervised_bt.sources import (
     name_in,
     named_image,
 )
-from .transfer import bytes_of, encoder_identity, size_seen
+from .transfer import encoder_identity, size_seen, whitening_digest
 from .weights import as_picture, load_encoder
 from .zoo import is_path
 
@@ -115,10 +116,6 @@ def device_of_rank(device)->torch.device: # the default of several ranks on one 
     "The given device, or the default"
     several = device is None and num_distrib() > 1 and torch.cuda.is_available()
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if several else device_or_default(device)
-
-def whitening_digest(whitening)->str: # `None` without
-    "What a whitening does, in short"
-    return whitening and digest(bytes_of(whitening.mean), bytes_of(whitening.matrix))
 
 # %% ../nbs/43_explore.ipynb #1b66a8f2
 class RowEncoder:

@@ -32,6 +32,7 @@ from torchvision.models import ResNet
 # %% ../nbs/41_export.ipynb #a913b712
 from self_supervised_bt.core import (
     check_choice,
+    height_width,
     hidden_folder,
     unwrapped,
     whole_file,
@@ -108,14 +109,6 @@ class Prepared:
         with torch.no_grad(): return self.encoder(self.normalised(x))
 
 # %% ../nbs/41_export.ipynb #89fa4047
-def height_and_width(size:int|tuple # of images, pixels
-                    )->tuple:       # two numbers; raises `ValueError`
-    "The size of images as two numbers"
-    both = (size, size) if isinstance(size, int) else size
-    right = isinstance(both, (tuple, list)) and len(both) == 2
-    if right and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in both): return tuple(both)
-    raise ValueError(f"size must be a number of pixels, or (height, width), got {size!r:.80}")
-
 def takes(p:Prepared, # from `prepare`
           size:tuple  # height and width, pixels
          )->bool:
@@ -196,7 +189,7 @@ def prepare(model,               # a Learner, a `BarlowTwinsModel` or an encoder
     if not n_in: raise ValueError("the encoder has no convolution, so the channels of its images are not known: "
                                   "export encoders of images only")
     known = described.get("size") if size is None else size
-    size = height_and_width(declared_size(encoder) if known is None else known)
+    size = height_width(declared_size(encoder) if known is None else known)
     facts = facts if facts is not None else learner_facts(model)
     stats = channel_stats(described, n_in)
     p = Prepared(encoder, n_in, size, *stats, described, known is not None, facts, checked_license(license))

@@ -28,7 +28,7 @@ from fastcore.parallel import num_cpus
 from torch import Tensor
 
 # %% ../nbs/02_folders.ipynb #c44902cf
-from .core import check_choice
+from .core import check_choice, height_width
 from self_supervised_bt.data import (
     REASONS,
     BadImage,
@@ -44,7 +44,6 @@ from self_supervised_bt.data import (
     device_or_default,
     digest,
     evenly_spaced,
-    height_width,
     image_names,
     images_and_labels,
     in_chunks,

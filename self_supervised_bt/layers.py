@@ -30,8 +30,10 @@ from self_supervised_bt.core import (
     check_choice,
     check_number,
     check_positive_int,
+    height_width,
     rng_states,
     set_rng_states,
+    shape_or_type,
     undisturbed,
     unwrapped,
 )
@@ -42,8 +44,6 @@ def encoder_channels(encoder:nn.Module # images to representations
     "How many channels an encoder takes"
     return next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
 
-def _height_width(size): return (size, size) if isinstance(size, int) else tuple(size)
-
 def _probe_sizes(encoder):
     "Image sizes to try: those the encoder declares, then common ones"
     patch_embed = getattr(encoder, "patch_embed", None)
@@ -51,7 +51,7 @@ def _probe_sizes(encoder):
     declared = [getattr(patch_embed, "img_size", None), getattr(encoder, "image_size", None)]
     pretrained = tuple(cfg.get("input_size", ()))[1:]
     sizes = [*declared, 64, 128, pretrained, 224, 256, 299, 384, 96, 32, 28]
-    return [_height_width(s) for s in sizes if s]
+    return [height_width(s) for s in sizes if s]
 
 # %% ../nbs/12_layers.ipynb #77dd9a51
 def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
@@ -61,7 +61,7 @@ def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
     like = next(encoder.parameters(), torch.zeros(()))
     n_in = encoder_channels(encoder)
     channels = (3, 1) if n_in is None else (n_in,)
-    sizes = _probe_sizes(encoder) if size is None else [_height_width(size)]
+    sizes = _probe_sizes(encoder) if size is None else [height_width(size)]
     errors = []
     with undisturbed(encoder):
         for shape in [(1, c, *hw) for c in channels for hw in sizes]:
@@ -75,8 +75,8 @@ def encoder_width(encoder:nn.Module, # images (B,C,H,W) to representations (B,F)
 
 def _width_of(h):
     if isinstance(h, Tensor) and h.ndim == 2: return h.shape[1]
-    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f"the encoder must return representations (B,F), got {got}: add pooling and nn.Flatten()")
+    raise ValueError(f"the encoder must return representations (B,F), got {shape_or_type(h)}: "
+                     "add pooling and nn.Flatten()")
 
 # %% ../nbs/12_layers.ipynb #827f282b
 class PoolingType(StrEnum):
@@ -275,7 +275,7 @@ def set_small_stem(encoder:nn.Module,   # of an architecture, with its own stem
                    size:int|tuple=None  # of the images, pixels
                   )->bool|str:          # what was done, one of `STEMS` except `None`; raises `ValueError`
     "Give a ResNet the stem for images of up to 64 pixels"
-    small = size is not None and max(_height_width(size)) <= 64
+    small = size is not None and max(height_width(size)) <= 64
     if small_stem is None: small_stem = small and is_resnet(encoder) and ("no pool" if pretrained else True)
     if small_stem and not is_resnet(encoder):
         raise ValueError("small_stem is for ResNets, and this architecture has no such stem: leave small_stem out")
@@ -351,7 +351,7 @@ def _patch_size(encoder):
     "Height and width of the patches that an encoder cuts images into; overlapping ones leave no rest"
     embed = getattr(encoder, "patch_embed", None)
     stride = getattr(getattr(embed, "proj", None), "stride", None)
-    patch = _height_width(getattr(embed, "patch_size", (1, 1)))
+    patch = height_width(getattr(embed, "patch_size", (1, 1)))
     return patch if stride in (None, patch) else (1, 1)
 
 def _try_size(encoder, size):
@@ -379,7 +379,7 @@ def _build_for_size(make, size):
 # %% ../nbs/12_layers.ipynb #4c07a63d
 def _sized_encoder(settings, size, pool_type):
     "An encoder for images of `size`, its pooling chosen by its last map if `pool_type` is None"
-    size = _height_width(size)
+    size = height_width(size)
     states = rng_states()
     pool = pool_type or PoolingType.CatAvgMax
     def make(option):
@@ -498,8 +498,7 @@ def check_levels(encoder:nn.Module, # an encoder of `create_encoder`
 def pooled(out, name): # output of a stage and its name; (B,C) float32, rows of length one
     "The means of a map, each row scaled to length one"
     if not isinstance(out, Tensor) or out.ndim != 4:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {got}: use levels=1")
+        raise ValueError(f"levels needs maps (B,C,H,W), and {name} gives {shape_or_type(out)}: use levels=1")
     return normalize(out.float().mean((2, 3)), dim=1)
 
 @contextmanager
@@ -562,15 +561,26 @@ def row_parts(h): # (N,F); parts of at most 2**24 numbers
     return h.split(max(1, 2**24//h.shape[1]))
 
 # %% ../nbs/12_layers.ipynb #8e315b34
+def check_matrix(name:str, # of the argument
+                 h):       # what came
+    "Raises ValueError if `h` is not a non-empty matrix (N,F)"
+    if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
+    raise ValueError(f"{name} must be representations (N,F), got {shape_or_type(h)}")
+
+def check_representations(name:str, # of the argument
+                          h):       # what came
+    "Raises ValueError if `h` is not a matrix (N,F) of finite rows"
+    check_matrix(name, h)
+    if h.sum(1).isfinite().all(): return   # no (N,F) mask unless there is a doubt
+    bad = int((~h.isfinite()).any(1).sum())
+    if bad: raise ValueError(f"{name} has {bad} row(s) that are not finite: the encoder diverged, "
+                             "or its input was not finite")
+
+# %% ../nbs/12_layers.ipynb #b880e98f
 def check_whitenable(h:Tensor # (N,F) representations
                     )->None:  # raises `ValueError`
     "Raise `ValueError` if no covariance can be told from the rows"
-    if not isinstance(h, Tensor) or h.ndim != 2 or 0 in h.shape:
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"h must be representations (N,F), got {got}")
-    bad = sum(int((~part.isfinite()).any(1).sum()) for part in row_parts(h))
-    if bad: raise ValueError(f"h has {bad} row(s) that are not finite: the encoder diverged, or its input was not "
-                             "finite")
+    check_representations("h", h)
     if len(h) < 2: raise ValueError("h has 1 row, which has no variance: fit the whitening on many images")
     if len(h) < h.shape[1]:
         warnings.warn(f"the whitening of {h.shape[1]} dimensions is fitted on {len(h)} images: with fewer images than "

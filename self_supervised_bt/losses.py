@@ -225,7 +225,7 @@ def _blocks(z):
     width = max(512, 2**18//n) if z.device.type == "cpu" else d
     return [(j, min(j + width, d)) for j in range(0, d, width)]
 
-def _standardise(z, eps):
+def standardise(z, eps):
     "Standardised columns, their means and 1/σ, in one kernel"
     return torch.native_batch_norm(z.contiguous(), None, None, None, None, True, 0., eps)
 
@@ -257,8 +257,8 @@ class _BatchGram(torch.autograd.Function):
         ka = kb = None
         parts = []
         for i,j in ctx.blocks:
-            a,*stats1 = _standardise(z1[:,i:j], eps)
-            b,*stats2 = _standardise(z2[:,i:j], eps)
+            a,*stats1 = standardise(z1[:,i:j], eps)
+            b,*stats2 = standardise(z2[:,i:j], eps)
             ka = _add_gram(ka, a)
             kb = _add_gram(kb, b)
             too_large = torch.minimum(stats1[1], stats2[1]) == 0   # 1/σ of a variance that is not finite

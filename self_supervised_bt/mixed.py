@@ -21,7 +21,7 @@ from self_supervised_bt.losses import (
     normalise,
     squared_sum,
 )
-from .multiview import MultiView, check_model
+from .multiview import MultiView, has_predictor
 
 # %% ../nbs/16_mixed.ipynb #752c1ee0
 def mix_views(v1:Tensor,       # (B,...) images of view 1, or their embeddings
@@ -111,7 +111,7 @@ class MixedBarlowTwins(MultiView):
 
     def before_train(self):
         super().before_train()
-        if getattr(check_model(self.model), "predictor", None) is None: return
+        if not has_predictor(self.model): return
         raise ValueError("MixedBarlowTwins compares three embeddings of one network, and the model has a predictor "
                          "on one of them: leave the predictor out")
     def after_pred(self):

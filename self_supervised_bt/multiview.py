@@ -58,6 +58,11 @@ def check_model(model:nn.Module # what the Learner trains
                          "create_barlow_twins_model(encoder), or BarlowTwinsModel(encoder, projector)")
     return inner
 
+def has_predictor(model:nn.Module # what the Learner trains
+                 )->bool:         # raises `ValueError`
+    "Is there a predictor on the projector?"
+    return getattr(check_model(model), "predictor", None) is not None
+
 # %% ../nbs/14_multiview.ipynb #6ed95f80
 class ViewsLoss:
     "The Learner's `loss_func` during a fit: the callback's loss of the embeddings of all views"

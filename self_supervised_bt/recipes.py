@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .augmentations import check_pipelines, get_batch_augs, get_multi_aug_pipelines
 from .barlow_twins import BarlowTwins, BarlowTwinsModel, create_barlow_twins_model
-from .core import check_choice, check_number, check_positive_int, whole_file
+from .core import check_choice, check_number, check_positive_int, height_width, whole_file
 from .encoder_files import KEY, input_of, mlp_settings
 from .fitting import batch_size_of, random_states_kept
 from .formats import LoadedWeights
@@ -123,10 +123,8 @@ def plain_size(size # of the views
               ):    # an int, a pair of them, or `None`; raises `ValueError`
     "A size in one spelling"
     if size is None: return None
-    pair = size if isinstance(size, list) else [size, size]
-    if len(pair) != 2: raise ValueError(f"size must be an int or a pair (height, width), got {size!r}")
-    for side in pair: check_positive_int("size", side, "pixels, or a pair (height, width)")
-    return pair[0] if pair[0] == pair[1] else tuple(pair)
+    height,width = height_width(size)
+    return height if height == width else (height, width)
 
 def plain_settings(r:Recipe # any
                   )->dict:  # raises `ValueError`

@@ -39,7 +39,7 @@ except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
 from .checkpoints import Checkpoints, checkpoints_in, package_versions, read_checkpoint
-from .classifiers import linear_transfer, subset_probe
+from .classifiers import subset_probe
 from .compared import say
 from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
 from self_supervised_bt.data import (
@@ -81,6 +81,7 @@ from self_supervised_bt.evaluation import (
     knn_accuracy,
     label_table,
     linear_probe,
+    mean_and_spread,
     neighbours,
     positive_pair_accuracy,
     processed_rows,
@@ -137,7 +138,7 @@ from self_supervised_bt.sources import (
 )
 from .trackers import check_tracker, tracker_callbacks
 from .training import Autocast
-from .transfer import found_sets, protocol_sizes, transfer_table
+from .transfer import found_sets, protocol_sizes, transfer_scores, transfer_table
 from .weights import load_encoder, save_encoder, save_model
 from .zoo import ZooCard, is_path, model_info
 
@@ -1042,14 +1043,13 @@ def state_of(run:Path # folder of a run
 
 def few_label_scores(h, y, h_test, y_test)->dict: # column to text
     "Accuracy of a linear probe with 1 and 10 % of the labels: mean ± standard deviation over the samples of `SEEDS`"
-    def scores(share): return [100*subset_probe(h[i], y[i], h_test, y_test) for i in samples(share)]
+    def scores(share): return [subset_probe(h[i], y[i], h_test, y_test) for i in samples(share)]
     def samples(share): return (sample_labels(y, share, seed) for seed in SEEDS)
-    def text(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    return {f"{in_percent(share, 0)} of the labels": text(scores(share)) for share in (.01, .1)}
+    return {f"{in_percent(share, 0)} of the labels": mean_and_spread(scores(share)) for share in (.01, .1)}
 
 # %% ../nbs/50_runs.ipynb #fe51d8e8
 def scores(h, y, h_test, y_test, protocols, k)->dict: # column to number or text
-    "Scores of representations, in percent, without those of `linear_transfer`, which encodes by itself"
+    "Scores of representations, in percent, without those of `transfer_scores`, which encodes by itself"
     row,k = {},min(k, len(h))
     if "knn" in protocols: row[f"kNN (k={k})"] = round(100*float(knn_accuracy(h_test, y_test, h, y, k=k)), 1)
     if "linear" in protocols: row["linear"] = round(100*float(linear_probe(h, y, h_test, y_test).top1), 1)
@@ -1071,8 +1071,7 @@ def evaluate_on(encoder:nn.Module, # from `load_encoder`
         reps = {SINGLE: (h, h_test)}
     about = {"images": len(y), "test images": len(y_test), "seen in training": n_seen, "classes": int(y.max()) + 1}
     rows = {way: {**about, **scores(h, y, h_test, y_test, protocols, k)} for way,(h,h_test) in reps.items()}
-    if "transfer" in protocols:
-        rows[SINGLE]["transfer"] = float(linear_transfer(encoder, {name: dls})["linear probe"].iloc[0])
+    if "transfer" in protocols: rows[SINGLE]["transfer"] = round(transfer_scores(encoder, dls)["linear"], 1)
     return rows
 
 # %% ../nbs/50_runs.ipynb #b603173e

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from .augmentations import check_pipelines
 from .barlow_twins import BarlowTwinsModel
-from .core import check_choice, check_number, check_positive_int
+from .core import check_number, check_positive_int
 from .layers import create_mlp_module, encoder_width
 from .losses import AllPairs, at_least_float32, check_embeddings, check_loss, squares_and_diagonal
-from .multiview import MultiView, check_model, in_one_batch
+from .multiview import MultiView, check_model, has_predictor, in_one_batch
 
 # %% ../nbs/16_siblings.ipynb #e6523088
 class ViewLoss:
@@ -276,7 +276,7 @@ class WithoutPredictor(MultiView):
     "A callback whose loss compares embeddings themselves; refuses a model with a predictor, which it would not train"
     def before_train(self):
         super().before_train()
-        if getattr(check_model(self.model), "predictor", None) is None: return
+        if not has_predictor(self.model): return
         raise ValueError(f"the model has a predictor, and {type(self).__name__} compares embeddings without one: "
                          "make the model with create_barlow_twins_model(encoder), or use BYOL")
 
@@ -395,8 +395,6 @@ def sibling_callback(method:str,        # one of `SIBLINGS`
                      **options          # `terms`, `separate_bn`
                     )->MultiView:       # raises `ValueError`
     "The callback of a method"
-    check_choice("method", method, tuple(SIBLINGS))
-    if not isinstance(method_args, dict): raise ValueError(f"method_args must be a dict, got {method_args!r:.80}")
     known = method_arguments(method)
     unknown = sorted(set(method_args) - set(known))
     if unknown:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .barlow_twins import BarlowTwinsModel
 from .classifiers import Classifier
-from .core import undisturbed, unwrapped, whole_file
+from .core import undisturbed, whole_file
 from .data import eight_bit, open_image, square_tensor, upright
 from self_supervised_bt.encoder_files import (
     KEY,
@@ -33,7 +33,7 @@ from self_supervised_bt.encoder_files import (
     separate_tensors,
     whitening_of,
 )
-from .evaluation import encoder_of, placement
+from .evaluation import encoder_of, network_of, placement
 from .formats import LoadedWeights
 from .layers import encoder_channels
 from .recipes import Recipe
@@ -87,7 +87,7 @@ PARTS = ("projector", "predictor", "head")
 def parts_of(model # a Learner or a model
             )->dict: # name to module; raises `ValueError`
     "The networks of a model beside its encoder"
-    net = unwrapped(model.model if isinstance(model, Learner) else model)
+    net = network_of(model)
     parts = {name: getattr(net, name, None) for name in PARTS}
     parts = {name: part for name,part in parts.items() if isinstance(part, nn.Module)}
     if hasattr(net, "encoder") and parts: return parts
@@ -144,7 +144,7 @@ def classifier_of(model # as for `inference_model`
         loaded = load_weights(model)
         net,names = classifier_from(loaded),loaded.classes
         if loaded.head is None: net = loaded.encoder
-    else: net,names = unwrapped(model.model if isinstance(model, Learner) else model),class_names(model)
+    else: net,names = network_of(model),class_names(model)
     if isinstance(getattr(net, "head", None), nn.Module): return net,names
     raise ValueError(f"the {type(net).__name__} has no classifier, it gives representations: use encode(model, images) "
                      "for them, and train a classifier with classifier_learner(model, dls)")

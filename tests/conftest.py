@@ -1,7 +1,10 @@
 "Small real inputs, made on the spot"
 import gc
 import signal
+import threading
+from contextlib import contextmanager
 from functools import cache
+from http.server import ThreadingHTTPServer
 
 import matplotlib
 import numpy as np
@@ -17,6 +20,8 @@ from torch import nn
 from self_supervised_bt.augmentations import get_multi_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import digits_images
+from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.weights import save_encoder
 
 matplotlib.use("Agg")
 # A shell without job control lets its background jobs ignore Ctrl-C, which some tests send
@@ -93,16 +98,46 @@ def make_learner(make_dls):
     return make
 
 
+def class_pictures(folder, n=40, seed=0, cells=4, side=8):
+    "Small pictures in two class folders, each of `cells` x `cells` squares; returns the folder"
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        f = folder/("dark" if i % 2 else "light")/f"{i:02}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(rng.integers(0, 128, (cells, cells, 3)), np.ones((side, side, 1))) + (0 if i % 2 else 127)
+        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     "40 small pictures in two class folders"
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        f = tmp_path/"pictures"/("dark" if i % 2 else "light")/f"{i:02}.png"
-        f.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((8, 8, 1))) + (0 if i % 2 else 127)
-        Image.fromarray(pixels.astype(np.uint8)).save(f)
-    return tmp_path/"pictures"
+    return class_pictures(tmp_path/"pictures")
+
+
+@contextmanager
+def serving(handler):
+    "A web server on this machine, and its address"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield server, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    "The file of a small encoder"
+    torch.manual_seed(0)
+    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
+    return save_encoder(encoder, tmp_path_factory.mktemp("good")/"encoder.safetensors")
+
+
+def same_output(a, b, size=32):
+    "Do two encoders give the same for some images?"
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad(): return torch.equal(a.eval()(x), b.eval()(x))
 
 
 @pytest.fixture

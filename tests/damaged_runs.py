@@ -22,25 +22,13 @@ import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
+from conftest import class_pictures
 from safetensors.numpy import load_file
 
 from self_supervised_bt.cli import bt_evaluate, bt_export, bt_pretrain
 
 SMALL = dict(arch="timm/test_resnet", width=16, bs=16, epochs=2, workers=0)
 LIMIT = 60   # seconds for one command
-
-
-def make_images(folder, n=60, seed=0):
-    "Small pictures in two class folders"
-    from PIL import Image
-    rng = np.random.default_rng(seed)
-    for i in range(n):
-        f = folder/("dark" if i % 2 else "light")/f"{i:02}.png"
-        f.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((4, 4, 1))) + (0 if i % 2 else 127)
-        Image.fromarray(pixels.astype(np.uint8)).save(f)
-    return folder
 
 
 def called(f, *args, **kwargs):
@@ -194,7 +182,7 @@ def main():
     warnings.simplefilter("always", UserWarning)
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        images = make_images(tmp/"images")
+        images = class_pictures(tmp/"images", 60, side=4)
         runs = {name: tmp/name for name in ("finished", "unfinished", "other")}
         for name in ("finished", "other"):
             status, text = called(bt_pretrain, str(images), out=str(runs[name]), seed=int(name == "other"), **SMALL)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from conftest import class_pictures
 from PIL import Image
 
 OPTIONS = "--arch timm/test_resnet --width 16 --bs 16 --epochs 12 --every 3".split()
@@ -30,17 +31,6 @@ STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)
 LIMIT = 150   # seconds
 # torchrun's own last words
 LAUNCHER = re.compile(r"^Traceback.*\n(?: .*\n)+torch\.distributed\.elastic.*\n(?:.*\n)*", re.M)
-
-
-def make_images(folder, n=80):
-    "Small pictures in two class folders"
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        f = folder/("dark" if i % 2 else "light")/f"{i:02}.png"
-        f.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((8, 8, 1))) + (0 if i % 2 else 127)
-        Image.fromarray(pixels.astype(np.uint8)).save(f)
-    return folder
 
 
 class Ended(NamedTuple):
@@ -281,7 +271,7 @@ def main():
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp).resolve()
-        images = make_images(tmp/"images")
+        images = class_pictures(tmp/"images", 80)
         whole = {}
         for name, prefix in (("one", []), ("ranks", RANKS)):
             if name == "ranks" and "torchrun" not in a.only and a.only: continue

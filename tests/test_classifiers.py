@@ -23,7 +23,6 @@ from self_supervised_bt.classifiers import (
     cosine_by_epoch,
     dataset_rows,
     fit_protocol,
-    linear_transfer,
     parameter_groups,
     reinitialised,
     semi_supervised,
@@ -274,19 +273,6 @@ def test_reinitialised_has_new_weights_and_the_same_input(learner):
     assert reinitialised(learner.model.encoder).clean_pipeline is learner.model.encoder.clean_pipeline
 
 
-def test_transfer(learner, labelled):
-    x, y = digits_images()
-    several = torch.stack([y % 2, (y > 4).long()], 1).float()
-    tasks = {"digits": labelled, "properties": tensor_dls(x[:200], several[:200], bs=32, valid_pct=.3, device="cpu")}
-    table = linear_transfer(learner, tasks)
-    p = linear_probe(*encode(learner, labelled.train), *encode(learner, labelled.valid))
-    assert table.loc["digits", "linear probe"] == f"{100*p.top1:.1f}"
-    assert table.loc["properties", "measure"] == "mAP"
-    empty = tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")
-    with pytest.raises(ValueError, match="empty one: data holds no images"):
-        linear_transfer(learner, {"empty one": empty})
-
-
 def test_several_labels_per_image_get_their_loss_and_metric(learner):
     x, y = digits_images()
     several = torch.stack([y % 2, (y > 4).long()], 1).float()
@@ -312,7 +298,6 @@ def test_bad_input(learner, labelled):
     with pytest.raises(ValueError, match="smaller n"): semi_supervised(learner, labelled, labels=(500,))
     with pytest.raises(ValueError, match="protocol must be"): fit_protocol(learn, "svm")
     with pytest.raises(ValueError, match="no lr:"): fit_protocol(learn, "linear", lr=3)
-    with pytest.raises(ValueError, match="no labels: y is None"): linear_transfer(learner, {"no labels": no_labels})
 
 
 def test_the_cosine_steps_once_an_epoch():

@@ -104,6 +104,17 @@ def test_long_settings_are_broken_and_nothing_is_lost():
         assert text.replace(" ", "").replace("\n", "").count("a-name") == 1
 
 
+def test_long_names_of_rows_are_broken_between_words():
+    index = ["stop-gradient and a predictor of two layers", "baseline"]
+    table = pd.DataFrame({"kNN": ["84.2 ± 3.5", "9.0 ± 1.0"], "difference": ["", "+0.3"]}, index)
+    for width in (42, 50, 60):
+        lines = text_table(table, width).splitlines()
+        assert max(map(len, lines)) <= width and lines[-1].split() == ["baseline", "9.0", "±", "1.0", "+0.3"]
+        assert lines[1].endswith("84.2 ± 3.5") and all(line.startswith("  ") for line in lines[2:-1])
+        assert " ".join(f"{line:{width}}"[:width - 24].strip() for line in lines[1:-1]) == index[0]
+    assert text_table(table, 36).splitlines()[-1].split() == ["difference", "+0.3"]   # turned: no room for a word
+
+
 def test_prose_is_broken_between_words_and_tables_are_not():
     fact = "step       changes the weights by 8.3e-02 of their norm; 0 % of the time is waiting for data"
     lines = fitted(fact, 50).splitlines()

@@ -5,10 +5,8 @@ import http.server
 import io
 import json
 import pickle
-import socketserver
 import struct
 import tarfile
-import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import serving
 from PIL import Image
 from scipy.io import savemat
 
@@ -327,11 +326,8 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_): pass
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path/"www"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield tmp_path/"www", f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    server.server_close()
+    folder = tmp_path/"www"
+    with serving(functools.partial(Quiet, directory=folder)) as (_, address): yield folder, f"{address}/"
 
 
 def archive(folder, files):

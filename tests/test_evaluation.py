@@ -258,7 +258,7 @@ def test_images_of_another_size(make_learner):
     with torch.no_grad(): expected = learn.model.encoder.eval()((larger - .3)/.35)
     assert torch.allclose(encode(learn, x, size=12)[0], expected, atol=1e-3)
     for size in (-4, 0):
-        with pytest.raises(ValueError, match="size must be positive"): encode(learn, x, size=size)
+        with pytest.raises(ValueError, match="size must be a positive int"): encode(learn, x, size=size)
 
 
 def test_online_columns_are_those_of_the_encoder(make_learner, make_dls):

@@ -9,11 +9,10 @@ import re
 import shutil
 import stat
 import string
-import threading
 import warnings
 import zipfile
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ import timm
 import torch
 import torchvision.models as tvm
 import yaml
-from conftest import quiet
+from conftest import quiet, same_output, serving
 from fastai.torch_core import TensorImage
 from huggingface_hub import HfApi
 from PIL import Image
@@ -57,23 +56,10 @@ CALL = dict(arch="timm/test_resnet", n_in=3, pool_type="avg", small_stem=False)
 RUNS = "x=None); open('executed', 'w').write('1'); model = timm.create_model('test_resnet') #"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    "The file of a small encoder"
-    torch.manual_seed(0)
-    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
-    return save_encoder(encoder, tmp_path_factory.mktemp("export")/"encoder.safetensors")
-
-
 def changed_file(good, path, text):
     "The same weights with other text"
     save_file(load_file(good), path, {KEY: text})
     return path
-
-
-def same(a, b, size=32):
-    x = torch.rand(2, 3, size, size)
-    with torch.no_grad(): return torch.equal(a.eval()(x), b.eval()(x))
 
 
 STEMS_AND_POOLS = [(False, "avg"), (True, "catavgmax"), ("no pool", "catavgmax"), ("keep pool", "avg")]
@@ -145,7 +131,7 @@ def test_a_vit_that_pools_its_own_way_is_exported(tmp_path):
     code = export_timm(encoder, tmp_path/"e.safetensors")
     assert "global_pool='token'" in code and "img_size=32" in code
     again = load_encoder(save_encoder(encoder, tmp_path/"own.safetensors"))
-    assert same(again, encoder)
+    assert same_output(again, encoder)
 
 
 def test_an_export_onto_its_own_source_is_refused(good, tmp_path):
@@ -905,17 +891,13 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     "Hugging Face as `huggingface_hub` finds it"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.got, server.files, server.refuse = [], {}, "nothing is refused"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    init = HfApi.__init__
-    monkeypatch.setattr(HfApi, "__init__", lambda self, *a, **k: init(self, *a, **{"endpoint": here, **k}))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as (server, here):
+        server.got, server.files, server.refuse = [], {}, "nothing is refused"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        init = HfApi.__init__
+        monkeypatch.setattr(HfApi, "__init__", lambda self, *a, **k: init(self, *a, **{"endpoint": here, **k}))
+        yield server
 
 
 def test_an_export_is_published_in_one_commit(good, tmp_path, hub):

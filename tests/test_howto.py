@@ -5,9 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from callbacks import EndEarly
+from conftest import class_pictures
 from fastai.learner import defaults
 from PIL import Image
 
@@ -24,16 +24,11 @@ SHORT = dict(recipe="cifar", epochs=1, bs=128, arch="resnet18", arch_args={}, po
 def place(tmp_path_factory):
     "Folders `photos` and `labelled`, a file cat.jpg, and a run of a few seconds in `runs/photos`"
     home = tmp_path_factory.mktemp("howto")
-    rng = np.random.default_rng(0)
-    for i in range(320):
-        f = home/"photos"/("dark" if i % 2 else "light")/f"{i:03}.png"
-        f.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(rng.integers(0, 128, (8, 8, 3)), np.ones((4, 4, 1))) + (0 if i % 2 else 127)
-        Image.fromarray(pixels.astype(np.uint8)).save(f)
+    class_pictures(home/"photos", 320, cells=8, side=4)
     for label in ("dark", "light"):
         (home/"labelled"/label).mkdir(parents=True)
         for f in sorted((home/"photos"/label).iterdir())[:24]: shutil.copy(f, home/"labelled"/label)
-    Image.open(home/"labelled/dark/001.png").save(home/"cat.jpg")
+    Image.open(home/"labelled/dark/01.png").save(home/"cat.jpg")
     pretrain(home/"photos", out=home/"runs/photos", **SHORT)
     return home
 

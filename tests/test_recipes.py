@@ -415,7 +415,7 @@ def test_the_size_of_the_views_is_recorded(size, recorded):
 
 
 def test_sizes_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="size must be a positive int, got 0"): bt_learner(small_dls(), tiny(), 0)
+    with pytest.raises(ValueError, match="size must be a positive int, .* got 0"): bt_learner(small_dls(), tiny(), 0)
     with pytest.raises(ValueError, match="size=16, but aug_pipelines make views of 8x8"):
         bt_learner(small_dls(), tiny(), 16, get_barlow_twins_aug_pipelines(8))
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchvision
 from callbacks import DoAt
+from conftest import class_pictures
 from fastai.callback.core import CancelEpochException
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,22 +40,11 @@ root = Path(__file__).parents[1]
 SMALL = dict(arch="timm/test_resnet", arch_args={}, hidden_size=16, projection_size=16, bs=16, epochs=2, num_workers=0)
 
 
-def make_folder(home, n=40):
-    "Small pictures in two class folders"
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        f = home/("dark" if i % 2 else "light")/f"{i:02}.png"
-        f.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(rng.integers(0, 128, (4, 4, 3)), np.ones((4, 4, 1))) + (0 if i % 2 else 127)
-        Image.fromarray(pixels.astype(np.uint8)).save(f)
-    return home
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A folder of images, a run on them, and its results; a fifth of the images is held out"
     home = tmp_path_factory.mktemp("trained")
-    make_folder(home/"images")
+    class_pictures(home/"images", side=4)
     return home, pretrain(home/"images", "cifar", home/"run", valid_pct=.2, **SMALL)
 
 
@@ -111,7 +101,7 @@ def test_run_resumes_from_its_folder_and_other_settings_raise(trained, run, tmp_
     assert pretrain(home/"images", "cifar", run, resume=True, valid_pct=.2, **SMALL) == results   # the same settings
     others = [(dict(recipe="digits"), "recipe='digits'"), (dict(seed=3), r"seed=3 \(was 0\)"),
               (dict(epochs=1), r"epochs=1 \(was 2\)"), (dict(valid_pct=.1), r"valid_pct=0.1 \(was 0.2\)"),
-              (dict(data=make_folder(tmp_path/"others", 44)), "data=")]
+              (dict(data=class_pictures(tmp_path/"others", 44, side=4)), "data=")]
     for other, message in others:
         with pytest.raises(ValueError, match=message): pretrain(out=run, resume=True, **other)
     with pytest.raises(ValueError, match="holds a run"): pretrain(home/"images", "cifar", run, **SMALL)
@@ -386,7 +376,7 @@ def test_images_seen_in_training_are_counted(trained, run, tmp_path, monkeypatch
     monkeypatch.setattr(runs, "ENOUGH", 8)
     row = evaluate(run, images, ("knn",), num_workers=0).iloc[0]
     assert (row["test images"], row["seen in training"]) == (8, 0)
-    make_folder(tmp_path/"test", 44)
+    class_pictures(tmp_path/"test", 44, side=4)
     for f in (tmp_path/"test").glob("*/4*.png"): f.write_bytes(f.read_bytes() + b" ")   # four others
     row = evaluate(run, images, ("knn",), tmp_path/"test", num_workers=0).iloc[0]
     assert (row["test images"], row["seen in training"]) == (44, 32)
@@ -397,7 +387,7 @@ def test_images_seen_in_training_are_counted(trained, run, tmp_path, monkeypatch
 
 
 def test_two_folders_of_one_name_give_two_rows(trained, run, tmp_path):
-    for name in "AB": make_folder(tmp_path/name/"train")
+    for name in "AB": class_pictures(tmp_path/name/"train", side=4)
     table = evaluate(run, [tmp_path/"A/train", tmp_path/"B/train", trained[0]/"images"], ("knn",), num_workers=0)
     assert list(table.index) == ["A/train", "B/train", "images"]
     runs.save_evaluation(run, table, ("knn",))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_encoder
 from PIL import Image
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
@@ -209,11 +210,19 @@ def test_channels_are_those_of_the_encoder(sets, one_C, channels):
     assert got["test images"].tolist() == [500, 6] and got.linear["digits"] > 15
 
 
-def test_own_dls_and_dls_without_labels(one_C):
+def test_own_dls_with_one_label_several_and_none(one_C):
     x, y = torch.rand(60, 3, 8, 8), torch.arange(60) % 2
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    got = transfer_table(model, {"mine": tensor_dls(x, y, bs=16, valid_pct=.3, device="cpu")})
-    assert got.metric["mine"] == "top-1" and "published" not in got
+    mine, several = (tensor_dls(x, labels, bs=16, valid_pct=.3, device="cpu") for labels in (y, F.one_hot(y).float()))
+    def by_hand(*size):
+        h, labels, h_test, test_labels = *encode(model, mine.train, *size), *encode(model, mine.valid, *size)
+        return round(100*linear_probe(h, labels, h_test, test_labels, Cs=(1.,)).top1, 2)
+    got = transfer_table(model, {"mine": mine, "several": several})
+    assert got.linear["mine"] == by_hand() and got.metric.tolist() == ["top-1", "mAP"]
+    assert "published" not in got and got.kNN["several"] == ""
+    assert transfer_table(model, {"mine": mine}, size=(8, 12)).linear["mine"] == by_hand((8, 12))
+    empty = tensor_dls(x[:5], y[:5], bs=2, valid_pct=0, device="cpu")
+    with pytest.raises(ValueError, match="empty one: data holds no images"): transfer_table(model, {"empty one": empty})
     with pytest.raises(ValueError, match="none: the labels of the training images is None"):
         transfer_table(model, {"none": tensor_dls(x, bs=16, valid_pct=.3, device="cpu")})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import same_output
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,14 +32,6 @@ from self_supervised_bt.weights import inference_model, load_encoder, load_model
 KEY = "self_supervised_bt"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    "The file of a small encoder"
-    torch.manual_seed(0)
-    encoder = create_encoder("timm/test_resnet", pretrained=False, pool_type="avg")
-    return save_encoder(encoder, tmp_path_factory.mktemp("weights")/"encoder.safetensors")
-
-
 def about_of(file):
     with safe_open(file, "pt") as f: return json.loads(f.metadata()[KEY])
 
@@ -49,11 +42,6 @@ def changed_file(good, path, text=None, **created_by):
     about["created_by"] = {k: v for k, v in {**about["created_by"], **created_by}.items() if v is not None}
     save_file(load_file(good), path, {KEY: json.dumps(about) if text is None else text})
     return path
-
-
-def same(a, b, size=32):
-    x = torch.rand(2, 3, size, size)
-    with torch.no_grad(): return torch.equal(a.eval()(x), b.eval()(x))
 
 
 # A stranger's file
@@ -169,16 +157,16 @@ def test_file_of_a_compiled_encoder_loads(tmp_path):
     encoder = create_encoder("timm/test_resnet", pretrained=False)
     file = save_encoder(torch.compile(encoder, backend="eager"), tmp_path/"e.safetensors")
     assert load_file(file).keys() == encoder.state_dict().keys()
-    assert same(load_encoder(file), encoder)
+    assert same_output(load_encoder(file), encoder)
     again = create_encoder("timm/test_resnet", pretrained=False)
     load_encoder(file, torch.compile(again, backend="eager"))
-    assert same(again, encoder)
+    assert same_output(again, encoder)
     part = copy.deepcopy(encoder)
     part.layer1 = torch.compile(part.layer1, backend="eager")
-    assert same(load_encoder(save_encoder(part, tmp_path/"part.safetensors")), encoder)
+    assert same_output(load_encoder(save_encoder(part, tmp_path/"part.safetensors")), encoder)
     save_file({f"_orig_mod.{k}": v for k, v in load_file(file).items()}, tmp_path/"older.safetensors",
               {KEY: json.dumps(about_of(file))})
-    assert same(load_encoder(tmp_path/"older.safetensors"), encoder)
+    assert same_output(load_encoder(tmp_path/"older.safetensors"), encoder)
 
 
 def test_group_norm_as_an_argument_is_saved_and_read_with_encoder(tmp_path):
@@ -187,7 +175,7 @@ def test_group_norm_as_an_argument_is_saved_and_read_with_encoder(tmp_path):
     with pytest.warns(UserWarning, match="norm_layer cannot be saved.*encoder="):
         file = save_encoder(encoder, tmp_path/"e.safetensors")
     with pytest.raises(ValueError, match="encoder="): load_encoder(file)
-    assert same(load_encoder(file, make()), encoder)
+    assert same_output(load_encoder(file, make()), encoder)
 
 
 # What is written where

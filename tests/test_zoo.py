@@ -11,13 +11,14 @@ import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import layouts
 import numpy as np
 import pytest
 import torch
+from conftest import same_output, serving
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -281,17 +282,6 @@ class Server:
         self.ranges, self.etag, self.date, self.die_after = True, True, None, None
         self.status, self.type, self.delay, self.length = 200, "application/octet-stream", 0, True
         self.ignore_if_range, self.shift, self.redirects = False, 0, {}
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args): pass
-            def do_GET(self): server.answer(self)
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *_: None   # of clients that leave in the middle, as some tests do
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    @property
-    def address(self): return f"http://127.0.0.1:{self.http.server_port}"
 
     def validators(self, data):
         etag = f'"{hashlib.md5(data).hexdigest()}"'
@@ -330,9 +320,12 @@ class Server:
 @pytest.fixture
 def server():
     server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_GET(self): server.answer(self)
+    with serving(Handler) as (http, server.address):
+        http.handle_error = lambda *_: None   # of clients that leave in the middle, as some tests do
+        yield server
 
 
 @pytest.fixture
@@ -746,24 +739,19 @@ def online(published, server, cache, add_card):
     return add_card(small_card("tiny", url=url, no_url=None, sha256=sha(data), size_mb=len(data)/1e6))
 
 
-def same(a, b):
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad(): return torch.equal(a(x), b(x))
-
-
 def test_weights_by_path_url_and_name(published, online, server):
     encoder, file = published
     for what in (file, str(file), online.url, "tiny", "TINY"):
         source = None if what in ("tiny", "TINY") else "facebookresearch/imagenet"
         loaded = load_weights(what, source=source, progress=False)
-        assert same(loaded.encoder, encoder)
+        assert same_output(loaded.encoder, encoder)
     assert len(server.asked) == 2   # once by URL, once by name
     loaded = load_weights("tiny")
     assert describe_input(loaded.encoder.clean_pipeline)["size"] == [32, 32]   # the card's
     row = loaded.report[loaded.report.part == "input"]
     assert row.use.item() == "used" and row.why.item().endswith("of tiny")
     own = create_encoder("resnet18", pretrained=False, pool_type="avg").eval()
-    assert load_weights("tiny", encoder=own).encoder is own and same(own, encoder)
+    assert load_weights("tiny", encoder=own).encoder is own and same_output(own, encoder)
 
 
 def test_a_file_comes_before_a_name(published, online, tmp_path, monkeypatch):
@@ -798,8 +786,8 @@ def test_a_model_with_its_weights(published, online):
     encoder, file = published
     for pretrained in (True, file, str(file), online.url):
         model = zoo.get_model("tiny", pretrained=pretrained, progress=False)
-        assert same(model, encoder) and not model.training and model.info is online
-    assert not same(zoo.get_model("tiny"), encoder)
+        assert same_output(model, encoder) and not model.training and model.info is online
+    assert not same_output(zoo.get_model("tiny"), encoder)
 
 
 def test_a_file_given_by_path_must_be_the_published_one(published, online, tmp_path):
@@ -825,7 +813,7 @@ def test_a_model_without_address_takes_a_path(published, add_card, cache):
     add_card(small_card("removed", no_url="the source removed the file"))
     with pytest.raises(FileNotFoundError, match="the source removed the file"):
         zoo.get_model("removed", pretrained=True)
-    assert same(zoo.get_model("removed", pretrained=published[1]), published[0])
+    assert same_output(zoo.get_model("removed", pretrained=published[1]), published[0])
 
 
 def test_a_card_of_another_architecture(published, add_card, cache):
