@@ -2,6 +2,7 @@
 
     python benchmarks/duplicates.py FOLDER                          # trains an encoder on some of the images first
     python benchmarks/duplicates.py FOLDER --encoder runs/photos    # a run, a file, or a name of the zoo
+    python benchmarks/duplicates.py FOLDER --method simclr          # another method; --epochs 0 for random weights
 
 Some images of the folder get a copy of each kind: saved as JPEG again, resized to 3/4 and back, cropped to 9/10 of each
 side, mirrored. Found is a pair of an original and its copy in one group. Every other pair in a group counts as false,
@@ -56,17 +57,18 @@ def plant(files, n, folder, seed):
     return copies
 
 
-def trained(files, epochs):
-    "An encoder trained on the files, and the seconds that it took"
+def trained(files, epochs, method):
+    "An encoder trained on the files, with random weights after 0 epochs, and the seconds that it took"
     from fastai.torch_core import set_seed
 
     from self_supervised_bt.folders import unlabelled_dls
     from self_supervised_bt.recipes import bt_learner, get_recipe
     start = time.perf_counter()
     set_seed(0)
-    recipe = get_recipe("cifar", epochs=epochs)
+    recipe = get_recipe("cifar", epochs=max(1, epochs), method=method)
     learn = bt_learner(unlabelled_dls(files, 32, bs=recipe.bs, num_workers=0), recipe=recipe)
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    if epochs:
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
     return learn, time.perf_counter() - start
 
 
@@ -113,6 +115,7 @@ def main():
     p.add_argument("--copied", type=int, default=250)
     p.add_argument("--train", type=int, default=10_000)
     p.add_argument("--epochs", type=int, default=3)
+    p.add_argument("--method", default="barlow twins")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
 
@@ -126,8 +129,9 @@ def main():
     model, about = a.encoder, a.encoder
     if not model:
         rest = sorted(set(files) - set(chosen)) or files
-        model, seconds = trained(evenly_spaced(rest, a.train), a.epochs)
-        about = f"trained on {min(a.train, len(rest)):,} other images for {a.epochs} epochs, {seconds:.0f} s"
+        model, seconds = trained(evenly_spaced(rest, a.train), a.epochs, a.method)
+        about = (f"{a.method}, trained on {min(a.train, len(rest)):,} other images for {a.epochs} epochs, "
+                 f"{seconds:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         copies = plant(chosen, a.copied, Path(folder), a.seed)
         names = [*chosen, *copies]
@@ -139,7 +143,7 @@ def main():
             start = time.perf_counter()
             table = embed(model, names, labels=False, num_workers=0, progress=False, **how)
             seconds = time.perf_counter() - start
-            for chance in (.05, .01, .001):
+            for chance in (.05, .01, .005, .001, .0001):
                 start = time.perf_counter()
                 found = near_duplicates(table, chance=chance)
                 searched = time.perf_counter() - start

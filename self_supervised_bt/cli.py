@@ -30,34 +30,39 @@ from fastcore.script import anno_parser
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")   # raised by fastai on every import
 
 # %% ../nbs/52_cli.ipynb #02c6751a
-def one_line_errors(f:callable # command
+def one_line_errors(f:callable,  # command
+                    pos:tuple=() # as for `command`
                    )->callable:
     "Errors that a user can correct end the command with one line and exit status 1, signals with one line and theirs"
     signature = inspect.signature(f)
-    options = set(signature.parameters)
+    by_place = {*pos, *(k for k,v in signature.parameters.items() if v.default is v.empty)}
+    options = {k: k if k in by_place else f"--{k.replace('_', '-')}" for k in signature.parameters}
     @wraps(f)
     def command(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        def as_typed(message): return with_typed_paths(in_shell(message, options), given.values())
         try:
-            with stoppable(), plain_warnings(options):
-                check_options(signature.bind(*args, **kwargs).arguments, f.__name__)
+            with stoppable(), plain_warnings(as_typed):
+                check_options(given, f.__name__)
                 return f(*args, **kwargs)
         except Stopped as e:
             if is_rank_0(): print(f"\n{f.__name__}: {e}", file=sys.stderr)
             raise SystemExit(EXIT_STATUS[e.signal]) from None
         except KeyboardInterrupt: raise SystemExit(EXIT_STATUS["SIGINT"]) from None   # `Checkpoints` has said it
         except (OSError, ValueError, RuntimeError, FloatingPointError, ImportError) as e:
-            raise SystemExit(f"{f.__name__}: {in_shell(own_message(e), options)}") from e
+            raise SystemExit(f"{f.__name__}: {as_typed(own_message(e))}") from e
+    command.options = options
     return command
 
 def is_rank_0()->bool:
     "Is this the first process of a launcher, or the only one? PyTorch is not asked, as it may not be loaded yet"
     return os.environ.get("RANK", "0") == "0"
 
-def plain_warnings(options:set # names of the command's parameters
-                  ):           # a context
+def plain_warnings(as_typed:callable # message of a function -> that of the command
+                  ):                 # a context
     "Inside, a warning is one line without a place in the source; a terminal breaks it between words"
     def one_line(message, *_, **__):
-        text = f"Warning: {in_shell(' '.join(str(message).split()), options)}"
+        text = f"Warning: {as_typed(' '.join(str(message).split()))}"
         return (textwrap.fill(text, columns(120), break_on_hyphens=False) if sys.stderr.isatty() else text) + "\n"
     return mock.patch.object(warnings, "formatwarning", one_line)
 
@@ -65,28 +70,87 @@ def own_message(e:Exception # raised by a command
                )->str:
     "The message in one line, without what fastai puts before it when a callback raises"
     message = str(e)
+    if isinstance(e, OSError) and e.strerror and e.filename: message = f"{e.filename}: {e.strerror}"
     if "Exception occured in" in message: message = message.split("\t")[-1]
     return " ".join(message.split())
 
+# %% ../nbs/52_cli.ipynb #5c1e00a1
+SHELL_WORDS = {   # patterns of what functions advise in Python -> what a user of the shell does; "" for nothing
+    r"zoo\.list_models\(\) gives all names": "bt_export without a run lists all names",
+    r"a name of zoo\.list_models\(\)": "a name that bt_export lists",
+    r"embed\(model, data, out=('[^']*')\)": r"bt_embed, with --out \1",
+    r", or tta=\('flip', 24, 32\)": ", or --tta flip,24,32",
+    r"e\.g\. tta='flip'": "e.g. --tta flip",
+    r": fit it on training images, encode\(model, images, whiten='fit'\)": ": leave it out, or save an "
+                                                                          "encoder with one, which needs Python",
+    r" \(known_dls takes the names of published data sets\)": ", or the name of a data set that bt_transfer lists",
+    r": see fastai\.vision\.models\.xresnet, torchvision\.models\.list_models\(\) and timm\.list_models\(\)":
+        ": pass a name of fastai, torchvision or timm, e.g. resnet18",
+    r"drop_last=True or ": "",
+    r"; table\.attrs\[\"bad\"\] lists them": "",
+    r"; check_images lists them": "",
+    r", or pass complete=False \(see known_dls\) to use what is there, whose figures compare with no others": "",
+    r"for numbers make ranges of them, e\.g\. pd\.cut\(.*\)": "write ranges of the numbers into a column of their own",
+    r"pass images= or root=, or thumbnails=False for points": "pass --root, the folder where their paths start",
+    r"use load_encoder and save_encoder, and continue from": "continue from",
+    r"another stem, small_stem=\w+, which": "a stem for small images, which",
+    r", or train (one )?with small_stem=False": ", or train with a recipe for larger images, e.g. laptop",
+    r", or train with pool_type='avg'": "",
+    r"use save_encoder for this library, or export_encoder\(\.\.\., formats='onnx'\) or 'pt2' for others":
+        "use --format onnx or pt2",
+    r"evaluate '(\w+)' with transfer_table\(\.\.\., size=224\)": r"use bt_transfer --sets \1 --size 224",
+    r"must be one of (?:(?:True|False), )+": "must be one of ",
+    r"\bsize=\((\d+), (\d+)\)": r"size=\1x\2",
+    r" \(was (?:True|False|None)\)": "",
+    r"\(was \((\d+), (\d+)\)\)": r"(was \1x\2)",
+    r"\btable\.h\b": "the column h of the table"}
+
+# %% ../nbs/52_cli.ipynb #5c1e00a2
+SHELL_WORDS |= {   # of a diagnosis
+    r"find a learning rate with learn\.lr_find\(\)": "try other rates with --lr",
+    r"try about (\S+), or learn\.lr_find\(\)": r"try a rate of about \1",
+    r", or learn\.lr_find\(\)": "",
+    r", learn\.\w+\.show\(original=True\),": "",
+    r"\. See learn\.\w+\.show\(original=True\)": "",
+    r"give the statistics of the data set to the pipelines: get_\w+\(size, stats=\(mean, std\)\)":
+        "those of the recipe are for other images",
+    r" \(resize_scale=\(\.2,1\.\)\)": "",
+    r" \(resize_scale\)": "",
+    r"use more workers \(num_workers\) or smaller files, or keep the images in memory: tensor_dls\(x\)":
+        "use more worker processes, bt_pretrain --workers, or smaller files",
+    r", with BatchNorm in the projector \(bn=True\)": ""}
+
 # %% ../nbs/52_cli.ipynb #d95d1156
 OPTIONS = dict(hidden_size="width", projection_size="width", num_workers="workers", protocols="protocol",
-               formats="format", labelled="eval", labels="eval_labels")
-POSITIONAL = ("data", "run", "table", "query")
+               formats="format", labelled="eval", labels="eval_labels", experiment="name", name="sets")
 
 def in_shell(message:str,  # of a function
-             options:set   # names of the command's parameters
+             options:dict  # name of a parameter of the command -> how it is typed
             )->str:
     "The message with arguments as they are typed: `--resume` for `resume=True`, `--lr 9.0` for `lr=9.0`"
-    def typed(name):
-        name = next((n for n in (name, OPTIONS.get(name)) if n in options), None)
-        if name is None: return None
-        return name if name in POSITIONAL else f"--{name.replace('_', '-')}"
+    def typed(name): return options.get(name) or options.get(OPTIONS.get(name))
     def with_value(m):
         if typed(m[1]) is None: return m[0]
         if m[2] == "False": return f"no {typed(m[1])}"
         return typed(m[1]) if m[2] == "True" else f"{typed(m[1])} {m[2]}"
+    def alone(m): return m[1] + (typed(m[2]) or m[2])
+    for python,shell in SHELL_WORDS.items(): message = re.sub(python, shell, message)
     message = re.sub(r"\b(\w+)=('[^']*'|[\w.+-]*\w)", with_value, message)
-    return re.sub(r"^(\w+)(?= (?:must|needs?|is|are|cannot) )", lambda m: typed(m[1]) or m[0], message)
+    message = re.sub(r"()\b(\w+)=(?=[\s,;:.)]|$)", lambda m: alone(m) if typed(m[2]) else m[0], message)
+    message = re.sub(r"(\bleave |\bor )(\w+)(?= out\b)", alone, message)
+    message = re.sub(r"(\b(?:another|smaller|names in) |\((?=\w+\)))(\w+)\b", alone, message)
+    message = re.sub(r"(\bas )(data|n)\b", alone, message)
+    message = re.sub(r"(--[\w-]+ [^,]*)(?:, \1)+(?!\w)", r"\1", message)   # the width of two parts is one option
+    return re.sub(r"^()(\w+)(?= (?:must|needs?|is|are|cannot) )", alone, message)
+
+def with_typed_paths(message:str, # of a command
+                     given        # values of its options
+                    )->str:
+    "The message with paths as the user typed them, where a function made them absolute"
+    for path in given:
+        if not isinstance(path, (str, Path)) or not Path(path).name or os.path.isabs(path): continue
+        message = re.sub(rf"(?<![\w./-]){re.escape(os.path.abspath(path))}(?![\w.-])", lambda _: str(path), message)
+    return message
 
 # %% ../nbs/52_cli.ipynb #2f3ef6cd
 EXIT_STATUS = dict(SIGINT=130, SIGTERM=143, SIGUSR1=75)   # 75 asks a scheduler for another job
@@ -113,7 +177,8 @@ def stoppable():
         for n,handler in handlers: signal.signal(n, handler)
 
 # %% ../nbs/52_cli.ipynb #724476bb
-POSITIVE = ("bs", "size", "epochs", "width", "k", "every", "keep", "batches", "seeds", "images", "eval_every")
+POSITIVE = ("bs", "size", "epochs", "width", "k", "every", "keep", "batches", "seeds", "images", "eval_every", "groups",
+            "clusters", "limit")
 RECIPE_NAMES = ("default", "paper", "small-gpu", "cifar", "laptop", "digits", "mixed-cifar10", "mixed-cifar100",
                 "mixed-stl10", "mixed-tinyimagenet")
 CHOICES = dict(
@@ -142,6 +207,7 @@ def check_options(given:dict,    # name of a parameter to its value
     "Refuse values that cannot be"
     choices = CHOICES | OWN_CHOICES.get(command, {})
     if command == "bt_pretrain": check_start(given)
+    check_out(given, command)
     for name,value in given.items():
         if value is None or value == "": continue
         if name == "size": value = as_size(value)
@@ -149,14 +215,34 @@ def check_options(given:dict,    # name of a parameter to its value
         if name in POSITIVE and (not isinstance(value, int) or value < 1):
             pair = ", or height and width as 96x128" if name == "size" and command in PAIRS else ""
             raise ValueError(f"{name} must be a positive int{pair}, got {value!r}")
-        if name == "workers" and value < 0:
-            raise ValueError(f"workers must be an int >= 0, got {value}: 0 reads files in this process")
+        if name in ("workers", "seed") and value < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {value}" +
+                             (": 0 reads files in this process" if name == "workers" else ""))
         if name == "valid_pct" and not 0 <= value < 1:
             raise ValueError(f"valid_pct must be at least 0 and less than 1, got {value!r}")
         for part in str(value).split(",") if name in choices else ():
             if part in choices[name]: continue
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices[name]))}, got {part!r}")
         check_place(name, str(value))
+
+# %% ../nbs/52_cli.ipynb #5c1e00a3
+OUT_FILES = dict(bt_embed=(".parquet", ".csv", ".npz"), bt_similar=(".png", ".svg", ".pdf"), bt_duplicates=(".csv",),
+                 bt_map=(".html", ".png", ".svg", ".pdf"))   # other commands write folders
+
+def check_out(given:dict,   # as for `check_options`
+              command:str   # its name
+             )->None:       # raises `ValueError`
+    "Refuse an output that cannot be written, or that would replace an input"
+    out,endings = given.get("out"),OUT_FILES.get(command)
+    if not out: return
+    if endings and Path(out).suffix.lower() not in endings:
+        raise ValueError(f"out must end in {', '.join(endings)}, got {out!r}")
+    inputs = [str(given[k]) for k in ("table", "query") if given.get(k)]
+    if any(os.path.realpath(out) == os.path.realpath(o) for o in inputs):
+        raise ValueError(f"out must be another file than those that are read, got {out!r}")
+    if endings and os.path.isdir(out): raise ValueError(f"out must be a file, and {out} is a folder")
+    if not endings and command != "bt_export" and os.path.isfile(out):
+        raise ValueError(f"out must be a folder, and {out} is a file")
 
 # %% ../nbs/52_cli.ipynb #769e7590
 def leads_nowhere(place:str,  # as it was given
@@ -183,7 +269,7 @@ def check_place(name:str, # of a parameter
             if not os.path.exists(value) and leads_nowhere(place, DATA_SETS):
                 raise ValueError(f"{place} is not a folder, nor the name of a data set: pass the folder that holds "
                                  "the images, or a name that bt_transfer lists")
-    if name == "run" and leads_nowhere(value, None):
+    if name in ("run", "model", "weights") and leads_nowhere(value, None):
         raise ValueError(f"{value} does not exist: pass the folder of a run, or a file, URL or name of weights")
 
 # %% ../nbs/52_cli.ipynb #ce6d6941
@@ -227,7 +313,7 @@ def command(f:callable=None, # its parameters become options
            )->callable:
     "A function as a console command, which answers within a second"
     if f is None: return partial(command, pos=pos, examples=examples, quick=quick)
-    call = one_line_errors(f)
+    call = one_line_errors(f, pos or ())
     @wraps(f)
     def run(*args, **kwargs):
         if args or kwargs or not is_script(inspect.currentframe().f_back): return call(*args, **kwargs)
@@ -235,6 +321,7 @@ def command(f:callable=None, # its parameters become options
         given = vars(parser_of(f, pos, examples).parse_args())
         if not quick: sys.meta_path.insert(0, LoadingIsSaid(f.__name__))
         call(**{k: given[k] for k in inspect.signature(f).parameters})
+    run.options = call.options
     return run
 
 def is_script(frame # that called a command
@@ -264,14 +351,15 @@ def bt_demo(data:str="digits", # folder of images, or name of a data set
             size:str=None,    # of the views, as for bt_pretrain; chosen by the size of the images if not given
             seed:int=0,       # random seed of the split, the weights and the views
             no_labels:bool=False, # ignore class folders, and labels of a data set
-            recipe:str=None   # as for bt_pretrain; chosen by the images for a CPU and a short run if not given
+            recipe:str=None,  # as for bt_pretrain; chosen by the images for a CPU and a short run if not given
+            download:bool=False # fetch a data set that is not there
            ):
     "Train an encoder on images without labels, and show whether it worked"
     from self_supervised_bt.compared import say
     from self_supervised_bt.core import height_width
     from self_supervised_bt.reports import table_verdict
     from self_supervised_bt.runs import save_short_run, short_run, short_run_folder, train_and_compare
-    run = short_run(data, not no_labels, root, recipe, epochs=epochs, size=as_size(size))
+    run = short_run(data, not no_labels, root, recipe=recipe, download=download, epochs=epochs, size=as_size(size))
     folder = short_run_folder(run, out)
     r = run.recipe
     height,width = height_width(r.size)
@@ -301,14 +389,15 @@ def bt_diagnose(data:str="digits", # images as for bt_pretrain
                 lr:float=None,  # largest learning rate, for 256 images per batch
                 batches:int=5,  # number of batches to run
                 seed:int=0,     # random seed of the weights and the views
-                recipe:str=None # as for bt_pretrain, whose settings are checked
+                recipe:str=None, # as for bt_pretrain, whose settings are checked
+                download:bool=False # fetch a data set that is not there
                ):
     "Run a few batches with the settings that bt_pretrain would use, and print the problems found and what to do"
     from self_supervised_bt.compared import say
     from self_supervised_bt.runs import diagnose_run
-    found,words = diagnose_run(data, recipe, root, batches, seed, column, size=as_size(size), bs=bs, hidden_size=width,
-                               projection_size=width, lr=lr, lmb=lmb)
-    say(f"{words}\n\n{found}")
+    found,words = diagnose_run(data, recipe, root, batches, seed, column, download, size=as_size(size), bs=bs,
+                               hidden_size=width, projection_size=width, lr=lr, lmb=lmb)
+    say(f"{words}\n\n{in_shell(str(found), bt_diagnose.options)}")
     if not found.ok: raise SystemExit(1)
 
 # %% ../nbs/52_cli.ipynb #6de4e856
@@ -525,11 +614,12 @@ def bt_classify(run:str,         # folder of a run; or file, URL or name of publ
           f"  inference_model({r['file']!r}, \"image.jpg\")")
 
 # %% ../nbs/52_cli.ipynb #62a9155c
-@command(examples="""
+@command(pos=["run"], examples="""
+bt_export
 bt_export runs/photos
 bt_export runs/photos --format timm,onnx --license mit --out photos-encoder
 """)
-def bt_export(run:str,        # folder of a run; or file, URL or name of published weights
+def bt_export(run:str=None,   # folder of a run; or file, URL or name of published weights; none lists these names
               out:str=None,   # folder for --format; without it a .safetensors file; in the run's folder if not given
               format:str=None, # timm, code, torchvision, onnx, onnx-uint8, pt2, detectron2, mmdetection, ...
               license:str=None # for the model card of the format timm, e.g. apache-2.0
@@ -537,6 +627,9 @@ def bt_export(run:str,        # folder of a run; or file, URL or name of publish
     "Write the encoder for other tools; without --format weights for plain timm, and the code that loads them"
     if license and not format: raise ValueError("license is for the model card: add --format timm")
     from self_supervised_bt.compared import say
+    if not run:
+        from self_supervised_bt.zoo import list_models
+        return print("\n".join(list_models()))
     from self_supervised_bt.export import export_text
     from self_supervised_bt.runs import export_formats, export_run
     if format:
@@ -568,13 +661,15 @@ def bt_embed(run:str,            # folder of a run; or file, URL or name of publ
              column:str=None,    # column of the paths in a table
              bs:int=64,          # images per batch
              workers:int=None,   # worker processes that read files
-             device:str=None     # e.g. cuda:1 or cpu; the accelerator, if there is one
+             device:str=None,    # e.g. cuda:1 or cpu; the accelerator, if there is one
+             root:str=None,      # folder that holds data sets; fastai's data folder if not given
+             download:bool=False # fetch a data set that is not there
             ):
     "Representations of images with their file names; the same command continues one that was stopped"
     from self_supervised_bt.explore import embed_to_file
     from self_supervised_bt.runs import encoder_file
     how = dict(size=as_size(size), tta=averaging(tta), whiten=whiten or None, labels=labels, column=column,
-               device=device)
+               device=device, root=root, download=download)
     try: file,about = embed_to_file(encoder_file(run), data, out, bs, workers, sys.stdout.isatty(), **how)
     except Stopped as e:
         e.advice = f"what was embedded is kept, continue with {shlex.join(['bt_embed', *sys.argv[1:]])}"
@@ -588,8 +683,10 @@ def bt_embed(run:str,            # folder of a run; or file, URL or name of publ
 def save_plot(axes, file:Path)->None: # as the ending says
     "Write a figure"
     import matplotlib.pyplot as plt
+
+    from self_supervised_bt.core import whole_file
     figure = getattr(axes, "figure", None) or axes[0].figure
-    figure.savefig(file, dpi=110)
+    with whole_file(file) as part: figure.savefig(part, dpi=110)
     plt.close(figure)
 
 # %% ../nbs/52_cli.ipynb #6264287e
@@ -622,18 +719,19 @@ bt_duplicates photos.parquet --threshold .95
 """)
 def bt_duplicates(table:str,            # file from bt_embed
                   threshold:float=None, # cosine similarity of near-duplicates; by the nearest distances if not given
-                  chance:float=.01,     # expected share of ordinary images among those found, by which it is chosen
+                  chance:float=.001,    # expected share of ordinary images among those found, by which it is chosen
                   search:str="auto",    # exact, flat, ivf or hnsw; by the number of rows
                   out:str=None,         # table to write, .csv; beside the table if not given, and pictures with it
                   groups:int=12         # number of groups in the picture
                  ):
     "Groups of nearly equal images, and why they count as such"
     from self_supervised_bt.compared import say
+    from self_supervised_bt.core import whole_file
     from self_supervised_bt.explore import load_table, near_duplicates, plot_groups, plot_threshold
     found = near_duplicates(load_table(table), threshold, search, chance)
     say(f"{found.attrs['why']}\n\n{len(found):,} images in {found.group.nunique():,} groups")
     out = Path(out) if out else Path(table).with_suffix(".duplicates.csv")
-    found.to_csv(out, index_label="row")
+    with whole_file(out) as part: found.to_csv(part, index_label="row")
     pictures = [out.with_suffix(".threshold.png")]
     save_plot(plot_threshold(found), pictures[0])
     if len(found) and "file" in found:
@@ -671,7 +769,7 @@ bt_experiment
 bt_experiment table5 --seeds 5
 """)
 def bt_experiment(name:str=None,      # name of the experiment; all are listed if not given
-                  data:str="digits",  # digits, name of a data set, or a folder with one folder per class
+                  data:str="digits",  # name of a data set, a folder with one folder per class, a table or shards
                   seeds:int=3,        # trainings per row
                   scale:str="small",  # small, or paper for the settings of the papers
                   out:str=None,       # folder of the experiment; experiments/NAME-DATA if not given
@@ -679,15 +777,17 @@ def bt_experiment(name:str=None,      # name of the experiment; all are listed i
                   root:str=None,      # folder that holds data sets; fastai's data folder if not given
                   download:bool=False, # fetch a data set that is not there
                   epochs:int=None,    # epochs of the baseline; as in the recipe if not given
-                  half:bool=False     # train in mixed precision, bfloat16
+                  half:bool=False,    # train in mixed precision, bfloat16
+                  labels:str=None,    # column of a table that holds them; innermost or outermost folder
+                  column:str=None     # of the paths in a table; guessed by its name if not given
                  ):
     "Train the rows of a table of the papers with several seeds, and test the differences"
     from self_supervised_bt.experiments import EXPERIMENTS, run_experiment
     if not name:
         for key,make in EXPERIMENTS.items(): print(f"{key:14} {make.__doc__}")
         return
-    given = dict(seeds=seeds, scale=scale, out=out, images=images, root=root, download=download,
-                 half=half)
+    given = dict(seeds=seeds, scale=scale, out=out, images=images, root=root, download=download, half=half,
+                 labels=labels, column=column)
     try: run_experiment(name, data, **given, **({} if epochs is None else dict(epochs=epochs)))
     except Stopped as e:
         e.advice = f"the cells that are complete are kept, go on with {shlex.join(['bt_experiment', *sys.argv[1:]])}"

@@ -434,6 +434,12 @@ def data_as_text(data:str|Path # name or folder
     text = str(data)
     return f"./{text}" if isinstance(data, Path) and text in DATA_NAMES else text
 
+def check_no_root(data, root, download)->None: # raises `ValueError`
+    "Refuse options that have no meaning for a folder"
+    for option,value in (("root", root and str(root)), ("download", download)):
+        if value: raise ValueError(f"{option}={value!r} is for data sets by name, and data={str(data)[:80]!r} is none: "
+                                   "leave it out")
+
 # %% ../nbs/04_datasets.ipynb #d774195c
 def kept_size_of(card:DataCard,
                  size # that was given, or `None`

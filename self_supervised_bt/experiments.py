@@ -39,11 +39,10 @@ from self_supervised_bt.data import (
     digest,
     digits_images,
     hold_out,
-    image_files,
     load_images,
     tensor_dls,
 )
-from .datasets import data_card, known_images, named_data, read_part, train_test_dls
+from .datasets import check_no_root, data_card, known_images, named_data, read_part, train_test_dls
 from self_supervised_bt.evaluation import (
     effective_rank,
     encode,
@@ -56,7 +55,7 @@ from .folders import files_and_labels, kept_size, labelled_dls, size_and_channel
 from .layers import create_mlp_module
 from .losses import VARIANTS, variant_loss
 from .recipes import Recipe, bt_learner, get_recipe
-from .runs import check_no_root, hours_minutes_seconds, write_csv
+from .runs import hours_minutes_seconds, write_csv
 from .training import Autocast
 
 # %% ../nbs/51_experiments.ipynb #e6e18b76
@@ -271,6 +270,11 @@ def named_experiment(name:str,     # one of `EXPERIMENTS`
 # %% ../nbs/51_experiments.ipynb #1b1bc03f
 IN_MEMORY = 2**32   # bytes of images that are kept in memory
 
+def test_images_of(n:int # labelled images
+                  )->int: # how many are held out
+    "A fifth, 5,000 at most; 500 of 1,250 to 2,500"
+    return 500 if 1250 <= n < 2500 else min(5000, n//5)
+
 class ImagesInMemory:
     "Labelled images of an experiment, divided by the seed unless they come with test images"
     def __init__(self,
@@ -281,7 +285,7 @@ class ImagesInMemory:
                  n:int=None          # images to train on; all if not given
                 ):
         self.x,self.y,self.x_test,self.y_test = x,y,x_test,y_test
-        self.n_test = len(x_test) if x_test is not None else 500 if len(x) < 2500 else min(5000, len(x)//5)
+        self.n_test = len(x_test) if x_test is not None else test_images_of(len(x))
         left = len(x) if x_test is not None else len(x) - self.n_test
         if left < 2: raise ValueError(f"data holds {len(x)} image(s): too few to train on some and test on others")
         if n is not None and not 1 < n <= left: raise ValueError(f"images must lie in 2 to {left}, got {n}")
@@ -347,32 +351,41 @@ def train_and_test_folders(data:str|Path # folder
                           )->tuple:      # folder of training images, and of test images or `None`; raises `ValueError`
     "The folders `train` and `test` or `val` in a folder, if there are any"
     folder = Path(data)
-    if not (folder/"train").is_dir(): return folder,None
+    if not (folder/"train").is_dir(): return data,None
     test = [folder/name for name in ("test", "val") if (folder/name).is_dir()]
     if not test: raise ValueError(f"data={str(data)!r} has a folder train, but no test or val: name the test images so")
     return folder/"train",test[0]
 
-def with_labels(folder:Path, size:int, n_in:int)->tuple: # images, class indices, names of the classes
-    "Read a folder with one folder per class"
-    files,y,vocab = files_and_labels(folder, "outermost")
-    return load_images(list(files), size, n_in, progress=False),torch.as_tensor(y),list(vocab)
+def labels_to_read(data:str|Path,  # as for `run_experiment`
+                   labels:str=None # as for `run_experiment`
+                  )->bool|str:     # as for `labelled_dls`
+    "Which labels are meant if nothing is said: outermost folders, or those of a table or of shards"
+    return labels or ("outermost" if os.path.isdir(data) else True)
+
+def with_labels(data, size:int, n_in:int, labels=None, column=None)->tuple: # images, class indices, names of classes
+    "Read a folder with one folder per class, a table, or shards"
+    files,y,vocab = files_and_labels(data, labels_to_read(data, labels), column)
+    return load_images(files, size, n_in, progress=False),torch.as_tensor(y),list(vocab)
 
 # %% ../nbs/51_experiments.ipynb #62dddbee
 @lru_cache(maxsize=1)
-def folder_images(data:str,   # folder
-                  size:int,   # of the views, pixels
-                  n:int|None  # images to train on
-                 ):           # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
-    "The labelled images of a folder"
+def folder_images(data:str,        # folder, table, or shards
+                  size:int,        # of the views, pixels
+                  n:int|None,      # images to train on
+                  labels:str=None, # as for `run_experiment`, as the next
+                  column:str=None
+                 ):                # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
+    "The labelled images of a folder, or of a table"
     train,test = train_and_test_folders(data)
-    files = image_files(train)
+    files = files_and_labels(train, False, column).files
     side,n_in = size_and_channels(files)
     kept = kept_size(size, side)
+    which = dict(labels=labels_to_read(train, labels), column=column)
     if not fits(len(files), n_in, kept, n):
-        return ImagesInFiles(labelled_dls(train, kept, n_in, test=test), kept, n_in)
-    x,y,vocab = with_labels(train, kept, n_in)
+        return ImagesInFiles(labelled_dls(train, kept, n_in, test=test, **which), kept, n_in)
+    x,y,vocab = with_labels(train, kept, n_in, **which)
     if test is None: return ImagesInMemory(x, y, n=n)
-    x_test,y_test,test_vocab = with_labels(test, kept, n_in)
+    x_test,y_test,test_vocab = with_labels(test, kept, n_in, **which)
     if test_vocab != vocab: raise ValueError(f"{train} and {test} must have the same classes")
     return ImagesInMemory(x, y, x_test, y_test, n)
 
@@ -396,24 +409,30 @@ def named_images(name:str,    # of a data set
     return ImagesInMemory(*parts, n)
 
 # %% ../nbs/51_experiments.ipynb #1aaf8ade
-def side_of(data:str|Path # as for `run_experiment`
-           )->int:        # pixels; raises `OSError` or `ValueError`
+def side_of(data:str|Path,  # as for `run_experiment`, as the next
+            column:str=None
+           )->int:          # pixels; raises `OSError` or `ValueError`
     "The side of the images"
     name = named_data(data)
     if name: return data_card(name).size or 256   # photographs of many sizes
-    return size_and_channels(image_files(train_and_test_folders(data)[0]))[0]
+    return size_and_channels(files_and_labels(train_and_test_folders(data)[0], False, column).files)[0]
 
 def experiment_images(data:str|Path,       # as for `run_experiment`
                       size:int|None,       # of the views, pixels
                       n:int=None,          # images to train on; all if not given
                       root:str|Path=None,  # folder that holds data sets
-                      download:bool=False  # fetch a data set that is not there?
+                      download:bool=False, # fetch a data set that is not there?
+                      labels:str=None,     # as for `run_experiment`, as the next
+                      column:str=None
                      ):                    # `ImagesInMemory` or `ImagesInFiles`; raises `OSError` or `ValueError`
     "The labelled images of an experiment"
     name = named_data(data)
+    for option,value in dict(labels=labels, column=column).items():
+        if name and value: raise ValueError(f"{option}={value!r} has no meaning for a data set by its name: leave it out")
     if name and name != "digits": return named_images(name, size, n, root and str(root), download)
     check_no_root(data, root, download)
-    return ImagesInMemory(*digits_images(), n=n) if name else folder_images(os.path.abspath(data), size, n)
+    if name: return ImagesInMemory(*digits_images(), n=n)
+    return folder_images(os.path.abspath(data), size, n, labels, column)
 
 # %% ../nbs/51_experiments.ipynb #394242ec
 def cell_learner(dls:DataLoaders,
@@ -743,10 +762,10 @@ def with_epochs(e:Experiment, epochs:dict|None)->Experiment: # row -> epochs
     return replace(e, rows={row: {**changes, "epochs": epochs[row]} for row,changes in e.rows.items()})
 
 # %% ../nbs/51_experiments.ipynb #b248da19
-def with_settings(e:str|Experiment, data:str|Path, scale:str, changes:dict)->Experiment: # raises `ValueError`
+def with_settings(e:str|Experiment, data:str|Path, scale:str, changes:dict, column:str=None)->Experiment: # `ValueError`
     "The experiment that is meant, with settings of its baseline replaced"
     if not isinstance(e, Experiment):
-        return named_experiment(e, baseline_recipe(data, scale, side_of(data)).changed(**changes))
+        return named_experiment(e, baseline_recipe(data, scale, side_of(data, column)).changed(**changes))
     if scale != "small":
         raise ValueError(f"scale={scale!r} would have no effect on an experiment of your own, whose recipe says it: "
                          "leave scale out")
@@ -754,7 +773,7 @@ def with_settings(e:str|Experiment, data:str|Path, scale:str, changes:dict)->Exp
 
 # %% ../nbs/51_experiments.ipynb #3cfbbc9b
 def run_experiment(experiment:str|Experiment, # a name, one of `EXPERIMENTS`, or an experiment of your own
-                   data:str|Path="digits",    # "digits", name of a data set, or folder with one folder per class
+                   data:str|Path="digits",    # name of a data set, folder with one folder per class, table or shards
                    seeds:int=3,               # cells per row, with the seeds 0, 1, 2, ...
                    scale:str="small",         # "small", or "paper" for the settings of the papers
                    out:str|Path=None,         # folder of the experiment; experiments/NAME-DATA if not given
@@ -763,13 +782,15 @@ def run_experiment(experiment:str|Experiment, # a name, one of `EXPERIMENTS`, or
                    download:bool=False,       # fetch a data set that is not there?
                    half:bool=False,           # bfloat16 in the model?
                    verbose:bool=True,         # print a line per cell, and the table?
+                   labels:str=None,           # column of a table that holds them; innermost or outermost folder
+                   column:str=None,           # of the paths in a table; guessed by its name if not given
                    **kwargs                   # settings of the baseline's recipe to replace, e.g. `epochs=20`
                   )->pd.DataFrame:            # a line per row; raises `OSError` or `ValueError`
     "Train every row with every seed, or go on where it was interrupted, and test each against the baseline"
     check_positive_int("seeds", seeds)
     if images is not None: check_positive_int("images", images)
-    e = with_settings(experiment, data, scale, kwargs)
-    pictures = experiment_images(data, e.recipe.size, images, root, download)
+    e = with_settings(experiment, data, scale, kwargs, column)
+    pictures = experiment_images(data, e.recipe.size, images, root, download, labels, column)
     out = Path(out or Path("experiments")/f"{e.name}-{Path(data).name}")
     settings = settings_of(e, pictures, half)
     with random_states_kept(), nullcontext() if verbose else redirect_stdout(io.StringIO()):

@@ -61,7 +61,7 @@ from self_supervised_bt.data import (
     square_tensor,
     white_of,
 )
-from .datasets import named_data, read_part
+from .datasets import check_no_root, named_data, pixels_of, read_part
 from .encoder_files import describe_input
 
 # %% ../nbs/43_explore.ipynb #d4f956bb
@@ -115,7 +115,11 @@ def live_model(model,      # as for `embed`
 def device_of_rank(device)->torch.device: # the default of several ranks on one machine is a GPU each
     "The given device, or the default"
     several = device is None and num_distrib() > 1 and torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if several else device_or_default(device)
+    if several: return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try: return torch.empty(0, device=device_or_default(device)).device
+    except (RuntimeError, AssertionError) as e:   # PyTorch without CUDA asserts
+        raise ValueError(f"device must be one of this machine, e.g. 'cpu', got {str(device)!r} "
+                         f"({str(e).splitlines()[0]})") from e
 
 # %% ../nbs/43_explore.ipynb #1b66a8f2
 class RowEncoder:
@@ -337,13 +341,16 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
               size,               # as for `embed`, like the rest
               labels,
               value_range,
-              column
+              column,
+              root=None,
+              download=False
              )->FileRows:         # raises `OSError` or `ValueError`
     "The rows of files"
     name = named_data(data)
+    if not name: check_no_root(data, root, download)
     if name:
-        images = read_part(name, "train")
-        if images.files is None: return ArrayRows(images.x, images.y, images.vocab)
+        images = read_part(name, "train", root, download)
+        if images.files is None: return ArrayRows(pixels_of(images, None, encoder.n_in), images.y, images.vocab)
         files,classes = image_list(images.files),[label_text(y, images.vocab) for y in images.y]
     elif isinstance(data, list) and not data:
         raise ValueError("data is an empty list: pass image files, or the folder that holds them")
@@ -351,19 +358,21 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
     listed = isinstance(files, FileNames) and not os.path.isdir(str(data))   # by a user, so some may be missing
     gone = missing_files(list(files)) if listed else []
     there = files.take(without(range(len(files)), gone)) if gone else files
+    if value_range is None: value_range = getattr(encoder.net, "value_range", None)   # as in its training
     if value_range is None: value_range = white_of(there)
     source = FileRows(files, classes, encoder.read_size(size), encoder.n_in, value_range)
     source.images.codes[gone] = 1 + REASONS.index("cannot be opened")
     return source
 
 # %% ../nbs/43_explore.ipynb #5a1b0c78
-def source_of(data, encoder, size=None, labels=None, value_range=None, column=None):
+def source_of(data, encoder, size=None, labels=None, value_range=None, column=None, root=None, download=False):
     "The rows of any data; raises `ValueError`, `TypeError` or `OSError`"
     names = isinstance(data, (list, tuple, L)) and all(isinstance(o, (str, Path)) for o in data)
     if names: data = list(data)
     if isinstance(data, (str, Path)) or names or is_table(data):
-        return file_rows(data, encoder, size, labels, value_range, column)
-    for name,value in dict(labels=labels, value_range=value_range, column=column).items():
+        return file_rows(data, encoder, size, labels, value_range, column, root, download)
+    files_only = dict(labels=labels, value_range=value_range, column=column, root=root, download=download or None)
+    for name,value in files_only.items():
         if value is not None: raise ValueError(f"{name}={value!r} is for files, and data is a {type(data).__name__}: "
                                                f"leave {name} out")
     takes = encoder.batch.takes
@@ -647,8 +656,20 @@ def check_same_maker(a:dict,     # `attrs` of a table
     differ = [k for k in MADE_BY if k in a and k in b and a[k] != b[k]]
     if not differ: return
     k = differ[0]
-    raise ValueError(f"{names[0]} and {names[1]} have different representations ({k} {a[k]!r} and {b[k]!r}): "
-                     "embed both with one encoder, in the same way")
+    raise ValueError(f"{names[0]} and {names[1]} have different representations, {made_otherwise(k, a, b)}: embed both "
+                     "with one encoder, in the same way")
+
+OTHERWISE = dict(encoder="of another encoder", data="of other images", rows="of another number of ranks",
+                 stats="with another normalisation", whiten="with another whitening, or none")
+
+def made_otherwise(name:str,  # what differs
+                   was:dict,  # what is said of a table
+                   now:dict   # and of another
+                  )->str:
+    "What differs between two tables, in words: digests say nothing to a reader"
+    def text(value): return "x".join(map(str, value)) if name == "size" and value else repr(value)
+    if name in OTHERWISE: return OTHERWISE[name]
+    return f"with {name} {text(was.get(name))}, and now it is {text(now.get(name))}"
 
 def joined(tables:list # of one encoder
           )->pd.DataFrame: # raises `ValueError`
@@ -713,9 +734,8 @@ class Parts:
         if was is None: return self.begin()
         differ = [k for k in self.about if was.get(k) != self.about[k]]
         if differ:
-            k = differ[0]
-            raise ValueError(f"{self.folder} holds parts of a table with {k} {was.get(k)!r}, and now it is "
-                             f"{self.about[k]!r}: remove that folder, or choose another out")
+            raise ValueError(f"{self.folder} holds parts of a table {made_otherwise(differ[0], was, self.about)}: "
+                             "remove that folder, or choose another out")
     def begin(self):
         shutil.rmtree(self.folder, ignore_errors=True)
         write_json(self.description, self.about)
@@ -835,8 +855,8 @@ def embed_into(out:Path, encoder:RowEncoder, source, **kwargs)->Path: # the rest
             shutil.rmtree(parts.folder, ignore_errors=True)   # of a call that was killed at its very end
             remove_unfinished(out.parent, glob.escape(out.name))
             return out
-        raise ValueError(f"{out} exists, with {differ[0]} {was.get(differ[0])!r}, and now it is {about[differ[0]]!r}: "
-                         "remove it, or choose another out")
+        raise ValueError(f"{out} exists, and is a table {made_otherwise(differ[0], was, about)}: remove it, or choose "
+                         "another out")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() == ".parquet": check_parquet(source, start, stop)   # before any work
     parts.open()
@@ -858,12 +878,15 @@ def embed(model,                # Learner, model, encoder; or run folder, file, 
           device=None,          # for an encoder from a file; fastai's default device if not given
           value_range:tuple|int=None, # black and white of files with more than 8 bits, as for `unlabelled_dls`
           progress:bool=True,   # show a progress bar?
-          column:str=None       # of the paths in a table; guessed by its name if not given
+          column:str=None,      # of the paths in a table; guessed by its name if not given
+          root:str|Path=None,   # folder that holds data sets; fastai's data folder if not given
+          download:bool=False   # fetch a data set that is not there?
          )->pd.DataFrame:       # `file` or `index`, `label` if there are any, and `h`; `attrs` say how it was made
     "Representations of images with their names, in order; raises `ValueError` or `OSError`"
     check_positive_int("bs", bs)
     out = None if out is None else table_path(out)
-    pair = encoder_and_source(model, data, size, tta, levels, whiten, labels, device, value_range, column)
+    pair = encoder_and_source(model, data, size, tta, levels, whiten, labels, device, value_range, column, root,
+                              download)
     kwargs = dict(bs=bs, num_workers=num_workers, progress=progress)
     if out is not None and whiten != "fit": return load_table(embed_into(out, *pair, **kwargs))
     table = embed_rows(*pair, **kwargs)
@@ -872,13 +895,13 @@ def embed(model,                # Learner, model, encoder; or run folder, file, 
 
 # %% ../nbs/43_explore.ipynb #49cfd48b
 def encoder_and_source(model, data, size=None, tta=None, levels=None, whiten=None, labels=None, device=None,
-                       value_range=None, column=None)->tuple: # `RowEncoder` and source; raises `ValueError`, `OSError`
-    "What is embedded, and how; the arguments are those of `embed`"
+                       value_range=None, column=None, root=None, download=False)->tuple:
+    "`RowEncoder` and source: what is embedded, and how; the arguments are those of `embed`"
     if whiten == "fit" and isinstance(model, (str, Path)):
         raise ValueError("whiten='fit' is remembered by an encoder in memory, and model is a file: load it with "
                          "load_encoder, fit the whitening, and save_encoder keeps it")
     encoder = RowEncoder(live_model(model, device), size, tta, levels, whiten)
-    return encoder,source_of(data, encoder, size, labels, value_range, column)
+    return encoder,source_of(data, encoder, size, labels, value_range, column, root, download)
 
 def embed_to_file(model, data, out, bs=64, num_workers=None, progress=True, **how)->tuple: # file, and its `attrs`
     "`embed` into a file without reading the table into memory"
@@ -1044,7 +1067,8 @@ def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `Ty
     side = table.attrs.get("read") or max(encoder.how["size"] or [0])
     if isinstance(image, Tensor) and image.ndim == 3 and table.attrs.get("read"): image = as_bytes_of(image)
     if isinstance(image, Tensor): x = image
-    elif isinstance(image, (str, Path)): x = read_image(named_image(image) or image, side or 224, encoder.n_in)
+    elif isinstance(image, (str, Path)): x = read_image(named_image(image) or image, side or 224, encoder.n_in,
+                                                            getattr(encoder.net, "value_range", None))
     else:
         picture = as_picture(image)
         x = square_tensor(picture, side or min(picture.size), encoder.n_in)
@@ -1164,7 +1188,7 @@ def plot_similar(found:pd.DataFrame, # from `similar`
 
 # %% ../nbs/43_explore.ipynb #e3ee06a2
 LATE = 16       # K, the neighbour by which the density is measured
-CHANCE = .01    # expected share of ordinary images among those found
+CHANCE = .001   # expected share of ordinary images among those found
 FLOOR = 1e-6    # distances below are rounding: identical images
 FEWEST = 40     # rows, to see a distribution
 

@@ -24,11 +24,11 @@ from self_supervised_bt.classifiers import (
     subset_probe,
 )
 from .core import check_positive_int, write_json
-from .datasets import named_data, part_dl, read_part
+from .datasets import check_no_root, named_data, part_dl, read_part
 from .evaluation import encode, linear_probe, mean_and_spread, sample_labels, several_classes
 from .folders import files_and_labels, kept_size, labelled_dls, size_and_channels
 from .reports import loader_of_rows
-from .runs import as_data, check_no_root, encoder_file, place_beside, seen_size
+from .runs import as_data, encoder_file, place_beside, seen_size
 from .weights import load_encoder, save_model
 
 # %% ../nbs/51_labelled.ipynb #2aa9408f

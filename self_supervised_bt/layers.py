@@ -384,7 +384,9 @@ def _sized_encoder(settings, size, pool_type):
     pool = pool_type or PoolingType.CatAvgMax
     def make(option):
         set_rng_states(states)   # the weights do not depend on what was tried before
-        return _build(**{**settings, "options": {**settings["options"], **option}}, size=size, pool_type=pool)
+        with warnings.catch_warnings():
+            if pool_type is None: warnings.filterwarnings("ignore", message=".*cannot pool with")   # nobody asked it to
+            return _build(**{**settings, "options": {**settings["options"], **option}}, size=size, pool_type=pool)
     encoder,h,option = _build_for_size(make, size)
     repeated = pool == PoolingType.CatAvgMax and h.shape[1] % 2 == 0 and torch.equal(*h.chunk(2, dim=1))
     if not repeated: return encoder

@@ -87,6 +87,7 @@ def sampled_table(table:pd.DataFrame, # one row per image
     check_table(table)
     if limit is None: return table
     check_positive_int("limit", limit)
+    if limit < 5: raise ValueError(f"limit must be at least 5, the fewest images of a map, got {limit}")
     return table if len(table) <= limit else table.iloc[sample_rows(len(table), limit)]
 
 # %% ../nbs/44_maps.ipynb #50c49f13

@@ -54,7 +54,7 @@ from self_supervised_bt.data import (
     split_indices,
     tensor_dls,
 )
-from .datasets import data_card, known_dls, named_data, read_part, train_test_dls
+from .datasets import check_no_root, data_card, known_dls, named_data, read_part, train_test_dls
 from .defaults import chosen_recipe
 from self_supervised_bt.diagnostics import (
     Diagnostics,
@@ -160,10 +160,10 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
     "The images of a run"
     args = dict(bs=recipe.bs//max(1, num_distrib()), valid_pct=valid_pct, seed=seed)
     name = named_data(data)
-    if name == "digits": return digits_dls(labels=labels, **args)
+    if name == "digits": return with_a_batch(digits_dls(labels=labels, **args), recipe)
     if name:
         args |= dict(root=root, labels=labels, download=download)
-        return named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad)
+        return with_a_batch(named_dls(name, recipe, in_memory, args, num_workers=num_workers, bad=bad), recipe)
     if not isinstance(data, ImageSource): check_no_root(data, root, download)
     source = files_and_labels(data, labels, column, n=n)
     side,n_in = size_and_channels(source.files)
@@ -173,7 +173,16 @@ def run_dls(data,                 # images as `unlabelled_dls` takes them, or na
                               value_range=value_range, **args)
     files,y,vocab = source
     x = load_images(files, size, n_in, sys.stdout.isatty(), num_workers, value_range)
-    return tensor_dls(x, y, vocab=vocab, **args)
+    return with_a_batch(tensor_dls(x, y, vocab=vocab, **args), recipe)
+
+def with_a_batch(dls:DataLoaders, # of tensors
+                 recipe:Recipe    # for the size of batches
+                )->DataLoaders:   # the same; raises `ValueError`
+    "Refuse batches that are larger than the number of training images: there would be none"
+    n = len(dls.train.dataset)
+    if len(dls.train): return dls
+    raise ValueError(f"batches of {recipe.bs:,} images are more than the {n:,} training images: use smaller ones, or "
+                     "another recipe")
 
 # %% ../nbs/50_runs.ipynb #a3f1c0d2
 def with_own_stats(recipe:Recipe,
@@ -204,12 +213,6 @@ def named_dls(name:str,       # of a data set
     x = load_images(images.files, size, n_in, progress=sys.stdout.isatty(), num_workers=reading["num_workers"])
     split = {k: args[k] for k in ("bs", "valid_pct", "seed")}
     return tensor_dls(x, images.y, vocab=images.vocab if args["labels"] else None, **split)
-
-def check_no_root(data, root, download)->None: # raises `ValueError`
-    "Refuse options that have no meaning for a folder"
-    for option,value in (("root", root and str(root)), ("download", download)):
-        if value: raise ValueError(f"{option}={value!r} is for data sets by name, and data={str(data)[:80]!r} is none: "
-                                   "leave it out")
 
 # %% ../nbs/50_runs.ipynb #dc8394a5
 def listed_images(data,                # as for `run_dls`
@@ -761,7 +764,7 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
         s = begin_run(out, s, dls, resume)
         if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
         checkpoints = run_checkpoints(out, dls, every, keep, resume, resume_with)
-        return train_run(out, s, dls, loaded, checkpoints, watching(out, s, dls, tracker, labelled))
+        return train_run(out, s, dls, loaded, checkpoints, watching(out, s, dls, tracker, labelled, download))
 
 # %% ../nbs/50_runs.ipynb #8e973072
 def checked_range(value_range): # as for `unlabelled_dls`; as run.json has it; raises `ValueError`
@@ -827,7 +830,8 @@ def watching(out:Path,        # folder of the run
              s:dict,          # from `run_settings`
              dls:DataLoaders, # from `run_dls`
              tracker:str=None, # as for `pretrain`, as the next
-             labelled=None
+             labelled=None,
+             download:bool=False
             )->list:          # callbacks, in rank 0; raises `ImportError`, `OSError` or `ValueError`
     "What measures and logs a run besides"
     cbs = []
@@ -835,7 +839,7 @@ def watching(out:Path,        # folder of the run
     if s.get("labelled"):
         every = s.get("eval_every") or max(1, s["recipe"].epochs//20)
         data = s["labelled"] if labelled is None or on_disk(labelled) else labelled
-        cbs.append(OnlineEvaluation(labelled_images(data, s, dls), every, probe=False))
+        cbs.append(OnlineEvaluation(labelled_images(data, s, dls, download), every, probe=False))
     if tracker: cbs += tracker_callbacks(tracker, out, vars(s["recipe"]))
     return cbs
 
@@ -844,13 +848,14 @@ MEASURED = 2000   # labelled images, at most, that are measured during a run
 
 def labelled_images(data,           # images with labels as `labelled_dls` takes them, or name of a data set
                     s:dict,         # from `run_settings`
-                    dls:DataLoaders # of the run, for channels and size
+                    dls:DataLoaders, # of the run, for channels and size
+                    download:bool=False # fetch a data set that is not there?
                    )->tuple:        # (N,C,H,W) uint8 and (N,) class indices; raises `OSError` or `ValueError`
     "Labelled images for a measurement during a run, sampled at random"
     name,train = named_data(data),dls.train.dataset
     if name == "digits": x,y = digits_images()
     elif name:
-        part = read_part(name, "test", s.get("root"))
+        part = read_part(name, "test", s.get("root"), download)
         x,y = part.files if part.x is None else part.x,part.y
     else: x,y,_ = source_to_measure(data, s)
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MEASURED].sort()[0]
@@ -1003,6 +1008,11 @@ def report_run(run:str|Path,        # folder of a run, which may be running
     "A report page about a run, as it is at its newest checkpoint"
     run = Path(run)
     if not run.is_dir(): raise ValueError(f"{run} is no folder of a run")
+    if not checkpoints_in(run):
+        page = run/"report/report.html"
+        short = f"the page of this short run is {page}"
+        raise ValueError(f"{run} holds no checkpoints: "
+                         f"{short if page.is_file() else 'pass a folder that bt_pretrain wrote to'}")
     learn,state = model_of_run(run, dls_of_run(run, num_workers))
     restore_history(learn, run, state)
     return report(learn, out or run/"report", title=f"Barlow Twins: {run.name}, {epochs_in_words(state)}")
@@ -1032,6 +1042,8 @@ def encoder_file(run:str|Path # folder of a run, or what `load_encoder` reads
     if not Path(run).is_dir(): return Path(run) if is_path(run) else run
     run = Path(run)
     file = run/"encoder.safetensors"
+    if not file.exists() and not checkpoints_in(run):
+        raise ValueError(f"{run} holds no run: pass a folder that bt_pretrain or bt_demo wrote to")
     if not checkpoints_in(run) or file.exists() and state_of(run) != "running": return file
     return encoder_so_far(run)
 
@@ -1303,14 +1315,15 @@ def short_run(data:str|Path="digits", # folder of images, or name of a data set
               root:str|Path=None,     # folder that holds data sets; fastai's data folder if not given
               column:str=None,        # of the paths in a table
               recipe:str=None,        # name, one of `RECIPES`; chosen by the images if not given
+              download:bool=False,    # fetch a data set that is not there?
               **kwargs                # settings of the recipe to replace, e.g. `epochs=20`; `None` for not given
              )->ShortRun:             # raises `OSError` or `ValueError`
     "Images, and settings for their size and number"
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
     name = named_data(data)
-    if not name: check_no_root(data, root, False)
+    if not name: check_no_root(data, root, download)
     if name == "digits": run,recipe = digits_run(labels),recipe or "digits"
-    elif name: run = named_run(name, labels, root)
+    elif name: run = named_run(name, labels, root, download)
     else: run = folder_run(str(data), labels, column)
     if recipe: return run._replace(recipe=get_recipe(recipe, **kwargs))
     return run._replace(recipe=chosen_recipe(run.n - run.n_test, run.side, short=True, **kwargs)[0])
@@ -1354,10 +1367,11 @@ def folder_run(folder:str,    # images as `unlabelled_dls` takes them
 # %% ../nbs/50_runs.ipynb #e60acbd2
 def named_run(name:str,      # of a data set
               labels:bool,   # use its labels to test with?
-              root:str|Path=None # folder that holds data sets
+              root:str|Path=None, # folder that holds data sets
+              download:bool=False # fetch it if it is not there?
              )->ShortRun:    # without a recipe; raises `OSError` or `ValueError`
     "The images of a published data set to train on; its test images stay unseen"
-    images = read_part(name, "train" if labels else "unlabelled", root)
+    images = read_part(name, "train" if labels else "unlabelled", root, download)
     side = data_card(name).size or size_and_channels(images.files)[0]
     labels = labels and images.y.ndim == 1   # kNN and few labels need one class per image
     about = f"{images.n:,} training images of {name}" + (f" in {len(images.vocab)} classes" if labels else "")
@@ -1504,6 +1518,7 @@ def diagnose_run(data="digits",          # as for `pretrain`
                  batches:int=5,          # to run
                  seed:int=0,             # of the weights and the views
                  column:str=None,        # of the paths in a table
+                 download:bool=False,    # fetch a data set that is not there?
                  **kwargs                # settings of the recipe to replace; `None` for not given
                 )->tuple:                # what was found, and what the run is in words; raises `OSError`, `ValueError`
     "Run a few batches as `pretrain` would, and list the problems found"
@@ -1511,8 +1526,8 @@ def diagnose_run(data="digits",          # as for `pretrain`
     root = root and os.path.abspath(root)
     shown = str(data) if on_disk(data) else as_data(data)
     s = run_settings(Path(), False, data=shown, recipe=recipe, seed=seed, root=root, column=column, changes=changes)
-    images = listed_images(data, root, column=column)
+    images = listed_images(data, root, download, column)
     s = with_chosen_recipe(s, images, changes)
     set_seed(seed)
-    dls = run_dls(images, s["recipe"], 0, seed, root=root)
+    dls = run_dls(images, s["recipe"], 0, seed, root=root, download=download)
     return diagnose(bt_learner(dls, recipe=s["recipe"]), batches),stated(s, dls)

@@ -125,8 +125,8 @@ def saved_scores(file:Path,    # a JSON file of `transfer_table`
         raise ValueError(f"{file} is damaged or no result of a transfer ({type(e).__name__}): remove it") from e
     if not differ: return scores
     name = differ[0]
-    raise ValueError(f"{file} holds scores for {name} {was.get(name)!r}, and now it is {depends.get(name)!r}: choose "
-                     "another folder with out, or remove the file to compute it again")
+    of = "another encoder" if name == "encoder" else f"{name} {was.get(name)!r}, and now it is {depends.get(name)!r}"
+    raise ValueError(f"{file} holds scores for {of}: choose another out, or remove the file to compute it again")
 
 # %% ../nbs/35_transfer.ipynb #93abf87a
 def all_loaders(sets, root, download): # yields name, and a function of sizes that makes its dls; raises early

@@ -10,11 +10,21 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from self_supervised_bt import cli, runs
-from self_supervised_bt.cli import bt_demo, bt_diagnose, bt_evaluate, bt_pretrain, one_line_errors, resume_command
+from self_supervised_bt.cli import (
+    bt_demo,
+    bt_diagnose,
+    bt_embed,
+    bt_evaluate,
+    bt_pretrain,
+    one_line_errors,
+    resume_command,
+)
 from self_supervised_bt.datasets import DATA_NAMES
 from self_supervised_bt.recipes import RECIPES
 from self_supervised_bt.runs import run_dls, short_run
@@ -208,6 +218,98 @@ def test_values_that_cannot_be_are_named_as_typed(tmp_path, option, value):
     with pytest.raises(SystemExit, match=rf"^bt_pretrain: {name} must be .*got {re.escape(repr(value))}"):
         bt_pretrain(str(tmp_path), out=str(tmp_path/"out"), **{option: value})
     assert not (tmp_path/"out").exists()
+
+
+# The words of the shell
+
+PYTHON = re.compile(r"\b[A-Za-z_][\w.]*\((?!s\))[^)]*\)|\w=|`|<class|Traceback|"
+                    r"\b(?:True|False|None|Errno|DataFrame|Learner|dls)\b")
+SHORT = "--arch timm/test_resnet --bs 16 --workers 0"
+WRONG = [   # a line, and what its message names
+    ("bt_embed run pictures --out t.parquet --tta flop", "--tta must be of .*e.g. --tta flip, or --tta flip,24,32"),
+    ("bt_embed run pictures --out t.parquet --size 12 --workers 0", "with size 24x24, .* 12x12: .* another --out"),
+    ("bt_embed run pictures/dark --out t.parquet --workers 0", "a table of other images"),
+    ("bt_embed run pictures --out x.csv --whiten", "^bt_embed: --whiten, and the encoder remembers no whitening"),
+    ("bt_embed run pictures --out x.csv --labels x", "--labels must be one of 'outermost', 'innermost', got 'x'"),
+    ("bt_embed run pictures --out x.csv --device abacus", "--device must be .*got 'abacus'"),
+    ("bt_embed run pictures --out x.txt", "--out must end in .parquet, .csv, .npz, got 'x.txt'"),
+    ("bt_embed run pictures --out x.csv --root data", "--root 'data' is for data sets by name, and data 'pictures'"),
+    ("bt_embed run cifar10 --out x.csv --root data", "not below data, .* --download"),
+    ("bt_embed resnet51 pictures", "did you mean resnet50, .* bt_export without a run lists all names"),
+    ("bt_embed run text.txt", "name of a data set that bt_transfer lists"),
+    ("bt_similar t.parquet flat.png", "e.g. --model 'runs/photos'"),
+    ("bt_similar t.parquet flat.png --model nothing/here", "nothing/here does not exist"),
+    ("bt_similar t.parquet 0 --k 99", "--k must be in 1..39"),
+    ("bt_similar t.parquet 0 --out x.y", "--out must end in"),
+    ("bt_similar t.parquet pictures/dark/00.png --out pictures/dark/00.png", "--out must be another file"),
+    ("bt_similar none.parquet 0", "make it with bt_embed, with --out 'none.parquet'"),
+    ("bt_duplicates t.parquet --out t.parquet", "--out must end in .csv"),
+    ("bt_duplicates t.parquet --groups 0", "--groups must"), ("bt_duplicates t.parquet --chance 2", "--chance must"),
+    ("bt_map t.parquet --seed -1", "--seed must be an int >= 0"),
+    ("bt_map t.parquet --limit 4", "--limit must be at least 5"),
+    ("bt_map t.parquet --colour x", "--colour must be a column"), ("bt_map t.parquet --out folder.html", "is a folder"),
+    ("bt_transfer run --sets cifar", "--sets must be that of a data set"),
+    ("bt_transfer run --root data", "--download"),
+    ("bt_classify run pictures --out text.txt", "--out must be a folder, and text.txt is a file"),
+    ("bt_classify run paths.csv", "choose one with --labels 'name'"),
+    ("bt_classify data pictures", "data holds no run"),
+    ("bt_evaluate run pictures,paths.csv --test pictures", "--test is for one data set"),
+    ("bt_export run --format timm --out x", "a stem for small images, .* or train with a recipe"),
+    ("bt_report data", "holds no checkpoints"), ("bt_experiment x", "name must be one of 'table5'"),
+    ("bt_experiment table5 --scale paper", "--scale 'paper' is for photographs: pass their folder as --data"),
+    ("bt_demo --data pictures --download", "--download is for data sets by name, and --data 'pictures' is none"),
+    ("bt_demo --recipe paper", "use smaller ones, or another --recipe"),
+    ("bt_diagnose --data cifar10 --root data", "--download"),
+    (f"bt_pretrain pictures --out x {SHORT} --arch nothing", "fastai, torchvision or timm, e.g. resnet18"),
+    (f"bt_pretrain pictures --out x {SHORT} --bs 1", "use another --bs"),
+    (f"bt_pretrain pictures --out x {SHORT} --method simclr --lmb 1", "leave --lmb out, or leave --method out"),
+    (f"bt_pretrain pictures --out x {SHORT} --eval flat", "^bt_pretrain: --eval 'flat' cannot be measured"),
+    ("bt_pretrain --out run --resume --size 16x20 --width 8 --half",
+     r"--half, --size 16x20 \(was 24\), --width 8 \(was 16\)\. Leave"),
+    ("bt_pretrain pictures/dark --out run --resume", "data 'pictures/dark' does not hold the images")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with images, a run, a table of it, and odd files"
+    place = tmp_path_factory.mktemp("place")
+    for name, mean in (("pictures/dark", 60), ("pictures/light", 190), ("flat", 120)):
+        (place/name).mkdir(parents=True)
+        rng = np.random.default_rng(mean)
+        for i in range(20):
+            x = rng.normal(mean, 40, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(x).save(place/name/f"{i:02}.png")
+    (place/"flat/00.png").rename(place/"flat.png")
+    for name in ("data", "folder.html"): (place/name).mkdir()
+    (place/"text.txt").write_text("a text")
+    rows = [f"pictures/{name}/{i:02}.png,{name}" for name in ("dark", "light") for i in range(20)]
+    (place/"paths.csv").write_text("\n".join(["path,species", *rows]))
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(place)
+        bt_pretrain("pictures", "cifar", "run", **{**SMALL, "epochs": 1, "size": "24"})
+        bt_embed("run", "pictures", "t.parquet", workers=0)
+    return place
+
+
+def said_by(line, capsys):
+    "What a line prints to stderr, warnings with it"
+    name, *words = line.split()
+    command = getattr(cli, name)
+    by_place = [k for k, typed in command.options.items() if k == typed]
+    args = vars(cli.parser_of(inspect.unwrap(command), by_place, "").parse_args(words))
+    with pytest.raises(SystemExit) as e: command(**{k: args[k] for k in command.options})
+    return capsys.readouterr().err + str(e.value)
+
+
+@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
+def test_messages_name_what_was_typed_and_no_python(place, monkeypatch, capsys, line, words):
+    monkeypatch.chdir(place)
+    before = {f: f.stat().st_size for f in place.rglob("*") if f.is_file()}
+    said = said_by(line, capsys)
+    assert re.search(words, said), said
+    assert not PYTHON.search(said), said
+    assert str(place) not in said and "\n" not in said.removesuffix("\n"), said
+    assert {f: f.stat().st_size for f in place.rglob("*") if f.is_file()} == before   # nothing written, nothing lost
 
 
 # The terminal
