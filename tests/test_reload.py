@@ -1,4 +1,5 @@
 "A notebook is edited while it runs: exported cells run again, modules are reloaded, and every Learner still trains"
+import gc
 import importlib
 import os
 import shutil
@@ -99,6 +100,9 @@ def modules():
 
 def autoreload():
     "`%autoreload 2`, and source files edited between two cells"
+    for name in ("fastai.vision.all", "kornia", "sklearn.linear_model", "timm", "torchvision"):
+        importlib.import_module(name)
+    gc.freeze()   # other libraries hold no object of this one: autoreload, which searches for those, passes theirs over
     from IPython.core.interactiveshell import InteractiveShell
     shell = InteractiveShell.instance()
     shell.run_line_magic("load_ext", "autoreload")
