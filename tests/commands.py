@@ -81,7 +81,7 @@ def child(command, folder, line, terminal):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         sys.argv = line
-        command()
+        exec("command()", {"__name__": "__main__", "__file__": line[0], "command": command})   # at the top of a script
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
