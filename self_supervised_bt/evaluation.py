@@ -33,7 +33,7 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 from .augmentations import CropTfm
-from .core import check_positive_int, in_percent, undisturbed, unwrapped
+from .core import check_dict, check_number, check_positive_int, in_percent, undisturbed, unwrapped
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
@@ -54,6 +54,9 @@ def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need
     "The encoder, and the transforms that turn images into what it was trained on"
     net = model.model if isinstance(model, Learner) else model
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"model must be a Learner, a BarlowTwinsModel or an encoder, got a {type(net).__name__}: "
+                         "load_encoder(file) reads one, create_encoder(arch) makes one")
     net = unwrapped(net)
     encoder = getattr(net, "encoder", net)
     views = multiview_of(model) if isinstance(model, Learner) else None
@@ -485,7 +488,8 @@ def check_matrix(name:str, # of the argument
     "Raises ValueError if `h` is not a non-empty matrix (N,F)"
     if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
     got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-    raise ValueError(f"{name} must be representations (N,F), got {got}")
+    raise ValueError(f"{name} must be representations (N,F), a tensor of at least one row, got {got}: "
+                     f"encode(model, data) gives them, torch.as_tensor({name}) makes one of an array")
 
 def check_representations(name:str, # of the argument
                           h):       # what came
@@ -614,7 +618,7 @@ def knn_votes(h:Tensor,        # (N,F) representations to label
              )->Tensor:        # (N,classes) sum of the weights, the nearest neighbour's being 1
     "Votes of the k nearest neighbours of each row for each class"
     bank_y = class_indices("bank_y", bank_y)
-    if not temperature > 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+    check_number("temperature", temperature, zero=False)
     search = NeighbourSearch(h, bank_h, k, chunk)
     check_same_rows("bank_h", search.bank, bank_y)
     y = bank_y.to(h.device)
@@ -929,6 +933,7 @@ def label_table(reps:dict,         # name -> (h, h_test)
                 k:int=20           # neighbours that vote
                )->pd.DataFrame:    # a row per representation; k-shot as "mean ± standard deviation" over samples
     "kNN and k-shot accuracy of several representations, in percent"
+    check_dict("reps", reps, "names and representations (h, h_test)")
     y = several_classes("y", y)
     rows = {name: label_row(*hs, y, y_test, labels, samples, k) for name,hs in reps.items()}
     return with_number_of_samples(pd.DataFrame(rows).T, samples)
@@ -1020,6 +1025,7 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
 def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views of held-out images
                     )->pd.DataFrame: # a row per representation
     "What can be measured without labels: positive pairs found, and effective rank of `h`"
+    check_dict("reps", reps, "names and representations (h1, h2)")
     def row(h1, h2):
         return {"positive pairs found": in_percent(positive_pair_accuracy(h1, h2)),
                 "chance": in_percent(1/len(h1)),
