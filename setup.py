@@ -23,6 +23,8 @@ setup(
         "Development Status :: 4 - Beta",
         f"Intended Audience :: {cfg['audience']}",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["self_supervised_bt"]),

@@ -10,7 +10,7 @@ __all__ = ['VIEW_RECIPES', 'KorniaTfm', 'get_batch_augs', 'get_multi_aug_pipelin
 import inspect
 import warnings
 from functools import singledispatch
-from numbers import Integral
+from numbers import Integral, Real
 
 import kornia.augmentation as K
 import matplotlib.pyplot as plt
@@ -140,16 +140,19 @@ BACKENDS = {"fused": _fused_tfms, "kornia": _kornia_tfms}
 # %% ../nbs/11_augmentations.ipynb #f1412fe6
 def _range(name, r, lo=0., hi=float("inf")):
     "`r` as an ordered pair within [`lo`,`hi`]"
-    if not isinstance(r, (list, tuple, L)) or len(r) != 2 or not lo <= r[0] <= r[1] <= hi:
+    pair = isinstance(r, (list, tuple, L)) and len(r) == 2 and all(isinstance(v, Real) for v in r)
+    if not pair or not lo <= r[0] <= r[1] <= hi:
         raise ValueError(f"{name} must be a pair (low, high) with {lo} <= low <= high <= {hi}, got {r!r}")
     return tuple(r)
 
 def _check_p(**ps):
     for name,p in ps.items():
-        if not 0 <= p <= 1: raise ValueError(f"{name} must be a probability in [0,1], got {p!r}")
+        if isinstance(p, Real) and 0 <= p <= 1: continue
+        raise ValueError(f"{name} must be a probability in [0,1], got {p!r}")
 
 def _check_angles(rotate_deg, shear_deg):
-    if 0 <= rotate_deg <= 180 and 0 <= shear_deg < 90: return
+    numbers = isinstance(rotate_deg, Real) and isinstance(shear_deg, Real)
+    if numbers and 0 <= rotate_deg <= 180 and 0 <= shear_deg < 90: return
     raise ValueError(f"rotate_deg must be in [0,180] and shear_deg in [0,90), got {rotate_deg!r}, {shear_deg!r}")
 
 # %% ../nbs/11_augmentations.ipynb #efba7bd0
@@ -189,8 +192,10 @@ def jitter_strengths(jitter_s # strength of SimCLR's recipe, or four strengths
                     )->tuple: # of brightness, contrast, saturation and hue
     "What `jitter_s` means: factors in 1 ± strength, hue in ± strength turns"
     several = isinstance(jitter_s, (list, tuple, L))
-    four = tuple(jitter_s) if several else (.8*jitter_s, .8*jitter_s, .8*jitter_s, .2*jitter_s)
-    if len(four) == 4 and all(0 <= v <= 1 for v in four[:3]) and 0 <= four[3] <= .5: return four
+    given = tuple(jitter_s) if several else (jitter_s,)
+    numbers = all(isinstance(v, Real) for v in given)
+    four = given if several or not numbers else (.8*jitter_s, .8*jitter_s, .8*jitter_s, .2*jitter_s)
+    if numbers and len(four) == 4 and all(0 <= v <= 1 for v in four[:3]) and 0 <= four[3] <= .5: return four
     raise ValueError("jitter_s must be in [0, 1.25], or four strengths "
                      f"(brightness, contrast, saturation in [0,1], hue in [0,0.5]), got {jitter_s!r}")
 

@@ -41,6 +41,8 @@ def create_barlow_twins_model(encoder:nn.Module,       # images (B,C,H,W) to rep
                               size:int|tuple=None      # of the views, pixels, if known
                              )->BarlowTwinsModel:      # ready to train
     "The encoder with a projector of the right width on top (Zbontar et al. 2021, section 2.2)"
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"encoder must be a network, got a {type(encoder).__name__}: create_encoder(arch) makes one")
     projector = create_mlp_module(encoder_width(encoder, size), hidden_size, projection_size, bn, nlayers, bias)
     if not predictor: return BarlowTwinsModel(encoder, projector)
     on_view1 = create_mlp_module(projection_size, hidden_size, projection_size, bn, 2, bias)

@@ -94,6 +94,11 @@ def linear_head(width:int, # of the representation
     nn.init.zeros_(head.bias)
     return head
 
+def check_dls(dls): # raises `ValueError` unless they have loaders to train and to validate with
+    if hasattr(dls, "loaders"): return
+    raise ValueError(f"dls must be DataLoaders, got a {type(dls).__name__}: labelled_dls(folder, size) makes them of "
+                     "class folders, DataLoaders(train_dl, valid_dl) of loaders")
+
 def default_metric(loss_func): return APScoreMulti() if isinstance(loss_func, BCEWithLogitsLossFlat) else accuracy
 
 def label_loss(dls # labelled images
@@ -125,6 +130,7 @@ def classifier_learner(model,               # a Learner, a `BarlowTwinsModel` or
                       )->Learner:           # frozen up to the head, with all methods of a fastai Learner
     "An ordinary fastai Learner that classifies with a pretrained encoder"
     encoder,clean = encoder_of(model)
+    check_dls(dls)
     for dl in dls.loaders: check_not_normalised(dl, clean)
     n_out = n_out or get_c(dls)
     if not n_out:
@@ -174,6 +180,9 @@ def fit_protocol(learn:Learner,    # of `classifier_learner`
                  **kwargs          # changes to its settings: `epochs`, `lr_encoder`, `lr_head`, `wd`
                 )->Learner:        # the same, trained
     "Train a classifier by one of the paper's protocols"
+    if not isinstance(learn, Learner):
+        raise ValueError(f"learn must be a Learner, got a {type(learn).__name__}: "
+                         "classifier_learner(model, dls) makes one")
     p = protocol_settings(protocol, kwargs)
     n_groups = len(learn.splitter(learn.model))
     bs = batch_size_of(learn.dls.train)
@@ -264,6 +273,7 @@ def semi_supervised(model,          # a Learner, a `BarlowTwinsModel` or an enco
                    )->pd.DataFrame: # a row per entry of `labels`: "mean ± standard deviation" over samples, in percent
     "Accuracy with few labels: frozen encoder, fine-tuned, and from scratch (Zbontar et al. 2021, Table 2)"
     for method in methods: check_choice("methods", method, tuple(PROTOCOLS))
+    check_dls(dls)
     check_positive_int("samples", samples)
     h,y = encode(model, dls.train, size)
     h_val,y_val = encode(model, dls.valid, size)

@@ -53,6 +53,29 @@ def check_number(name:str,       # name of the argument
     if number and 0 <= value <= most and (zero or value > 0): return
     raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, of at most {most:g}, got {value!r}")
 
+# %% ../nbs/00_core.ipynb #1c4940d1
+def check_shape(name:str,   # name of the argument
+                value,      # its value
+                shape:str,  # as in "(N,2)": a letter is any length above 0, a number this one
+                hint:str="" # what to do, appended to the message
+               )->None:     # raises `ValueError`
+    "Raise `ValueError` unless `value` is a tensor of this shape"
+    axes = [axis for axis in shape.strip("()").split(",") if axis]
+    if isinstance(value, torch.Tensor) and value.ndim == len(axes):
+        if all(n > 0 if axis.isalpha() else n == int(axis) for axis,n in zip(axes, value.shape)): return
+    got = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    raise ValueError(f"{name} must be a tensor {shape}, got {got}{hint and ': '}{hint}")
+
+# %% ../nbs/00_core.ipynb #1c4940d2
+def check_dict(name:str, # name of the argument
+               value,    # its value
+               of:str    # what it maps, as in "names and singular values"
+              )->None:   # raises `ValueError`
+    "Raise `ValueError` unless `value` is a dict that is not empty"
+    if isinstance(value, dict) and value: return
+    got = "an empty one" if isinstance(value, dict) else f"a {type(value).__name__}"
+    raise ValueError(f"{name} must be a dict of {of}, got {got}: write {name}={{'name': ...}}")
+
 # %% ../nbs/00_core.ipynb #cd8132ef
 def height_width(size # pixels, or (height, width)
                 )->tuple: # two numbers; raises `ValueError`

@@ -20,6 +20,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
@@ -108,7 +109,8 @@ def check_images_and_labels(x, # the images to check
                            )->None: # raises `ValueError`
     "Raise unless `x` is a tensor (N,C,H,W) and, if there are labels, `y` has one per image"
     if not isinstance(x, Tensor) or x.ndim != 4:
-        raise ValueError(f"x must be a tensor of images (N,C,H,W), got {shape_or_type(x)}")
+        raise ValueError(f"x must be a tensor of images (N,C,H,W), got {shape_or_type(x)}: torch.as_tensor(array) "
+                         "makes one of an array, load_images(files, size) of files")
     if y is not None and len(y) != len(x):
         raise ValueError(f"y has {len(y)} labels for {len(x)} images: pass one label per image")
 
@@ -278,7 +280,8 @@ def split_indices(n:int,           # items
                   seed:int         # of the split
                  )->tuple:         # indices to train on and to validate with, each in order; raises `ValueError`
     "Random split, the same for the same `seed`"
-    if not 0 <= valid_pct < 1: raise ValueError(f"valid_pct must be in [0,1), got {valid_pct}")
+    if not isinstance(valid_pct, Real) or not 0 <= valid_pct < 1:
+        raise ValueError(f"valid_pct must be a number in [0,1), the share to validate with, got {valid_pct!r}")
     idxs = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     cut = round(n*valid_pct)
     return idxs[cut:].sort()[0],idxs[:cut].sort()[0]
@@ -362,7 +365,9 @@ def tensor_dls(x:Tensor,              # (N,C,H,W) images, uint8 or float in [0,1
                vocab:list=None        # names of the classes; their numbers if not given
               )->DataLoaders:         # training (shuffled, full batches only) and validation
     "`dls` over images held in one tensor on the device, without files or workers"
+    check_positive_int("bs", bs)
     data = ImageTensors(x, y, vocab=vocab)
+    if not len(x): raise ValueError(f"x holds no images, got {tuple(x.shape)}: pass at least one batch of them")
     warn_of_empty_images(x[torch.linspace(0, len(x) - 1, min(len(x), 64)).long()])
     idxs = split_indices(len(x), valid_pct, seed)
     device = device_or_default(device)
@@ -389,7 +394,8 @@ def hold_out(x:Tensor,       # (N,C,H,W) images
              seed:int=0      # of the split
             )->tuple:        # x, y, x_test, y_test
     "Hold `n_test` images out, the same ones for the same `seed`"
-    if not 0 < n_test < len(x):
+    check_images_and_labels(x, y)
+    if not isinstance(n_test, Integral) or not 0 < n_test < len(x):
         raise ValueError(f"n_test must leave images to train on: 0 < n_test < {len(x)}, got {n_test}")
     idx = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test,train = idx[:n_test],idx[n_test:]
@@ -465,6 +471,8 @@ def entries_of(folder:str # folder
 def image_names(path:str|Path # folder to search
                )->list:       # file names as text; raises `FileNotFoundError` or `ValueError`
     "All image files below `path`, sorted folder by folder"
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be a folder, got a {type(path).__name__}: pass the folder that holds the images")
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder: pass the folder that holds the images "
                                 "(known_dls takes the names of published data sets)")
@@ -918,6 +926,15 @@ def read_images(files, idxs, size, n_in, value_range): # (len(idxs),n_in,size,si
     "`read_image` of some files"
     return torch.stack([read_image(files[i], size, n_in, value_range) for i in idxs])
 
+# %% ../nbs/01_data.ipynb #5a0c1e0f
+def as_files(files # as for `load_images`
+            ):     # a list, or something like one; raises `ValueError`
+    "Image files that can be counted"
+    if isinstance(files, (str, os.PathLike, Tensor)) or not hasattr(files, "__iter__"):
+        raise ValueError(f"files must be a list of image files, got a {type(files).__name__}: "
+                         "image_files(folder) lists those of a folder")
+    return files if hasattr(files, "__len__") else list(files)
+
 # %% ../nbs/01_data.ipynb #7eaa35e0
 def load_images(files:list,       # image files
                 size:int|tuple,   # height and width of the result, pixels
@@ -929,6 +946,7 @@ def load_images(files:list,       # image files
     "Read images into one tensor, upright, the centred square (or part of that aspect ratio) of each resized to `size`"
     check_size(size, n_in, arrays=True, pair=True)
     check_value_range(value_range)
+    files = as_files(files)
     if value_range is None: value_range = white_of(files)
     images = torch.empty(len(files), n_in, *height_width(size), dtype=torch.uint8)
     done = 0

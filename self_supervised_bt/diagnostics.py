@@ -19,10 +19,23 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
-from .core import check_choice, check_number, check_positive_int, undisturbed
-from .evaluation import effective_rank, spectrum_rank
+from self_supervised_bt.core import (
+    check_choice,
+    check_dict,
+    check_number,
+    check_positive_int,
+    check_shape,
+    undisturbed,
+)
+from self_supervised_bt.evaluation import (
+    as_labels,
+    check_representations,
+    check_same_rows,
+    effective_rank,
+    spectrum_rank,
+)
 from .fitting import Column, add_columns
-from .losses import cross_correlation
+from .losses import check_lmb, cross_correlation
 from .multiview import MultiView, multiview_of
 
 # %% ../nbs/32_diagnostics.ipynb #18850ced
@@ -31,6 +44,10 @@ def expected_losses(n:int,     # rows in a batch
                     lmb:float  # λ, weight of the redundancy term
                    )->tuple[float,float]: # for independent views, and for identical views with uncorrelated dimensions
     "The loss to expect of a random batch, for independent views and for identical views"
+    check_positive_int("n", n)
+    check_positive_int("d", d)
+    lmb = check_lmb(lmb)
+    if n < 2: raise ValueError(f"n must be at least 2, got {n}: a batch of one image has no correlation")
     noise = lmb*d*(d-1)/(n-1)
     return d*n/(n-1) + noise,noise
 
@@ -52,7 +69,7 @@ def losses_to_expect(views:MultiView, # callback
     if not getattr(loss, "divisible", False) or not getattr(loss, "invariance", True): return None
     return tuple(loss.scale*value for value in expected_losses(n, d, loss.lmb))
 
-# %% ../nbs/32_diagnostics.ipynb #a56b0b6a
+# %% ../nbs/32_diagnostics.ipynb #5b1c0d0e
 def _axis(ax, width, height):
     "The axis, or that of a new figure (inches)"
     return ax or plt.subplots(figsize=(width, height), layout="constrained")[1]
@@ -66,13 +83,24 @@ def _whole_numbers(axis):
     "Ticks at whole numbers only, for what is counted"
     axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
+def as_losses(losses # numbers or scalar tensors, one per step
+             )->list: # floats; raises `ValueError`
+    "The losses of a training as numbers"
+    hint = "learn.recorder.losses has one number per step after a fit"
+    try: numbers = [float(loss) for loss in losses]
+    except (TypeError, ValueError) as e: raise ValueError(f"losses must be numbers, got {losses!r:.80}: {hint}") from e
+    if not numbers: raise ValueError(f"losses is empty, there is nothing to plot: {hint}")
+    return numbers
+
+# %% ../nbs/32_diagnostics.ipynb #a56b0b6a
 def plot_losses(losses:list,         # one loss per step, e.g. `learn.recorder.losses`
                 expected:tuple=None, # what `expected_losses` returns, shown as lines
                 ax:Axes=None         # axis to draw on
                )->Axes:
     "The loss over the steps, on a logarithmic scale"
+    losses = as_losses(losses)
     ax = _axis(ax, 5, 3)
-    ax.plot([float(loss) for loss in losses])
+    ax.plot(losses)
     lines = ("independent views", "--", -3, "top"), ("identical views, random batch", ":", 3, "bottom")
     for value,(label,style,dy,va) in zip(expected or (), lines):
         if value <= 0: continue   # the scale is logarithmic
@@ -97,8 +125,9 @@ def plot_cross_correlation(c:Tensor,      # (D,D) cross-correlation
                            title:str=None # instead of the mean of the diagonal and the RMS of the rest
                           )->Axes:        # raises `ValueError` if `c` is not square
     "Heat map of `c`: red for 1, white for 0, blue for -1"
-    if c.ndim != 2 or c.shape[0] != c.shape[1]:
-        raise ValueError(f"c must be a square matrix (D,D), got {tuple(c.shape)}")
+    check_shape("c", c, "(D,D)", "cross_correlation(z1, z2) gives one")
+    if c.shape[0] != c.shape[1]:
+        raise ValueError(f"c must be a square matrix (D,D), got {tuple(c.shape)}: cross_correlation(z1, z2) gives one")
     ax,d = _axis(ax, 4, 3.4),len(c)
     shown = torch.linspace(0, d-1, min(size, d)).round().long().to(c.device)
     pixels = c[shown][:,shown].float().cpu().numpy()
@@ -121,6 +150,7 @@ def plot_std(std:Tensor,  # (D,) standard deviation of each dimension over a bat
              ax:Axes=None # axis to draw on
             )->Axes:
     "Histogram of the standard deviations of the embedding, on a logarithmic scale; dead dimensions at the left edge"
+    check_shape("std", std, "(D,)", "z.std(0) gives it, of embeddings z")
     ax,std = _axis(ax, 4, 3),std.float().cpu()
     floor,top = (1e-3*std.max()).log10(),std.max().log10()
     ax.hist(std.log10().clamp(min=floor).numpy(), bins=40, color="tab:blue")
@@ -136,6 +166,8 @@ def plot_spectrum(spectra:dict, # name -> (K,) singular values, the largest firs
                   ax:Axes=None  # axis to draw on
                  )->Axes:
     "Singular values, each divided by the largest of its spectrum: after a steep drop, dimensions are hardly used"
+    check_dict("spectra", spectra, "names and singular values")
+    for name,s in spectra.items(): check_shape(f"spectra[{name!r}]", s, "(K,)", "torch.linalg.svdvals(h) gives it")
     ax = _axis(ax, 4.4, 3)
     for name,s in spectra.items():
         s = s.double().cpu()
@@ -151,6 +183,9 @@ def plot_neighbours(queries:Tensor,    # (N,C,H,W) images, uint8 or float in [0,
                     size:float=.9      # inches per image
                    )->list:            # axes, row by row
     "Images and their nearest neighbours"
+    check_shape("queries", queries, "(N,C,H,W)")
+    check_shape("neighbours", neighbours, f"({len(queries)},n,C,H,W)",
+                "images[i] gives them, with images (M,C,H,W) and indices i (N,n)")
     columns = neighbours.shape[1] + 1
     figsize = columns*size,len(queries)*size
     _,axes = plt.subplots(len(queries), columns, figsize=figsize, squeeze=False, layout="constrained")
@@ -208,6 +243,7 @@ def map_2d(h:Tensor,        # (N,F) representations
           )->Tensor:        # (N,2); raises `ValueError` for less than 5 rows, `ImportError` without umap-learn
     "Representations in two dimensions"
     check_choice("how", how, ("pca","tsne","umap"))
+    check_representations("h", h)
     if len(h) < 5: raise ValueError(f"h has {len(h)} rows, a map needs at least 5")
     if h.shape[1] < 2: raise ValueError(f"h is {h.shape[1]} wide, a map needs at least 2 numbers per row")
     check_neighbourhood("perplexity", perplexity, how == "tsne", len(h))
@@ -222,6 +258,18 @@ PALETTE = ("#314dfd", "#b87800", "#2bce05", "#d9006c", "#8ddaec",
            "#9315b4", "#ffaf96", "#506203", "#c896ff", "#0096b5")
 SHAPES = "os^D"   # of matplotlib: the next ten classes have the next one
 
+# %% ../nbs/32_diagnostics.ipynb #4d3be0a8
+def classes_of_points(xy, y, names):
+    "Class indices `y` as a tensor, `None` if there are none; raises `ValueError` unless points, classes and names fit"
+    check_shape("xy", xy, "(N,2)", "map_2d(h) gives it")
+    if y is None: return None
+    y = as_labels(y)
+    check_shape("y", y, "(N,)", "one class index per point, -1 for none")
+    check_same_rows("xy", xy, y)
+    if names and y.max() >= len(names):
+        raise ValueError(f"names has {len(names)} classes, and y has class {int(y.max())}: pass one name per class")
+    return y
+
 # %% ../nbs/32_diagnostics.ipynb #ed641727
 def plot_map(xy:Tensor,         # (N,2)
              y:Tensor=None,     # (N,) class indices, for the colours; -1 for none
@@ -229,6 +277,7 @@ def plot_map(xy:Tensor,         # (N,2)
              ax:Axes=None       # axis to draw on
             )->Axes:
     "One point per image, coloured by class if labels are given"
+    y = classes_of_points(xy, y, names)
     ax,xy = _axis(ax, 5, 4),xy.cpu().numpy()
     classes = [] if y is None else y.unique().tolist()
     dots = dict(s=12 if len(xy) <= 1000 or len(classes) > len(PALETTE) else 6, alpha=.85, linewidths=0)
@@ -340,6 +389,10 @@ def plot_terms(table:pd.DataFrame, # the terms of `BarlowTwinsLoss`, indexed by 
                axes:list=None      # two axes to draw on
               )->list:             # the axes
     "The terms of the loss, and the entries of the cross-correlation matrix, over the steps"
+    columns = {"invariance", "redundancy", "diagonal_mean", "off_diagonal_rms"}
+    missing = sorted(columns - set(getattr(table, "columns", ())))
+    if missing: raise ValueError(f"table has no column {' and no '.join(missing)}: learn.diagnostics.table() of a "
+                                 "Learner that was trained with the callback Diagnostics() has them")
     if axes is None: _,axes = plt.subplots(1, 2, figsize=(9,3), layout="constrained")
     axes[0].plot(table.index, table.invariance, label="invariance")
     axes[0].plot(table.index, lmb*table.redundancy, label=f"{lmb:g} × redundancy")

@@ -34,7 +34,16 @@ from torch import Tensor, nn
 
 # %% ../nbs/30_evaluation.ipynb #23105866
 from .augmentations import CropTfm
-from .core import check_positive_int, height_width, in_percent, shape_or_type, undisturbed, unwrapped
+from self_supervised_bt.core import (
+    check_dict,
+    check_number,
+    check_positive_int,
+    height_width,
+    in_percent,
+    shape_or_type,
+    undisturbed,
+    unwrapped,
+)
 from .encoder_files import AVERAGED
 from .fitting import Column, add_columns, batch_size_of, sampled_images
 from .fused import CentreResize, batch_images, check_pixels
@@ -55,7 +64,10 @@ from .multiview import check_model, multiview_of
 # %% ../nbs/30_evaluation.ipynb #1df8a118
 def network_of(model)->nn.Module: # of a Learner, or what is a network itself
     "The network, out of its wrappers"
-    return unwrapped(model.model if isinstance(model, Learner) else model)
+    net = model.model if isinstance(model, Learner) else model
+    if isinstance(net, nn.Module): return unwrapped(net)
+    raise ValueError(f"model must be a Learner, a BarlowTwinsModel or an encoder, got a {type(net).__name__}: "
+                     "load_encoder(file) reads one, create_encoder(arch) makes one")
 
 def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need
@@ -601,7 +613,7 @@ def knn_votes(h:Tensor,        # (N,F) representations to label
              )->Tensor:        # (N,classes) sum of the weights, the nearest neighbour's being 1
     "Votes of the k nearest neighbours of each row for each class"
     bank_y = class_indices("bank_y", bank_y)
-    if not temperature > 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+    check_number("temperature", temperature, zero=False)
     search = NeighbourSearch(h, bank_h, k, chunk)
     check_same_rows("bank_h", search.bank, bank_y)
     y = bank_y.to(h.device)
@@ -916,6 +928,7 @@ def label_table(reps:dict,         # name -> (h, h_test)
                 k:int=20           # neighbours that vote
                )->pd.DataFrame:    # a row per representation; k-shot as "mean ± standard deviation" over samples
     "kNN and k-shot accuracy of several representations, in percent"
+    check_dict("reps", reps, "names and representations (h, h_test)")
     y = several_classes("y", y)
     rows = {name: label_row(*hs, y, y_test, labels, samples, k) for name,hs in reps.items()}
     return with_number_of_samples(pd.DataFrame(rows).T, samples)
@@ -1007,6 +1020,7 @@ def encode_views(learn:Learner, # with a callback that makes views, e.g. `Barlow
 def unlabelled_table(reps:dict # name -> (h1, h2) representations of two views of held-out images
                     )->pd.DataFrame: # a row per representation
     "What can be measured without labels: positive pairs found, and effective rank of `h`"
+    check_dict("reps", reps, "names and representations (h1, h2)")
     def row(h1, h2):
         return {"positive pairs found": in_percent(positive_pair_accuracy(h1, h2)),
                 "chance": in_percent(1/len(h1)),

@@ -28,7 +28,7 @@ from fastcore.parallel import num_cpus
 from torch import Tensor
 
 # %% ../nbs/02_folders.ipynb #c44902cf
-from .core import check_choice, height_width
+from .core import check_choice, check_positive_int, height_width
 from self_supervised_bt.data import (
     REASONS,
     BadImage,
@@ -73,6 +73,7 @@ from self_supervised_bt.sources import (
     NoLabels,
     StreamImages,
     absent_files,
+    check_items,
     folder_of_all,
     image_list,
     image_source,
@@ -237,7 +238,9 @@ def listed_files(items,          # as for `unlabelled_dls`
                 )->list:
     "All images of a source, also those that do not exist; a folder's as a list of names"
     if on_disk(items) and os.path.isdir(items) and not tars_in(items): return image_names(items)
-    if isinstance(items, (list, tuple, L)): return list(items)
+    if isinstance(items, (list, tuple, L)):
+        check_items(items)
+        return list(items)
     return image_source(items, column=column, check=False).files
 
 # %% ../nbs/02_folders.ipynb #d3477fca
@@ -460,6 +463,7 @@ def unlabelled_dls(items,               # folder, pattern, table of paths, tar s
                   )->DataLoaders:       # training (shuffled, full batches only) and validation
     "`dls` over images of any source, read as they are needed; with labels if `labels=True`"
     check_size(size, n_in, arrays=True, pair=True)
+    check_positive_int("bs", bs)
     check_choice("bad", bad, ("skip", "raise"))
     check_value_range(value_range)
     files,y,vocab = files_and_labels(items, labels, column, buffer, n)
@@ -498,9 +502,10 @@ def workers_for(n:int, # files
 def bad_images(dls:DataLoaders # from `unlabelled_dls`
               )->ImageReport:  # complete after an epoch
     "The broken files found so far"
-    sets = [dl.dataset for dl in dls.loaders]
-    if not all(hasattr(ds, "codes") for ds in sets):
-        raise TypeError("dls must come from unlabelled_dls: other dls have no list of broken files")
+    sets = [dl.dataset for dl in getattr(dls, "loaders", ())]
+    if not sets or not all(hasattr(ds, "codes") for ds in sets):
+        raise TypeError(f"dls must come from unlabelled_dls, got a {type(dls).__name__}: "
+                        "other dls have no list of broken files")
     return ImageReport(Joined([ds.files for ds in sets]), torch.cat([ds.codes for ds in sets]))
 
 # %% ../nbs/02_folders.ipynb #7c0c1e02

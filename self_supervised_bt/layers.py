@@ -567,7 +567,8 @@ def check_matrix(name:str, # of the argument
                  h):       # what came
     "Raises ValueError if `h` is not a non-empty matrix (N,F)"
     if isinstance(h, Tensor) and h.ndim == 2 and 0 not in h.shape: return
-    raise ValueError(f"{name} must be representations (N,F), got {shape_or_type(h)}")
+    raise ValueError(f"{name} must be representations (N,F), a tensor of at least one row, got {shape_or_type(h)}: "
+                     f"encode(model, data) gives them, torch.as_tensor({name}) makes one of an array")
 
 def check_representations(name:str, # of the argument
                           h):       # what came

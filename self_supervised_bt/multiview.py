@@ -318,6 +318,8 @@ def clean_pred(self:MultiView)->Tensor: # (B,D), input of the metrics
 def multiview_of(learn:Learner # any Learner
                 )->Callback:   # `None` if it has none
     "The callback of a Learner that makes views"
+    if not hasattr(learn, "cbs"):
+        raise ValueError(f"learn must be a Learner, got a {type(learn).__name__}: bt_learner(dls) makes one")
     return first(cb for cb in learn.cbs if getattr(cb, "makes_views", False))
 
 def check_set_up(learn:Learner, # about to fit, validate or predict
@@ -382,7 +384,10 @@ def logging_of_views(learn):
 # %% ../nbs/14_multiview.ipynb #15e29060
 def training_images(dls # `DataLoaders` of fastai's or PyTorch's loaders
                    )->TensorImage: # (B,C,H,W) float
-    "One batch of training images"
+    "One batch of training images; raises `ValueError` if `dls` has no training loader"
+    if not hasattr(dls, "train"):
+        raise ValueError(f"dls must be DataLoaders, got a {type(dls).__name__}: unlabelled_dls(folder, size) makes "
+                         "them of files, tensor_dls(x) of a tensor, DataLoaders(train_dl, valid_dl) of loaders")
     return image_batch(_raw_images(dls))
 
 def _raw_images(dls):

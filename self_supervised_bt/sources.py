@@ -17,6 +17,7 @@ from collections import defaultdict
 from copy import copy
 from functools import lru_cache, partial
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -833,6 +834,18 @@ def path_source(items, labels, column, buffer, check)->ImageSource: # raises `OS
     return ImageSource(FileNames(matching_images(paths, items)))
 
 # %% ../nbs/01_sources.ipynb #6b1d0032
+def check_items(items): # raises `ValueError`
+    "Refuse what can be no list of image files"
+    odd = (Tensor, Real, np.ndarray, type(None))
+    names = isinstance(items, np.ndarray) and items.dtype.kind in "OSU"
+    got = "" if names or hasattr(items, "__iter__") and not isinstance(items, odd) else f"a {type(items).__name__}"
+    if isinstance(items, (list, tuple)):
+        types = {type(o).__name__ for o in items if isinstance(o, odd)}
+        if types: got = f"a {type(items).__name__} of {' and '.join(sorted(types))}"
+    if not got: return
+    raise ValueError("images must be a folder, a pattern, a table, shards, a data set or a list of image files, got "
+                     f"{got}: tensor_dls(x) takes images in a tensor")
+
 def image_source(items,                # as for `unlabelled_dls`
                  labels:bool|str=False, # as for `unlabelled_dls`
                  column:str=None,      # of a table or a data set
@@ -847,6 +860,7 @@ def image_source(items,                # as for `unlabelled_dls`
     if on_disk(items): return path_source(items, labels, column, buffer, check)
     source = object_source(items, labels, column, buffer, n, check)
     if source is not None: return source
+    check_items(items)
     files = image_list(items)
     if not len(files): raise ValueError("items holds no images: pass a folder, a table or image files")
     tars = [str(f).lower().endswith(".tar") for f in files]

@@ -144,7 +144,9 @@ def classifier_of(model # as for `inference_model`
         loaded = load_weights(model)
         net,names = classifier_from(loaded),loaded.classes
         if loaded.head is None: net = loaded.encoder
-    else: net,names = network_of(model),class_names(model)
+    elif isinstance(model, (Learner, nn.Module)): net,names = network_of(model),class_names(model)
+    else: raise ValueError(f"model must be a Learner or model with a classifier, its file or its name, got a "
+                           f"{type(model).__name__}: classifier_learner(model, dls) makes one")
     if isinstance(getattr(net, "head", None), nn.Module): return net,names
     raise ValueError(f"the {type(net).__name__} has no classifier, it gives representations: use encode(model, images) "
                      "for them, and train a classifier with classifier_learner(model, dls)")

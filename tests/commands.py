@@ -52,36 +52,37 @@ def serve(path):
     "Fork a child for every program that connects, one after the other"
     import matplotlib
     matplotlib.use("Agg")
-    from self_supervised_bt import all, cli, doctor, experiments, runs  # noqa: F401
+    from self_supervised_bt import all, doctor, experiments, runs  # noqa: F401
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
         print("ready", flush=True)
         while True:
             client, _ = listening.accept()
-            with client: answer(client, cli)
+            with client: answer(client)
 
 
-def answer(client, cli):
+def answer(client):
     "Run one command in a child, and send its exit status"
     _, terminal, _, _ = socket.recv_fds(client, 1, 2)
     name, folder, args = json.loads(b"".join(iter(lambda: client.recv(4096), b"")))
     pid = os.fork()
-    if not pid: child(getattr(cli, name), folder, [name, *args], terminal)
+    if not pid: child(folder, [name, *args], terminal)
     for fd in terminal: os.close(fd)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     client.sendall(b"%d" % (status if status >= 0 else 128 - status))   # a signal as a shell gives it
 
 
-def child(command, folder, line, terminal):
-    "The command, as a console script calls it; never returns"
+def child(folder, line, terminal):
+    "The command, as a console script calls it: at the top of a file that is run; never returns"
     status = 1
     try:
         for fd, given in zip((1, 2), terminal): os.dup2(given, fd)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         sys.argv = line
-        exec("command()", {"__name__": "__main__", "__file__": line[0], "command": command})   # at the top of a script
+        script = f"from self_supervised_bt.cli import {line[0]}\n{line[0]}()"
+        exec(compile(script, line[0], "exec"), {"__name__": "__main__", "__file__": line[0]})
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)

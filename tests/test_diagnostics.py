@@ -31,6 +31,7 @@ from self_supervised_bt.diagnostics import (
     plot_neighbours,
     plot_spectrum,
     plot_std,
+    plot_terms,
 )
 from self_supervised_bt.evaluation import effective_rank, singular_values
 from self_supervised_bt.losses import barlow_twins_loss
@@ -306,3 +307,33 @@ def test_bad_input(make_learner, make_dls):
     for cb in (Diagnostics(), ImageLogger()):
         learn = Learner(make_dls(), small_model(), loss_func=lambda z, y: z.mean(), cbs=[cb])
         with pytest.raises(ValueError, match="no such callback"): learn.fit(1)
+
+
+SQUARE = torch.eye(3)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: expected_losses(1, 8, .1), "n must be at least 2, got 1"),
+    (lambda: expected_losses(8, 0, .1), "d must be a positive int, got 0"),
+    (lambda: expected_losses(8, 8, math.nan), "lmb must be a finite number"),
+    (lambda: plot_losses([]), "losses is empty.* learn.recorder.losses"),
+    (lambda: plot_losses(["a"]), r"losses must be numbers, got \['a'\]"),
+    (lambda: plot_losses(3), "losses must be numbers, got 3"),
+    (lambda: plot_cross_correlation("x"), "c must be a tensor .D,D., got a str: cross_correlation"),
+    (lambda: plot_std(SQUARE), r"std must be a tensor \(D,\), got \(3, 3\): z.std"),
+    (lambda: plot_spectrum([SQUARE]), "spectra must be a dict of names"),
+    (lambda: plot_spectrum({"h": SQUARE}), r"spectra\['h'\] must be a tensor \(K,\), got \(3, 3\)"),
+    (lambda: plot_neighbours(SQUARE, SQUARE), r"queries must be a tensor \(N,C,H,W\), got \(3, 3\)"),
+    (lambda: plot_neighbours(torch.rand(2, 3, 8, 8), torch.rand(3, 4, 3, 8, 8)), r"neighbours .*\(2,n,C,H,W\)"),
+    (lambda: map_2d([1., 2.]), r"h must be representations \(N,F\), .*got list: encode\(model, data\)"),
+    (lambda: map_2d(torch.full((9, 3), math.nan)), r"h has 9 row\(s\) that are not finite"),
+    (lambda: plot_map(SQUARE), r"xy must be a tensor \(N,2\), got \(3, 3\): map_2d"),
+    (lambda: plot_map(torch.rand(4, 2), torch.arange(3)), "xy has 4 rows and 3 labels"),
+    (lambda: plot_map(torch.rand(3, 2), torch.arange(3), ["a", "b"]), "names has 2 classes, and y has class 2"),
+    (lambda: plot_terms(pd.DataFrame({"redundancy": [1.]})), "table has no column diagonal_mean and no inv")])
+def test_what_cannot_be_plotted_is_named(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+def test_classes_of_a_map_may_be_a_list():
+    assert len(plot_map(torch.rand(4, 2), [0, 1, 1, -1], ["a", "b"]).collections) == 3
