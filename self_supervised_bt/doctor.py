@@ -28,7 +28,7 @@ from .evaluation import standardised_rank
 from .fitting import batch_size_of, epoch_values, images_per_epoch, loader_kept
 from .fused import batch_images, image_batch
 from .guard import all_finite, bad_rows, epoch_order, find_forward
-from .losses import cross_correlation
+from .losses import AllPairs, cross_correlation
 from .multiview import MultiView, check_model, multiview_of
 from .recipes import global_bs
 
@@ -711,7 +711,9 @@ def _loss_in_words(s):
     if s.pair_loss <= identical: meaning = "as low as for identical views"
     elif s.pair_loss < independent: meaning = "the views agree in part"
     else: meaning = "dimensions are correlated, as in an untrained network"
-    more = f" (with the regulariser {s.losses[0]:.4g})" if type(s.bt.objective) is not type(pair_loss(s.bt)) else ""
+    more = ""
+    if isinstance(s.bt.objective, AllPairs): more = f" of views 1 and 2 ({s.losses[0]:.4g} over all pairs)"
+    elif type(s.bt.objective) is not type(pair_loss(s.bt)): more = f" (with the regulariser {s.losses[0]:.4g})"
     return (f"{s.pair_loss:.4g}{more}: {meaning} (independent views give {independent:.4g}, identical views "
             f"{identical:.4g})")
 

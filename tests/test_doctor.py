@@ -527,6 +527,15 @@ def test_a_loss_without_lambda_and_three_views():
     assert diagnose(learner(loss=variant_loss("hsic"))).ok
 
 
+def test_what_the_loss_has_beside_two_views_is_named():
+    three, two = get_multi_aug_pipelines(3, 16, recipe="digits"), get_barlow_twins_aug_pipelines(16, "digits")
+    assert "of views 1 and 2 (" in (said := diagnose(learner(augs=three), batches=2).facts["loss"])
+    assert "over all pairs)" in said and "regulariser" not in said
+    mixed = diagnose(with_settings(lmb_reg=4.), batches=2).facts["loss"]
+    assert "(with the regulariser " in mixed and "pairs" not in mixed
+    assert "(with" not in diagnose(learner(augs=two), batches=2).facts["loss"]
+
+
 def test_bad_input(make_dls):
     plain = Learner(make_dls(), small_model(), loss_func=lambda *_: 0)
     with pytest.raises(ValueError, match="no BarlowTwins callback"): diagnose(plain)
