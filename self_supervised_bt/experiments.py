@@ -270,8 +270,8 @@ def named_experiment(name:str,     # one of `EXPERIMENTS`
 # %% ../nbs/51_experiments.ipynb #1b1bc03f
 IN_MEMORY = 2**32   # bytes of images that are kept in memory
 
-def test_images_of(n:int # labelled images
-                  )->int: # how many are held out
+def held_out_of(n:int # labelled images
+               )->int: # how many are held out
     "A fifth, 5,000 at most; 500 of 1,250 to 2,500"
     return 500 if 1250 <= n < 2500 else min(5000, n//5)
 
@@ -285,7 +285,7 @@ class ImagesInMemory:
                  n:int=None          # images to train on; all if not given
                 ):
         self.x,self.y,self.x_test,self.y_test = x,y,x_test,y_test
-        self.n_test = len(x_test) if x_test is not None else test_images_of(len(x))
+        self.n_test = len(x_test) if x_test is not None else held_out_of(len(x))
         left = len(x) if x_test is not None else len(x) - self.n_test
         if left < 2: raise ValueError(f"data holds {len(x)} image(s): too few to train on some and test on others")
         if n is not None and not 1 < n <= left: raise ValueError(f"images must lie in 2 to {left}, got {n}")
@@ -428,7 +428,7 @@ def experiment_images(data:str|Path,       # as for `run_experiment`
     "The labelled images of an experiment"
     name = named_data(data)
     for option,value in dict(labels=labels, column=column).items():
-        if name and value: raise ValueError(f"{option}={value!r} has no meaning for a data set by its name: leave it out")
+        if name and value: raise ValueError(f"{option}={value!r} is for files, not for {name!r}: leave it out")
     if name and name != "digits": return named_images(name, size, n, root and str(root), download)
     check_no_root(data, root, download)
     if name: return ImagesInMemory(*digits_images(), n=n)

@@ -1164,7 +1164,11 @@ def number_seen(run, dls, num_workers): # "not known" if the run does not say it
 def named_evaluation(name, run, size, n_in, test, num_workers, root, download)->tuple: # as `folder_evaluation`
     "The published training and test images of a data set for `evaluate`"
     if test: raise ValueError(f"test={str(test)!r} is for folders, {name!r} has published test images: leave it out")
-    if isinstance(size, tuple): size = max(size)   # published protocols have squares
+    if isinstance(size, tuple):
+        height,width = size
+        size = max(size)
+        warnings.warn(f"the encoder was trained on views of {height}x{width} pixels, and published protocols have "
+                      f"squares: {name!r} is evaluated at {size}x{size}. A folder is evaluated at {height}x{width}")
     read,crop = protocol_sizes(size) if size else (data_card(name).size, None)
     if read is None: raise ValueError(f"the encoder does not say for which size of images it was trained: save it "
                                       f"with its size, or evaluate {name!r} with transfer_table(..., size=224)")

@@ -311,6 +311,34 @@ def test_folders_with_and_without_test_images(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no test or val"): ex.train_and_test_folders(tmp_path)
 
 
+def test_a_table_gives_the_images_and_labels_that_a_folder_gives(tmp_path, monkeypatch):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(30):
+        label = "ab"[i % 2]
+        f = tmp_path/"images"/label/f"{i:02}.png"
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(f)
+        rows.append(dict(picture=f"images/{label}/{i:02}.png", species=label, split=str(i % 3)))
+    table = pd.DataFrame(rows).sort_values("picture")
+    table.to_csv(tmp_path/"photos.csv", index=False)
+    which = dict(labels="species", column="picture")
+    folder = ex.experiment_images(tmp_path/"images", 12)
+    images = ex.experiment_images(tmp_path/"photos.csv", 12, **which)
+    assert torch.equal(images.x, folder.x) and torch.equal(images.y, folder.y)
+    assert images.n_test == 6 and ex.side_of(str(tmp_path/"photos.csv"), "picture") == 12
+    three = ex.experiment_images(tmp_path/"photos.csv", 12, labels="split", column="picture")
+    assert three.y.unique().tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="choose one with column='name'"):
+        ex.experiment_images(tmp_path/"photos.csv", 12)
+    with pytest.raises(ValueError, match="labels='species' is for files, not for 'digits'"):
+        ex.experiment_images("digits", 8, labels="species")
+    monkeypatch.setattr(ex, "IN_MEMORY", 0)
+    ex.folder_images.cache_clear()
+    dls, train, test = ex.experiment_images(tmp_path/"photos.csv", 12, **which).divided(6, 0)
+    assert len(train.dataset) + len(test.dataset) == 30 and list(train.dataset.vocab) == ["a", "b"]
+    assert [ex.held_out_of(n) for n in (10, 1249, 1797, 5000, 90_000)] == [2, 249, 500, 1000, 5000]
+
+
 def test_data_sets_by_name_are_divided_as_published(monkeypatch):
     def part(name, part, root, size, download):
         n = dict(train=20, test=8)[part]
@@ -334,7 +362,7 @@ def test_the_command_lists_refuses_and_says_how_to_go_on(tmp_path, monkeypatch, 
     bt_experiment()
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()] == list(ex.EXPERIMENTS) and "Table 5" in listed
-    with pytest.raises(SystemExit, match="bt_experiment: experiment must be one of 'table5'"): bt_experiment("table6")
+    with pytest.raises(SystemExit, match="bt_experiment: name must be one of 'table5'"): bt_experiment("table6")
     with pytest.raises(SystemExit, match="bt_experiment: --images must lie in 2 to 1297"):
         bt_experiment("table5", images=9999)
     def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT)

@@ -817,3 +817,36 @@ def test_names_that_are_not_utf8(net, folder, tmp_path):
         embed(net, folder, tmp_path/"t.parquet", **QUIET)
     for ending in (".csv", ".npz"):
         assert odd in embed(net, folder, tmp_path/f"t{ending}", **QUIET).file.tolist()
+
+
+def test_a_data_set_by_name_has_the_channels_of_the_encoder(net):
+    table = embed(net, "digits", bs=256, **QUIET)
+    x = digits_images()[0].expand(-1, 3, -1, -1)
+    assert list(table)[:2] == ["index", "label"] and len(table) == len(x)
+    np.testing.assert_allclose(np.stack(table.h), embed(net, x, bs=256, **QUIET).h.tolist(), atol=1e-6)
+    with pytest.raises(ValueError, match="root='data' is for data sets by name"):
+        embed(net, "data", root="data", **QUIET)
+    with pytest.raises(ValueError, match="root='data' is for files"): embed(net, x[:4], root="data", **QUIET)
+
+
+def test_values_mean_what_they_meant_in_training(net, tmp_path):
+    "12 bits in files of 16: as the encoder remembers it, also where no pixel is bright enough to guess it"
+    rng = np.random.default_rng(0)
+    for i in range(4): Image.fromarray(rng.integers(0, 300, (24, 24)).astype(np.uint16)).save(tmp_path/f"{i}.png")
+    given = embed(net, tmp_path, value_range=4095, **QUIET)
+    net.value_range = 4095
+    try:
+        table = embed(net, tmp_path, **QUIET)
+        assert equal(table, given) and similar(table, table.file[1], 1, net).similarity.iloc[0] <= 1
+        other = tmp_path/"other"
+        other.mkdir()
+        (other/"1.png").write_bytes((tmp_path/"1.png").read_bytes())
+        assert similar(table, other/"1.png", 1, net).similarity.iloc[0] > .99999
+    finally: del net.value_range
+
+
+def test_a_device_that_is_not_there_is_named(net, tmp_path):
+    file = save_encoder(net, tmp_path/"net.safetensors")
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device must be one of this machine, .* got '{device}'"):
+            embed(file, torch.rand(2, 3, 24, 24), device=device, **QUIET)

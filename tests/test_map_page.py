@@ -12,6 +12,7 @@ from self_supervised_bt.maps import map_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
+WIDTHS = {**SIZES, "half": (500, 700)}
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -47,7 +48,7 @@ def opened(chromium, file):
     def listen(m):   # these tests read the canvas more than once, which Chromium remarks on
         if "willReadFrequently" not in m.text: said.append(m.text)
     def open_(width="wide", file=file, **options):
-        w, h = SIZES[width]
+        w, h = WIDTHS[width]
         contexts.append(chromium.new_context(viewport={"width": w, "height": h}, **options))
         page = contexts[-1].new_page()
         page.on("console", listen)
@@ -95,6 +96,15 @@ def drawn(page): return page.evaluate("[...cells().rows.values()]")
 def go(page, i): page.mouse.move(*spot_of(page, i))
 def click(page, i): page.mouse.click(*spot_of(page, i))
 def lines(page, place): return page.locator(f"{place} p").all_inner_texts()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_image_of_the_whole_map_is_inside_it(opened, width):
+    page = opened(width)
+    outside = page.evaluate("""[...cells().rows.values()].filter(i => {
+      const [x, y] = place(i), half = cellSize()*view.scale/2;
+      return x < half || y < half || x > width - half || y > height - half; }).length""")
+    assert outside == 0 and len(drawn(page)) > 30
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

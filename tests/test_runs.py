@@ -710,6 +710,8 @@ def test_views_that_are_no_squares_are_made_measured_and_exported_as_they_were_t
     assert r["shares"][0] > .9 and inference_model(r["file"], files[0])["pred_class"] == "dark"
     net, _ = runs.export_run(tmp_path/"run")
     assert net.exists()
+    with pytest.warns(UserWarning, match="views of 24x40 pixels, .* squares: 'digits' is evaluated at 40x40"):
+        evaluate(tmp_path/"run", "digits", ("knn",), num_workers=0)
 
 
 def test_images_are_kept_in_the_aspect_of_the_views():
