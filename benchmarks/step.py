@@ -5,6 +5,7 @@ line for ours with fastai's Adam, a Learner's default. The floor is forward, bac
 with the mean square of z as loss. Contenders take turns.
 
     python benchmarks/step.py                  # three minutes on 2 cores
+    python benchmarks/step.py --only ours      # one
     python benchmarks/step.py --device cuda
 """
 import argparse
@@ -14,6 +15,7 @@ from functools import partial
 
 import torch
 from _common import machine
+from fastai.callback.training import ShortEpochCallback
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 from PIL import Image
@@ -43,6 +45,8 @@ class Floor:
         loss(self.model(views)).backward()
         self.opt.step()
 
+    def start(self): self.run(1)
+
     def run(self, steps):
         for _ in range(steps): self.step(self.views, lambda z: z.square().mean())
         return steps*self.batch
@@ -56,8 +60,13 @@ class InFastai:
         self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=cb)
         self.batch = batch
 
+    def fit(self, *cbs):
+        with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1, cbs=cbs)
+
+    def start(self): self.fit(ShortEpochCallback(0))   # one step
+
     def run(self, steps):
-        with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1)
+        self.fit()
         return len(self.learn.dls.train)*self.batch
 
 
@@ -85,10 +94,15 @@ class InLightly(Floor):
     def stop(self): self.batches._shutdown_workers()
 
 
+FLOOR = "bare network"
+CONTENDERS = {
+    FLOOR: Floor, "ours": InFastai, "ours, kornia backend": partial(InFastai, backend="kornia"),
+    "ours, fastai's Adam": partial(InFastai, opt=Adam), "lightly, 2 workers": InLightly}
+
+
 def turn(contender, steps, device):
     "Images per second"
-    if hasattr(contender, "start"): contender.start()
-    elif isinstance(contender, Floor): contender.run(1)
+    contender.start()   # a step or two that are not timed
     if device != "cpu": torch.cuda.synchronize()
     start = time.perf_counter()
     images = contender.run(steps)
@@ -103,17 +117,12 @@ def main():
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--steps", type=int, default=6, help="in a turn")
     p.add_argument("--turns", type=int, default=5)
+    p.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="beside the bare network")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     x = torch.randint(0, 256, (args.batch*args.steps, 3, 32, 32), dtype=torch.uint8)
     setting = (x, args.batch, args.device)
-    contenders = {
-        "bare network": Floor(*setting),
-        "ours": InFastai(*setting),
-        "ours, kornia backend": InFastai(*setting, backend="kornia"),
-        "ours, fastai's Adam": InFastai(*setting, opt=Adam),
-        "lightly, 2 workers": InLightly(*setting),
-    }
+    contenders = {name: make(*setting) for name, make in CONTENDERS.items() if name in (FLOOR, *args.only)}
     rates = {name: [] for name in contenders}
     for _ in range(args.turns):
         for name, c in contenders.items(): rates[name].append(turn(c, args.steps, args.device))
@@ -128,7 +137,7 @@ def report(args, rates):
           f"{args.turns} turns of {args.steps} steps: median (slowest-fastest)\n")
     print(f"{'':22}{'images/s':>18}   of the bare network's, turn by turn")
     for name, r in rates.items():
-        share = statistics.median(a/b for a, b in zip(r, rates["bare network"]))
+        share = statistics.median(a/b for a, b in zip(r, rates[FLOOR]))
         speed = f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})"
         print(f"{name:22}{speed:>18}   {share:.3f}")
 

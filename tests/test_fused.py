@@ -17,6 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 from self_supervised_bt import fused
 from self_supervised_bt.augmentations import (
     VIEW_RECIPES,
+    fused_views,
     get_barlow_twins_aug_pipelines,
     get_batch_augs,
     get_multi_aug_pipelines,
@@ -322,6 +323,38 @@ def test_colour_steps_skip_other_numbers_of_channels_and_warn_once():
         warnings.simplefilter("error")
         p(x)
     assert len(caught) == 1
+
+
+# ---- floats, to the bit ----------------------------------------------------------------------------------------------
+
+def step_by_step(tfm, x, sampled):
+    "A view of floats as the plain sequence of its steps on a whole batch: no parts, no other view, nothing in place"
+    v = tfm.crop.apply(x, **tfm.crop.prepare(x, **sampled[tfm.crop]))
+    for step in tfm.steps:
+        params = dict(sampled[step])
+        on = params.pop("on", torch.ones(len(x), dtype=torch.bool))
+        if not on.any(): continue
+        some = v[on]
+        v[on] = step.apply(some, **step.prepare(some, **{k: t[on] for k, t in params.items()}))
+    if tfm.norm: tfm.norm.normalise_(v)
+    return v
+
+
+@pytest.mark.parametrize("n,shape,size", [
+    (9, (32, 32), 32), (300, (32, 32), 32), (20, (32, 40), 20), (9, (128, 128), 96), (4, (160, 160), 140)])
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+def test_views_of_floats_are_the_sequence_of_their_steps_to_the_bit(recipe, n, shape, size):
+    "Both views of one call, in one part and in several; and each image by itself"
+    x = F.interpolate(torch.rand(n, 3, 9, 9), size=shape, mode="bicubic").clamp(0, 1)
+    p = get_multi_aug_pipelines(2, size, recipe)
+    views, sampled = views_of(p, TensorImage(x))
+    for v, s, aug in zip(views, sampled, p):
+        tfm = fused_views(aug)
+        assert torch.equal(v, step_by_step(tfm, x, s))
+        for i in range(0, n, max(n//8, 1)):
+            alone = step_by_step(tfm, x[i:i+1], {step: {k: t[i:i+1] for k, t in d.items()} for step, d in s.items()})
+            # small crops of a batch in which one shrinks are products with weights, alone they are sampled: rounding
+            assert torch.equal(v[i:i+1], alone) if size != 20 else torch.allclose(v[i:i+1], alone, atol=1e-5)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
