@@ -327,7 +327,9 @@ def strings(node):
 def test_advice_in_python_that_is_translated_is_given_somewhere():
     files = [f for f in Path(cli.__file__).parent.glob("*.py") if f.name not in ("cli.py", "_modidx.py")]
     text = [s for f in files for s in strings(ast.parse(f.read_text()))]
-    text += ["size=(16, 20), must be one of True, 'x' (was None), 5 (was (5, 7))"]   # with values
+    text += ["size=(16, 20), must be one of True, 'x' (was None), 5 (was (5, 7))",   # with values, or put together
+             "another stem, small_stem=True, which", "pass images= or root=, or thumbnails=False for points",
+             ": fit it on training images, encode(model, images, whiten='fit')"]
     missing = [pattern for pattern in cli.SHELL_WORDS if not any(re.search(pattern, s) for s in text)]
     assert missing == []
 

@@ -131,7 +131,7 @@ def test_files_of_others_are_refused(sets, tmp_path, one_C):
     with pytest.raises(ValueError, match=r"for k 20, and now it is 3"): table(model, sets, ["dtd"], out=out, k=3)
     with pytest.raises(ValueError, match="scores for size 16, and now it is 20"):
         transfer_table(model, ["dtd"], sets, out, size=20, num_workers=0)
-    with pytest.raises(ValueError, match="scores for encoder"): table(small_encoder(3), sets, ["dtd"], out=out)
+    with pytest.raises(ValueError, match="scores for another encoder"): table(small_encoder(3), sets, ["dtd"], out=out)
     file = sets/"dtd/dtd/labels/test1.txt"
     lines = file.read_text().splitlines()
     text(file, *reversed(lines))
