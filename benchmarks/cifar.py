@@ -5,7 +5,7 @@
     python benchmarks/cifar.py cifar10-train --choose --cpu --seconds 190 --seeds 0 1 2 --try all --csv tried.csv
 
 Trains on the first 1,000 images per class by file name, without labels. The settings were chosen, with `--choose`, on
-the last 500 per class, most of them one at a time against the recipe as it was `before` its last four changes; without
+the last 500 per class, most of them one at a time against the recipe as it was `before` its last five changes; without
 it, the figures are measured on the 500 per class before those, on which nothing was chosen. kNN is a weighted vote of
 the 20 nearest of the 10,000 (temperature 0.1). Every training takes the same seconds: the schedule follows the clock,
 or with `--cpu` the seconds that one core has computed, so that other work on the machine does not count. "whitened" is
@@ -122,7 +122,8 @@ def run(data, seed, seconds, clock, chosen, probe, settings):
     return epochs, took, scores(learn, data, chosen, probe)
 
 
-BEFORE = dict(schedule="one cycle", lr=.04, patch_init=False, matmul=False)   # what the others were compared with
+NARROWER = dict(arch_args=dict(channels=[32, 64, 128, 256], stem_width=16))
+BEFORE = dict(NARROWER, schedule="one cycle", lr=.04, patch_init=False, matmul=False)   # others were compared with it
 CHANGES = {   # name to what differs from `BEFORE`
     "before": {},
     "float32": dict(bf16=False),
@@ -168,7 +169,9 @@ CHANGES = {   # name to what differs from `BEFORE`
     "VICReg, two views": dict(method="vicreg", nviews=2),
     "compiled": dict(compiled=True),   # with --cpu its compiler's seconds, those of other processes, do not count
 }
-TRIED = {name: {**BEFORE, **changes} for name, changes in CHANGES.items()} | {"recipe, SimCLR": dict(method="simclr")}
+TRIED = {name: {**BEFORE, **changes} for name, changes in CHANGES.items()}
+TRIED |= {"recipe, narrower": NARROWER, "recipe, SimCLR": dict(method="simclr"),
+          "recipe, narrower, SimCLR": dict(NARROWER, method="simclr")}
 
 
 def arguments():

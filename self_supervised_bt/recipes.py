@@ -294,12 +294,13 @@ _small_gpu = _paper.changed(
     name="small-gpu", separate_bn=False, hidden_size=2048, projection_size=2048, bs=256, epochs=200,
     opt="adamw", lr=1e-3, lr_bias=None, wd=1e-4, source="this library, not measured")
 _cifar = Recipe(
-    "cifar", arch="timm/resnet10t", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem="no pool",
+    "cifar", arch="timm/resnet10t", arch_args=dict(channels=[48,96,192,384], stem_width=24), small_stem="no pool",
     size=24, views=dict(recipe="cifar"), nviews=4, hidden_size=512, projection_size=512, lmb=.02, epochs=45,
     opt="muon", lr=.03, lr_bias=5e-3, wd=.01, schedule="cosine", patch_init=True,
     source="this library, measured on two cores")
 _laptop = _cifar.changed(
-    name="laptop", small_stem=False, pool_type=None, size=64, nviews=2, lmb=5e-3, epochs=100,
+    name="laptop", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem=False, pool_type=None,
+    size=64, nviews=2, lmb=5e-3, epochs=100,
     source="this library, its speed measured on two cores")
 _digits = Recipe(
     "digits", arch="timm/test_resnet", pool_type=None, small_stem=False, size=16, views=dict(recipe="digits"),
