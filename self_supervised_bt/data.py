@@ -930,7 +930,8 @@ def read_images(files, idxs, size, n_in, value_range): # (len(idxs),n_in,size,si
 def as_files(files # as for `load_images`
             ):     # a list, or something like one; raises `ValueError`
     "Image files that can be counted"
-    if isinstance(files, (str, os.PathLike, Tensor)) or not hasattr(files, "__iter__"):
+    several = hasattr(files, "__iter__") or hasattr(files, "__getitem__")   # old-style sequences have no `__iter__`
+    if isinstance(files, (str, os.PathLike, Tensor)) or not several:
         raise ValueError(f"files must be a list of image files, got a {type(files).__name__}: "
                          "image_files(folder) lists those of a folder")
     return files if hasattr(files, "__len__") else list(files)
