@@ -1,8 +1,8 @@
 """Images per second of whole training steps: ours through Learner.fit, lightly's recipe, and the bare network
 
-One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and one optimizer, torch's Adam; one more
-line for ours with fastai's Adam, a Learner's default. The floor is forward, backward and optimizer step on given views,
-with the mean square of z as loss. Contenders take turns.
+One network for all (timm resnet18 at 32 pixels, projector 2048-2048-2048) and one optimizer, torch's Adam; more lines
+for ours with fastai's Adam, a Learner's default, and with `MatmulConvs`, which `bt_learner` adds. The floor is forward,
+backward and optimizer step on given views, with the mean square of z as loss. Contenders take turns.
 
     python benchmarks/step.py                  # three minutes on 2 cores
     python benchmarks/step.py --only ours      # one
@@ -25,6 +25,7 @@ from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
 from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.layers import create_encoder
+from self_supervised_bt.training import MatmulConvs
 
 
 def network(device):
@@ -54,10 +55,10 @@ class Floor:
 
 class InFastai:
     "Learner.fit, an epoch of `steps` batches from images in memory"
-    def __init__(self, x, batch, device, opt=partial(OptimWrapper, opt=torch.optim.Adam), **kwargs):
+    def __init__(self, x, batch, device, opt=partial(OptimWrapper, opt=torch.optim.Adam), cbs=(), **kwargs):
         dls = tensor_dls(x, bs=batch, valid_pct=0, device=device)
         cb = BarlowTwins(get_barlow_twins_aug_pipelines(32, **kwargs))
-        self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=cb)
+        self.learn = Learner(dls, network(device), opt_func=opt, lr=1e-3, cbs=[cb, *cbs])
         self.batch = batch
 
     def fit(self, *cbs):
@@ -96,7 +97,8 @@ class InLightly(Floor):
 
 FLOOR = "bare network"
 CONTENDERS = {
-    FLOOR: Floor, "ours": InFastai, "ours, kornia backend": partial(InFastai, backend="kornia"),
+    FLOOR: Floor, "ours": InFastai, "ours, MatmulConvs": partial(InFastai, cbs=[MatmulConvs()]),
+    "ours, kornia backend": partial(InFastai, backend="kornia"),
     "ours, fastai's Adam": partial(InFastai, opt=Adam), "lightly, 2 workers": InLightly}
 
 
