@@ -54,6 +54,7 @@ def one_line_errors(f:callable,  # command
     command.options = options
     return command
 
+# %% ../nbs/52_cli.ipynb #6a2d48ba
 def is_rank_0()->bool:
     "Is this the first process of a launcher, or the only one? PyTorch is not asked, as it may not be loaded yet"
     return os.environ.get("RANK", "0") == "0"

@@ -275,6 +275,7 @@ def held_out_of(n:int # labelled images
     "A fifth, 5,000 at most; 500 of 1,250 to 2,500"
     return 500 if 1250 <= n < 2500 else min(5000, n//5)
 
+# %% ../nbs/51_experiments.ipynb #15fc5bd4
 class ImagesInMemory:
     "Labelled images of an experiment, divided by the seed unless they come with test images"
     def __init__(self,

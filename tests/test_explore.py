@@ -20,6 +20,7 @@ from torchvision.transforms import Compose, Resize, ToTensor
 from self_supervised_bt import explore, sources
 from self_supervised_bt.cli import bt_duplicates, bt_embed, bt_similar
 from self_supervised_bt.data import digits_dls, digits_images, image_files, load_images
+from self_supervised_bt.datasets import known_images
 from self_supervised_bt.encoder_files import restore_input
 from self_supervised_bt.evaluation import encode
 from self_supervised_bt.explore import embed, load_table, matrix_of, near_duplicates, save_table, similar
@@ -821,7 +822,7 @@ def test_names_that_are_not_utf8(net, folder, tmp_path):
 
 def test_a_data_set_by_name_has_the_channels_of_the_encoder(net):
     table = embed(net, "digits", bs=256, **QUIET)
-    x = digits_images()[0].expand(-1, 3, -1, -1)
+    x = known_images("digits")[0].expand(-1, 3, -1, -1)
     assert list(table)[:2] == ["index", "label"] and len(table) == len(x)
     np.testing.assert_allclose(np.stack(table.h), embed(net, x, bs=256, **QUIET).h.tolist(), atol=1e-6)
     with pytest.raises(ValueError, match="root='data' is for data sets by name"):
@@ -845,8 +846,7 @@ def test_values_mean_what_they_meant_in_training(net, tmp_path):
     finally: del net.value_range
 
 
-def test_a_device_that_is_not_there_is_named(net, tmp_path):
-    file = save_encoder(net, tmp_path/"net.safetensors")
+def test_a_device_that_is_not_there_is_named(saved):
     for device in ("abacus", "cuda:99"):
         with pytest.raises(ValueError, match=f"device must be one of this machine, .* got '{device}'"):
-            embed(file, torch.rand(2, 3, 24, 24), device=device, **QUIET)
+            embed(saved, torch.rand(2, 3, 24, 24), device=device, **QUIET)

@@ -470,8 +470,9 @@ def test_bt_map_of_a_table_without_files_says_what_it_shows(tmp_path, monkeypatc
     ({"method": "som"}, "--method must be one of 'pca', 'tsne', 'umap', got 'som'"),
     ({"colour": "kind"}, "--colour must be a column of the table, got 'kind'"),
     ({"clusters": 41}, "--clusters must be at most the number of rows, 40, got 41"),
-    ({"limit": 0}, "--limit must be a positive int, got 0"), ({"limit": 4}, "a map needs at least 5"),
-    ({"out": "map.gif"}, "--out must end in .html for a page"), ({"table": "none.parquet"}, "none.parquet")])
+    ({"limit": 0}, "--limit must be a positive int, got 0"), ({"table": "none.parquet"}, "none.parquet"),
+    ({"limit": 4}, "--limit must be at least 5, the fewest images of a map"),
+    ({"out": "map.gif"}, "--out must end in .html, .png, .svg, .pdf, got 'map.gif'")])
 def test_bt_map_says_what_is_wrong_in_one_line(stored, tmp_path, options, words):
     from self_supervised_bt.cli import bt_map
     with pytest.raises(SystemExit) as e: bt_map(**{"table": "photos.parquet", **options})

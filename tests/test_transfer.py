@@ -269,7 +269,7 @@ def test_commands_that_evaluate_by_name(sets, tmp_path, capsys, one_C, monkeypat
         bt_evaluate(str(run), "dtd", test=str(tmp_path), root=str(sets))
     with pytest.raises(SystemExit, match="bt_transfer: --root .* holds none of the known data sets: .* --download"):
         bt_transfer(str(run), root=str(tmp_path))
-    with pytest.raises(SystemExit, match="bt_transfer: name must be that of a data set, got 'pets': did you mean"):
+    with pytest.raises(SystemExit, match="bt_transfer: --sets must be that of a data set, got 'pets': did you mean"):
         bt_transfer(str(run), sets="pets", root=str(sets))
     bt_transfer()
     assert "places365" in capsys.readouterr().out
