@@ -24,6 +24,9 @@ from self_supervised_bt.layers import create_encoder
 from self_supervised_bt.weights import save_encoder
 
 matplotlib.use("Agg")
+# The first backward pass counts the devices. After torch.export or torch.compile it would also count a GPU that is not
+# there and start threads for it, and processes with such threads cannot be forked into ranks.
+torch.ones((), requires_grad=True).backward()
 # A shell without job control lets its background jobs ignore Ctrl-C, which some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 if ProgressCallback in defaults.callbacks: defaults.callbacks.remove(ProgressCallback)
