@@ -2670,6 +2670,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers.encoder_width': ( 'layers.html#encoder_width',
                                                                                         'self_supervised_bt/layers.py'),
+                                           'self_supervised_bt.layers.first_conv': ( 'layers.html#first_conv',
+                                                                                     'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers.fit_whitening': ( 'layers.html#fit_whitening',
                                                                                         'self_supervised_bt/layers.py'),
                                            'self_supervised_bt.layers.init_from_patches': ( 'layers.html#init_from_patches',

@@ -39,10 +39,15 @@ from self_supervised_bt.core import (
 )
 
 # %% ../nbs/12_layers.ipynb #01b95d9c
+def first_conv(encoder:nn.Module # images to representations
+              )->nn.Conv2d|None:  # `None` if it has none
+    "The first convolution"
+    return next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+
 def encoder_channels(encoder:nn.Module # images to representations
                     )->int|None:       # channels of its first convolution, `None` if it has none
     "How many channels an encoder takes"
-    return next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    return getattr(first_conv(encoder), "in_channels", None)
 
 def _probe_sizes(encoder):
     "Image sizes to try: those the encoder declares, then common ones"
@@ -440,7 +445,7 @@ def init_from_patches(encoder:nn.Module, # whose first convolution is to start a
                       x:Tensor           # (B,C,H,W) images as the encoder sees them, e.g. views
                      )->nn.Module:       # the same encoder; raises `ValueError`
     "Start the kernels of the first convolution from the principal directions of patches of images"
-    conv = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    conv = first_conv(encoder)
     if conv is None: raise ValueError(f"the encoder ({type(encoder).__name__}) has no convolution to start anew")
     if conv.groups > 1: raise ValueError(f"the first convolution has {conv.groups} groups, and sees no whole patches")
     shape = tuple(x.shape)
