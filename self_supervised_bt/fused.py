@@ -312,15 +312,18 @@ class CropStep(Step):
         return f"{h}x{w} at ({top},{left})" + (", flipped" if flip else "")
 
 # %% ../nbs/10_fused.ipynb #aa59a638
-def _affine(v, inverse):   # (b,4) xx, xy, yx, yy: view to source, in [-1,1] coordinates
+def _centres(n, like): return (torch.arange(n, device=like.device, dtype=like.dtype)*2 + 1)/n - 1
+
+def _source_of(inverse, h:int, w:int): # (b,4) xx, xy, yx, yy: view to source, in [-1,1] coordinates
+    "What the column and the row of a pixel add to its source, (b,1,w) and (b,h,1): x and y as one complex number"
+    m = inverse[:,None,None]
+    across = m[...,0::2]*_centres(w, inverse)[:,None]
+    down = m[...,1::2]*_centres(h, inverse)[:,None,None]
+    return torch.view_as_complex(across),torch.view_as_complex(down)
+
+def _affine(v, across, down):   # those of `_source_of`
     "Views sampled anew, bilinear, mirrored at the edge"
-    h,w = v.shape[2],v.shape[3]
-    m = inverse.to(v.dtype)[:,None,None]
-    y = (torch.arange(h, device=v.device, dtype=v.dtype)*2 + 1)/h - 1
-    x = (torch.arange(w, device=v.device, dtype=v.dtype)*2 + 1)/w - 1
-    across = torch.view_as_complex(m[...,0::2]*x[:,None])   # two coordinates as one number: one fast sum
-    down = torch.view_as_complex(m[...,1::2]*y[:,None,None])
-    grid = torch.view_as_real(across + down)   # (b,h,w,2)
+    grid = torch.view_as_real(across + down)   # (b,h,w,2), by one fast sum
     return F.grid_sample(v, grid, padding_mode="reflection", align_corners=False)
 
 class AffineStep(Step):
@@ -344,9 +347,12 @@ class AffineStep(Step):
         t = shear.deg2rad().tan()
         cos = a.cos()
         sin = a.sin()
-        return dict(inverse=torch.stack([cos - sin*t, (sin + cos*t)*h/w, -sin*w/h, cos], 1))
+        inverse = torch.stack([cos - sin*t, (sin + cos*t)*h/w, -sin*w/h, cos], 1)
+        if v.dtype != torch.uint8: return dict(inverse=inverse)
+        across,down = _source_of(inverse, h, w)   # once for all images, which then come one by one
+        return dict(across=across, down=down)
 
-    def apply(self, v, inverse): return _affine(v, inverse)
+    def apply(self, v, inverse): return _affine(v, *_source_of(inverse.to(v.dtype), *v.shape[-2:]))
 
     def describe(self, angle, shear): return f"{angle:+.0f}°" + (f", sheared {shear:+.0f}°" if self.shear else "")
 
@@ -589,7 +595,7 @@ def channels_last(x:Tensor # (b,C,H,W)
 def _native_step(v, channels:int, name:str, row:int, tensors:list[Tensor], number:float):
     "One step of one view; a grey one stays one channel until a step needs all"
     t = [t[row:row+1] for t in tensors]
-    if name == "RandomAffine": return _affine(v, t[0])
+    if name == "RandomAffine": return _affine(v, t[0], t[1])
     if name == "RandomGrayscale": return v if v.shape[1] == 1 else _grey(v)
     if name == "RandomGaussianBlur": return _blur_in_strips(v, t[0], int(number))
     if name == "RandomSolarize": return _solarize(v, number)

@@ -106,7 +106,7 @@ class WarmupCosine(ParamScheduler):
         if self.warmup >= self.n_epoch:
             raise ValueError(f"warmup={self.warmup} epochs do not fit into a fit of {self.n_epoch}: use fewer")
         super().before_fit()
-    def before_batch(self): self._update_val((self.epoch*self.n_iter + self.iter)/(self.n_epoch*self.n_iter))
+    def before_batch(self): self._update_val(self.pct_train)
 
 # %% ../nbs/20_training.ipynb #4008c13a
 def call_in_autocast(model:nn.Module,   # any

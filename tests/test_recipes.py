@@ -150,6 +150,17 @@ def test_schedule_values_are_the_formulas():
     assert [h["wd"] for h in learn.opt.hypers] == [1e-6, 0]
 
 
+def test_the_cosine_follows_the_progress_of_the_fit():
+    "A callback may measure it by the clock instead of steps; fastai's own schedules follow it, too"
+    seen = []
+    def halfway(learn): learn.pct_train = .5
+    def keep_rate(learn): seen.append(learn.opt.hypers[-1]["lr"])
+    recipe = get_recipe("paper", epochs=1000, warmup=0, projection_size=16, hidden_size=16)
+    cbs = [DoAt("before_batch", halfway, order=-9), DoAt("after_step", keep_rate, order=70)]
+    digits_learner(recipe, cbs=cbs).fit_recipe(epochs=1)
+    assert seen == pytest.approx([.0048*128/256*(1 + .001)/2]*len(seen))
+
+
 def test_a_warm_up_longer_than_the_fit_is_refused(make_learner):
     with pytest.raises(ValueError, match="warmup=5"): make_learner().fit(3, cbs=WarmupCosine([1e-3], 5))
     with pytest.raises(ValueError, match="warmup"): WarmupCosine([1e-3], -1)
