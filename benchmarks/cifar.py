@@ -134,7 +134,7 @@ CHANGES = {   # name to what differs from `BEFORE`
     "Muon, learning rate 0.02": dict(lr=.02),
     "Muon, learning rate 0.08": dict(lr=.08),
     "half a cosine instead of one cycle": dict(schedule="cosine"),
-    "half a cosine, learning rate 0.03": dict(schedule="cosine", lr=.03),
+    "constant, then linear to 0": dict(schedule="wsd"),
     "first kernels from patches": dict(patch_init=True),
     "small maps by matrix products": dict(matmul=True),
     "λ 0.005": dict(lmb=.005),
@@ -171,7 +171,10 @@ CHANGES = {   # name to what differs from `BEFORE`
 }
 TRIED = {name: {**BEFORE, **changes} for name, changes in CHANGES.items()}
 TRIED |= {"recipe, narrower": NARROWER, "recipe, SimCLR": dict(method="simclr"),
-          "recipe, narrower, SimCLR": dict(NARROWER, method="simclr")}
+          "recipe, narrower, SimCLR": dict(NARROWER, method="simclr"),
+          "recipe, half a cosine": dict(schedule="cosine"), "recipe, one cycle": dict(schedule="one cycle"),
+          "recipe, learning rate 0.03": dict(lr=.03, lr_bias=.005),
+          "recipe, learning rate 0.08": dict(lr=.08, lr_bias=.013)}
 
 
 def arguments():

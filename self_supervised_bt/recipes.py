@@ -43,7 +43,7 @@ from self_supervised_bt.layers import (
 from .mixed import MixedBarlowTwins
 from .multiview import MultiView, training_images
 from .siblings import SIBLINGS, check_method_args, create_byol_model, sibling_callback
-from .training import LARS, MatmulConvs, WarmupCosine, muon, split_norm_bias
+from .training import LARS, MatmulConvs, WarmupCosine, WarmupStableDecay, muon, split_norm_bias
 from .zoo import load_weights
 
 # %% ../nbs/21_recipes.ipynb #e8155ad9
@@ -56,7 +56,7 @@ OPTIMIZERS = {
     "adamw": partial(OptimWrapper, opt=torch.optim.AdamW),
     "muon": muon,
     OWN: None}
-SCHEDULES = ("cosine", "one cycle")
+SCHEDULES = {"one cycle": None, "cosine": WarmupCosine, "wsd": WarmupStableDecay}   # fit_one_cycle makes its own
 DECAYS = {"fastai": .01, OWN: None}   # weight decay if the recipe gives none, of the other optimizers 0
 BARLOW_TWINS = "barlow twins"         # the method of this library; the others are `SIBLINGS`
 
@@ -93,8 +93,8 @@ class Recipe:
     scale_lr:bool=True          # learning rates in proportion to the batch?
     wd:float|None=None          # weight decay of the weights; .01 with "fastai" and 0 with the others if None
     wd_bias:float=0.            # of biases and norms
-    schedule:str="one cycle"    # or "cosine": linear warm-up, then half a cosine
-    warmup:float=0.             # epochs that the learning rate rises ("cosine")
+    schedule:str="one cycle"    # or "cosine"; or "wsd": constant, then linear to 0 in the last fifth
+    warmup:float=0.             # epochs that the learning rate rises ("cosine" and "wsd")
     source:str=""               # where the numbers come from
     def __post_init__(self):
         for name,value in plain_settings(self).items(): object.__setattr__(self, name, value)
@@ -185,9 +185,9 @@ def check_optimizer(r:Recipe # any
     if r.opt in DECAYS and r.wd_bias not in (0, r.wd):
         raise ValueError(f"wd_bias={r.wd_bias} needs an optimizer with two groups: set opt, e.g. opt='adamw', "
                          f"or decay biases and norms like the weights, wd_bias={r.wd}, or not at all")
-    if r.warmup and r.schedule != "cosine":
+    if r.warmup and r.schedule == "one cycle":
         raise ValueError(f"warmup={r.warmup} has no effect, {r.schedule!r} has a rise of its own: "
-                         "set schedule='cosine', or warmup=0")
+                         "set schedule='cosine' or 'wsd', or warmup=0")
 
 # %% ../nbs/21_recipes.ipynb #5b1c0de1
 WIDTHS = {"simclr": 128, "byol": 256, "wmse": 64}   # of the embedding in the papers, with projectors of two layers
@@ -296,7 +296,7 @@ _small_gpu = _paper.changed(
 _cifar = Recipe(
     "cifar", arch="timm/resnet10t", arch_args=dict(channels=[48,96,192,384], stem_width=24), small_stem="no pool",
     size=24, views=dict(recipe="cifar"), nviews=4, hidden_size=512, projection_size=512, lmb=.02, epochs=45,
-    opt="muon", lr=.03, lr_bias=5e-3, wd=.01, schedule="cosine", patch_init=True,
+    opt="muon", lr=.05, lr_bias=8e-3, wd=.01, schedule="wsd", patch_init=True,
     source="this library, measured on two cores")
 _laptop = _cifar.changed(
     name="laptop", arch_args=dict(channels=[32,64,128,256], stem_width=16), small_stem=False, pool_type=None,
@@ -711,5 +711,6 @@ def fit_recipe(self:Learner,
     recipe = self.recipe if epochs is None else self.recipe.changed(epochs=epochs)
     if self.opt is None: self.create_opt()
     lrs = by_kind(self.opt.param_lists, *recipe.peak_lrs())
-    if recipe.schedule == "one cycle": self.fit_one_cycle(recipe.epochs, lrs, cbs=cbs, **kwargs)
-    else: self.fit(recipe.epochs, lrs, cbs=[WarmupCosine(lrs, recipe.warmup)] + L(cbs), **kwargs)
+    schedule = SCHEDULES[recipe.schedule]
+    if schedule is None: self.fit_one_cycle(recipe.epochs, lrs, cbs=cbs, **kwargs)
+    else: self.fit(recipe.epochs, lrs, cbs=[schedule(lrs, recipe.warmup)] + L(cbs), **kwargs)

@@ -88,7 +88,7 @@ def test_killed_6_times_resumed_6_times():
 @pytest.mark.parametrize("opt", ["fastai", "lars", "adam", "adamw", "sgd", "muon"])
 def test_every_optimizer_resumes(tmp_path, opt, at):
     wd = 0. if opt == "fastai" else 1e-3
-    schedule = "cosine" if opt == "lars" else "one cycle"
+    schedule = {"lars": "cosine", "adamw": "wsd"}.get(opt, "one cycle")
     recipe = Recipe(opt=opt, lr=1e-2, wd=wd, epochs=3, schedule=schedule, hidden_size=16, projection_size=16)
     x, _ = digits_images()
     def make(cbs):

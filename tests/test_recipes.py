@@ -133,14 +133,23 @@ def test_one_cycle_schedules_the_momentum_of_matrices():
     assert {group["betas"] for group in learn.opt.opt.param_groups} == {(.9, .99)}
 
 
-def test_schedule_values_are_the_formulas():
-    def by_the_book(step, steps, warmup_steps, peak):
-        if step < warmup_steps: return peak*step/warmup_steps
-        q = .5*(1 + math.cos(math.pi*(step - warmup_steps)/(steps - warmup_steps)))
-        return peak*q + peak*.001*(1 - q)
+def cosine_by_the_book(step, steps, warmup_steps, peak):
+    if step < warmup_steps: return peak*step/warmup_steps
+    q = .5*(1 + math.cos(math.pi*(step - warmup_steps)/(steps - warmup_steps)))
+    return peak*q + peak*.001*(1 - q)
+
+
+def wsd_by_the_book(step, steps, warmup_steps, peak):
+    if step < warmup_steps: return peak*step/warmup_steps
+    first_that_falls = steps*4//5
+    return peak if step < first_that_falls else peak*(steps - step)/(steps - first_that_falls)
+
+
+@pytest.mark.parametrize("schedule, by_the_book", [("cosine", cosine_by_the_book), ("wsd", wsd_by_the_book)])
+def test_schedule_values_are_the_formulas(schedule, by_the_book):
     seen = []
     def keep_rates(learn): seen.append([h["lr"] for h in learn.opt.hypers])
-    recipe = get_recipe("paper", epochs=20, warmup=3, projection_size=16, hidden_size=16)
+    recipe = get_recipe("paper", epochs=20, warmup=3, projection_size=16, hidden_size=16, schedule=schedule)
     learn = digits_learner(recipe, cbs=DoAt("after_step", keep_rates, order=70))
     learn.fit_recipe()
     n = len(learn.dls.train)
@@ -212,7 +221,7 @@ def test_every_recipe_is_plain_data_and_can_be_saved(name, tmp_path):
 @pytest.mark.parametrize("opt, kind", [
     ("lars", LARS), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD),
     ("muon", Muon)])
-@pytest.mark.parametrize("schedule", ["cosine", "one cycle"])
+@pytest.mark.parametrize("schedule", ["cosine", "one cycle", "wsd"])
 def test_every_optimizer_and_schedule_trains(opt, kind, schedule):
     recipe = Recipe(opt=opt, lr=1e-2, lr_bias=1e-3, wd=1e-4, epochs=2, schedule=schedule, hidden_size=16,
                     projection_size=16)
