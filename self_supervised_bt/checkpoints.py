@@ -40,6 +40,7 @@ from torch import Tensor
 # %% ../nbs/22_checkpoints.ipynb #a5e0c48b
 from self_supervised_bt.core import (
     check_choice,
+    check_kind,
     check_positive_int,
     lock_folder,
     remove_unfinished,
@@ -434,8 +435,9 @@ class Checkpoints(Callback):
                 ):
         if every is not None: check_positive_int("every", every)
         check_positive_int("keep", keep)
+        check_kind("path", path, (str, os.PathLike), "a folder", "pass the folder of this run, as 'runs/mine'")
         self.path,self.every,self.keep,self.monitor = Path(path),every,keep,monitor
-        self.resume,self.signals,self.mode = resume,signals,check_mode(monitor, mode)
+        self.resume,self.signals,self.mode = resume,signal_names(signals),check_mode(monitor, mode)
         self.more_epochs = more_epochs
 
     def before_fit(self):
@@ -473,6 +475,18 @@ def begin(self:Checkpoints):
     self.catch_signals()
 
 # %% ../nbs/22_checkpoints.ipynb #81cc2fd6
+def signal_names(signals # names, or members of `signal.Signals`
+                )->tuple: # names; raises `ValueError`
+    "Names of signals; those of other systems are allowed where a system lacks them"
+    several = isinstance(signals, (list, tuple, set, L))
+    names = tuple(getattr(o, "name", o) for o in signals) if several else ()
+    known = {*signal.Signals.__members__, "SIGUSR1", "SIGUSR2", "SIGHUP"} - {"SIGKILL", "SIGSTOP"}
+    odd = [name for name in names if not isinstance(name, str) or name not in known]
+    if several and not odd: return names
+    got = f"{signals!r:.80}" if not odd else ", ".join(map(repr, odd))
+    raise ValueError(f"signals must be a tuple of names of signals that can be caught, got {got}: "
+                     "e.g. signals=('SIGTERM', 'SIGUSR1'), or () for none")
+
 def check_mode(monitor:str, # column to monitor, or `None`
                mode:str     # "min", "max" or `None`
               )->str:       # "min" or "max"; raises `ValueError`

@@ -76,6 +76,24 @@ def check_dict(name:str, # name of the argument
     got = "an empty one" if isinstance(value, dict) else f"a {type(value).__name__}"
     raise ValueError(f"{name} must be a dict of {of}, got {got}: write {name}={{'name': ...}}")
 
+def check_kind(name:str,    # name of the argument
+               value,       # its value
+               kinds:tuple, # classes that are allowed, or one
+               what:str,    # they in words, as in "a Learner"
+               hint:str     # what to do
+              )->None:      # raises `ValueError`
+    "Raise `ValueError` unless `value` is an instance of one of `kinds`"
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} must be {what}, got a {type(value).__name__}: {hint}")
+
+def check_arguments(function:str, # its name
+                    given:dict,   # arguments by name
+                    names:list    # those that it has
+                   )->None:       # raises `TypeError`
+    "Raise `TypeError`, as Python does, if a function does not have an argument, and list those it has"
+    unknown = [name for name in given if name not in names]
+    if unknown: raise TypeError(f"{function} has no argument {', '.join(unknown)}: it has {', '.join(names)}")
+
 # %% ../nbs/00_core.ipynb #cd8132ef
 def height_width(size # pixels, or (height, width)
                 )->tuple: # two numbers; raises `ValueError`
