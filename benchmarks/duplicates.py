@@ -107,7 +107,7 @@ def scores(group, copies):
             len(pairs) - right]
 
 
-def main():
+def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder")
     p.add_argument("--encoder", help="run, file or name; trained on other images of the folder if not given")
@@ -117,12 +117,12 @@ def main():
     p.add_argument("--epochs", type=int, default=3)
     p.add_argument("--method", default="barlow twins")
     p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+    return p.parse_args()
 
-    import imagehash
 
+def main():
+    a = arguments()
     from self_supervised_bt.data import evenly_spaced, image_files
-    from self_supervised_bt.explore import embed, near_duplicates
     files = [str(f) for f in image_files(a.folder)]
     chosen = evenly_spaced(files, a.images)
     print(machine("imagehash", "scikit-learn"))
@@ -134,31 +134,43 @@ def main():
                  f"{seconds:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         copies = plant(chosen, a.copied, Path(folder), a.seed)
-        names = [*chosen, *copies]
         print(f"{len(chosen):,} images of {Path(a.folder).name}, {a.copied} of them with {len(KINDS)} copies\n"
               f"encoder: {about}\n")
         columns = "".join(f"{kind:>9}" for kind in (*KINDS, "recall"))
         print(f"{'':26}{'precision':>10}{columns}{'false pairs':>13}{'without copies':>16}{'seconds':>9}", flush=True)
-        for name, how in {"embed": {}, 'embed, tta="flip"': dict(tta="flip")}.items():
+        compare_representations(model, chosen, copies)
+        compare_hashes(chosen, copies)
+
+
+def compare_representations(model, chosen, copies):
+    "Lines of `near_duplicates`, at several chances of a false group"
+    from self_supervised_bt.explore import embed, near_duplicates
+    for name, how in {"embed": {}, 'embed, tta="flip"': dict(tta="flip")}.items():
+        start = time.perf_counter()
+        table = embed(model, [*chosen, *copies], labels=False, num_workers=0, progress=False, **how)
+        seconds = time.perf_counter() - start
+        for chance in (.05, .01, .005, .001, .0001):
             start = time.perf_counter()
-            table = embed(model, names, labels=False, num_workers=0, progress=False, **how)
-            seconds = time.perf_counter() - start
-            for chance in (.05, .01, .005, .001, .0001):
-                start = time.perf_counter()
-                found = near_duplicates(table, chance=chance)
-                searched = time.perf_counter() - start
-                alone = near_duplicates(table.head(len(chosen)), chance=chance).groupby("group").size()
-                numbers = scores(dict(zip(found.file, found.group)), copies)
-                show(f"{name}, {100*chance:g} %", numbers, alone, seconds + searched)
-        for name, function in {"phash": imagehash.phash, "dhash": imagehash.dhash}.items():
-            start = time.perf_counter()
-            hashes = [function(Image.open(f).convert("RGB")) for f in names]
-            seconds = time.perf_counter() - start
-            for distance in (0, 4, 8, 10):
-                group = hash_groups(hashes, names, distance)
-                alone = hash_groups(hashes[:len(chosen)], chosen, distance)
-                sizes = np.bincount(list(alone.values()))
-                show(f"{name}, d = {distance}", scores(group, copies), sizes[sizes > 1], seconds)
+            found = near_duplicates(table, chance=chance)
+            searched = time.perf_counter() - start
+            alone = near_duplicates(table.head(len(chosen)), chance=chance).groupby("group").size()
+            numbers = scores(dict(zip(found.file, found.group)), copies)
+            show(f"{name}, {100*chance:g} %", numbers, alone, seconds + searched)
+
+
+def compare_hashes(chosen, copies):
+    "Lines of perceptual hashes, at several distances"
+    import imagehash
+    names = [*chosen, *copies]
+    for name, function in {"phash": imagehash.phash, "dhash": imagehash.dhash}.items():
+        start = time.perf_counter()
+        hashes = [function(Image.open(f).convert("RGB")) for f in names]
+        seconds = time.perf_counter() - start
+        for distance in (0, 4, 8, 10):
+            group = hash_groups(hashes, names, distance)
+            alone = hash_groups(hashes[:len(chosen)], chosen, distance)
+            sizes = np.bincount(list(alone.values()))
+            show(f"{name}, d = {distance}", scores(group, copies), sizes[sizes > 1], seconds)
 
 
 def show(name, numbers, sizes, seconds):

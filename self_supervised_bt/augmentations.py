@@ -9,6 +9,7 @@ __all__ = ['VIEW_RECIPES', 'KorniaTfm', 'get_batch_augs', 'get_multi_aug_pipelin
 # %% ../nbs/11_augmentations.ipynb #5b890027
 import inspect
 import warnings
+from collections.abc import Sized
 from functools import singledispatch
 from numbers import Integral, Real
 
@@ -23,7 +24,14 @@ from fastcore.meta import delegates
 from fasttransform import Pipeline
 from torch import Tensor
 
-from .core import check_choice, check_positive_int, height_width
+from self_supervised_bt.core import (
+    check_arguments,
+    check_choice,
+    check_kind,
+    check_positive_int,
+    check_shape,
+    height_width,
+)
 from self_supervised_bt.fused import (
     INTERPOLATIONS,
     AffineStep,
@@ -33,12 +41,12 @@ from self_supervised_bt.fused import (
     FusedViews,
     GreyStep,
     JitterStep,
-    NormalizeViews,
     SolarizeStep,
     centre_resize,
     holds_images,
     image_batch,
     make_views,
+    normalisation,
 )
 
 # %% ../nbs/11_augmentations.ipynb #fa658067
@@ -132,8 +140,7 @@ def _fused_tfms(crop, steps, stats, same): return [FusedViews(crop, steps, stats
 
 def _kornia_tfms(crop, steps, stats, same):
     tfms = [t for step in (crop, *steps) for t in in_kornia(step, same)]
-    if stats is not None: tfms.append(NormalizeViews.from_stats(*stats, cuda=False))
-    return tfms
+    return tfms if stats is None else [*tfms, normalisation(stats)]
 
 BACKENDS = {"fused": _fused_tfms, "kornia": _kornia_tfms}
 
@@ -270,6 +277,7 @@ def get_multi_aug_pipelines(n:int,          # number of views
     "`n` pipelines of one recipe, each with its own transforms"
     check_positive_int("n", n)
     check_choice("recipe", recipe, VIEW_RECIPES)
+    check_arguments("get_batch_augs", kwargs, list(inspect.signature(get_batch_augs).parameters)[1:])
     views = VIEW_RECIPES[recipe]
     arguments = [{**_without_steps_off(views[i % len(views)], kwargs), **kwargs} for i in range(n)]
     return [Pipeline(get_batch_augs(size, **kw), split_idx=0) for kw in arguments]
@@ -370,7 +378,10 @@ def show_strength(x:Tensor,      # (C,H,W) one image, float in [0,1] or uint8
                   **kwargs       # further arguments of `get_batch_augs`
                  )->list:        # axes, row by row: original, views
     "Show the effect of one argument at several values"
+    check_shape("x", x, "(C,H,W)", "pass one image, as images[0], or load_images([file], 224)[0] of a file")
     check_choice("name", name, _SWITCH)
+    check_kind("values", values, Sized, "a list", f"write [{values!r:.40}] for a single one")
+    check_positive_int("n", n)
     x = image_batch(x[None])
     size = height_width(size or tuple(x.shape[-2:]))
     original = centre_resize(x, size)[0].clamp(0, 1)

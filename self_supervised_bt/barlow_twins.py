@@ -9,9 +9,10 @@ __all__ = ['BarlowTwinsModel', 'create_barlow_twins_model', 'BarlowTwins']
 import torch
 from torch import nn
 
+from .core import check_kind
 from .layers import create_mlp_module, encoder_width
 from .losses import AllPairs, BarlowTwinsLoss
-from .multiview import MultiView, has_predictor
+from .multiview import MultiView, check_function, has_predictor
 
 # %% ../nbs/15_barlow_twins.ipynb #0914f44e
 class BarlowTwinsModel(nn.Module):
@@ -41,8 +42,7 @@ def create_barlow_twins_model(encoder:nn.Module,       # images (B,C,H,W) to rep
                               size:int|tuple=None      # of the views, pixels, if known
                              )->BarlowTwinsModel:      # ready to train
     "The encoder with a projector of the right width on top (Zbontar et al. 2021, section 2.2)"
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"encoder must be a network, got a {type(encoder).__name__}: create_encoder(arch) makes one")
+    check_kind("encoder", encoder, nn.Module, "a network", "create_encoder(arch) makes one")
     projector = create_mlp_module(encoder_width(encoder, size), hidden_size, projection_size, bn, nlayers, bias)
     if not predictor: return BarlowTwinsModel(encoder, projector)
     on_view1 = create_mlp_module(projection_size, hidden_size, projection_size, bn, 2, bias)
@@ -86,9 +86,7 @@ def check_objective(loss,        # argument `loss`
                    )->callable:  # (z1,z2) to a scalar; raises `TypeError` or `ValueError`
     "The loss to train with"
     if loss is None: return BarlowTwinsLoss(lmb)
-    if not callable(loss):
-        raise TypeError(f"loss must be a function of (z1,z2), got {loss!r}: "
-                        "e.g. BarlowTwinsLoss() or variant_loss('hsic')")
+    check_function("loss", loss)
     if lmb != 5e-3:
         raise ValueError(f"lmb={lmb} would have no effect, the given loss has its own weights: "
                          f"pass one of the two, e.g. loss=BarlowTwinsLoss(lmb={lmb})")

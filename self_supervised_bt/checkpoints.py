@@ -40,10 +40,13 @@ from torch import Tensor
 # %% ../nbs/22_checkpoints.ipynb #a5e0c48b
 from self_supervised_bt.core import (
     check_choice,
+    check_kind,
     check_positive_int,
+    lock_folder,
     remove_unfinished,
     rng_states,
     set_rng_states,
+    unlock,
     unwrapped,
     whole_file,
 )
@@ -415,9 +418,11 @@ class Checkpoints(Callback):
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
     in_fit,stepped,stopped,said,handlers,protected = False,False,False,False,(),()
+    folder_lock,in_use = None,False
     seconds_before,started,ended = 0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
     exit_status = {}              # of the process after a signal, 75 for those not named
+    can_start = True              # does the Learner hold what a run starts from? Otherwise it can only resume
     def __init__(self,
                  path:str|Path,      # folder of this run
                  every:int=None,     # batches between checkpoints, beside those after every epoch
@@ -430,8 +435,9 @@ class Checkpoints(Callback):
                 ):
         if every is not None: check_positive_int("every", every)
         check_positive_int("keep", keep)
+        check_kind("path", path, (str, os.PathLike), "a folder", "pass the folder of this run, as 'runs/mine'")
         self.path,self.every,self.keep,self.monitor = Path(path),every,keep,monitor
-        self.resume,self.signals,self.mode = resume,signals,check_mode(monitor, mode)
+        self.resume,self.signals,self.mode = resume,signal_names(signals),check_mode(monitor, mode)
         self.more_epochs = more_epochs
 
     def before_fit(self):
@@ -439,6 +445,7 @@ class Checkpoints(Callback):
         if not self.run: return
         self.begin()
         self.check_folder()
+        self.hold_folder()
         self.check_monitor()
         self.start_or_resume()
         self.in_fit = True
@@ -468,6 +475,18 @@ def begin(self:Checkpoints):
     self.catch_signals()
 
 # %% ../nbs/22_checkpoints.ipynb #81cc2fd6
+def signal_names(signals # names, or members of `signal.Signals`
+                )->tuple: # names; raises `ValueError`
+    "Names of signals; those of other systems are allowed where a system lacks them"
+    several = isinstance(signals, (list, tuple, set, L))
+    names = tuple(getattr(o, "name", o) for o in signals) if several else ()
+    known = {*signal.Signals.__members__, "SIGUSR1", "SIGUSR2", "SIGHUP"} - {"SIGKILL", "SIGSTOP"}
+    odd = [name for name in names if not isinstance(name, str) or name not in known]
+    if several and not odd: return names
+    got = f"{signals!r:.80}" if not odd else ", ".join(map(repr, odd))
+    raise ValueError(f"signals must be a tuple of names of signals that can be caught, got {got}: "
+                     "e.g. signals=('SIGTERM', 'SIGUSR1'), or () for none")
+
 def check_mode(monitor:str, # column to monitor, or `None`
                mode:str     # "min", "max" or `None`
               )->str:       # "min" or "max"; raises `ValueError`
@@ -519,6 +538,20 @@ def step_of(file:Path # from `checkpoints_in`
     "The step of a checkpoint"
     return int(file.stem.removeprefix("step-"))
 
+def is_untrained(path:str|Path # folder
+                )->bool:
+    "Is a checkpoint from before the first step the only one in a folder?"
+    files,best = checkpoints_in(path),Path(path)/"best.pt"
+    if len(files) != 1 or step_of(files[0]) or best.exists(): return False
+    try: return seal_of(files[0]) is not None
+    except OSError: return False
+
+def remove_untrained(path:str|Path # folder, of which `is_untrained` is true
+                    )->str:        # what to tell the user
+    "Make room for another run"
+    for file in checkpoints_in(path): file.unlink()
+    return f"The run in {path} has not trained a step: a new one replaces it"
+
 @patch
 def check_folder(self:Checkpoints):
     "Raise `OSError` now if nothing can be written later"
@@ -540,17 +573,27 @@ def check_monitor(self:Checkpoints):
         raise ValueError("monitor='valid_loss' needs validation images, and the dls have none: monitor='train_loss'")
 
 @patch
+def hold_folder(self:Checkpoints):
+    "Lock the folder during the fit"
+    if rank_distrib(): return   # rank 0 has the lock for all
+    try: self.folder_lock = lock_folder(self.path)
+    except BlockingIOError: self.in_use = True
+    except OSError: pass        # a disk without locks
+
+@patch
 def start_or_resume(self:Checkpoints):
     "Resume from the newest checkpoint, or write the first one"
-    found = from_all_ranks([f.name for f in checkpoints_in(self.path)])[0]   # as rank 0 sees it, before it writes
-    if found and not self.resume:
+    here = [f.name for f in checkpoints_in(self.path)],not self.in_use and is_untrained(self.path)
+    found,replaceable = from_all_ranks(here)[0]   # as rank 0 sees it, before it writes
+    if found and not self.resume and not replaceable:
         raise ValueError(f"{self.path} holds a run up to {found[0]}: "
                          f"resume it with {self.resume_with}, or choose another folder")
     self.data = from_all_ranks(None if rank_distrib() else data_of(self.learn))[0]
-    if found: self.resume_newest()
-    else:
-        self.run_id = secrets.token_hex(8)
-        self.save(0)
+    state = self.read_newest() if found and self.resume else None
+    if replaceable and self.replaces(state): self.replace()
+    elif state: return self.resume_from(state)
+    self.run_id = secrets.token_hex(8)
+    self.save(0)
     if self.failed: raise self.failed
 
 # %% ../nbs/22_checkpoints.ipynb #254d825c
@@ -592,9 +635,11 @@ def read_newest(self:Checkpoints)->dict: # from `run_state`; raises `ValueError`
     return state or read_checkpoint(self.path/name)
 
 @patch
-def resume_newest(self:Checkpoints):
+def resume_from(self:Checkpoints,
+                state:dict # from `read_newest`
+               ):
     "Restore the run from its newest checkpoint"
-    state,rank = self.read_newest(),rank_distrib()
+    rank = rank_distrib()
     self.check_same_monitor(state)
     check_same_data(self.data, state["data"])
     restore_run(self.learn, state, self.more_epochs)
@@ -728,6 +773,32 @@ def check_same_monitor(self:Checkpoints, state:dict):
                      f"got monitor={self.monitor!r}, mode={self.mode!r}")
 
 @patch
+def replaces(self:Checkpoints,
+             state:dict # of a run that has not trained a step, `None` if it is not to be resumed
+            )->bool:    # the same in all ranks
+    "Does another run start in its place? If it is not to be resumed, or differs from this one"
+    if state is None or not self.can_start: return state is None
+    try:
+        self.check_same_monitor(state)
+        check_same_data(self.data, state["data"])
+        check_same_run(self.learn, state, self.more_epochs)
+        differs = not same_shapes(unwrapped(self.learn.model).state_dict(), state["model"])
+    except ValueError: differs = True
+    return from_all_ranks(differs)[0]   # by then all have read it
+
+@patch
+def replace(self:Checkpoints):
+    "Remove the checkpoint of a run that has not trained a step"
+    if not rank_distrib(): print(remove_untrained(self.path))
+
+def same_shapes(a:dict, # a model's state
+                b:dict  # another's
+               )->bool:
+    "Do two states hold the same names and shapes?"
+    def shapes(state): return {k: getattr(v, "shape", None) for k,v in state.items()}
+    return shapes(a) == shapes(b)
+
+@patch
 def best_value(self:Checkpoints,
                state:dict # of the checkpoint that is resumed
               )->float:   # `None` if there is none
@@ -762,6 +833,8 @@ def release(self:Checkpoints):
     "Restore signal handlers and the Learner after every fit, however it ended"
     for number,handler in self.handlers: signal.signal(number, handler)
     for undo in self.protected: undo()
+    unlock(self.folder_lock)
+    self.folder_lock,self.in_use = None,False
     late = self.handlers and self.stop_signal and not self.stopped
     self.handlers,self.protected,self.resumed_from = (),(),None
     if self.in_fit: self.ended = time.perf_counter()

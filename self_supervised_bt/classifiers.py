@@ -28,7 +28,7 @@ from fasttransform import Pipeline
 from torch import Tensor, nn
 
 # %% ../nbs/31_classifiers.ipynb #5b1d90c7
-from .core import check_choice, check_positive_int
+from .core import check_choice, check_kind, check_positive_int
 from .data import loss_for_labels
 from self_supervised_bt.evaluation import (
     at_size,
@@ -180,9 +180,7 @@ def fit_protocol(learn:Learner,    # of `classifier_learner`
                  **kwargs          # changes to its settings: `epochs`, `lr_encoder`, `lr_head`, `wd`
                 )->Learner:        # the same, trained
     "Train a classifier by one of the paper's protocols"
-    if not isinstance(learn, Learner):
-        raise ValueError(f"learn must be a Learner, got a {type(learn).__name__}: "
-                         "classifier_learner(model, dls) makes one")
+    check_kind("learn", learn, Learner, "a Learner", "classifier_learner(model, dls) makes one")
     p = protocol_settings(protocol, kwargs)
     n_groups = len(learn.splitter(learn.model))
     bs = batch_size_of(learn.dls.train)

@@ -76,6 +76,24 @@ def check_dict(name:str, # name of the argument
     got = "an empty one" if isinstance(value, dict) else f"a {type(value).__name__}"
     raise ValueError(f"{name} must be a dict of {of}, got {got}: write {name}={{'name': ...}}")
 
+def check_kind(name:str,    # name of the argument
+               value,       # its value
+               kinds:tuple, # classes that are allowed, or one
+               what:str,    # they in words, as in "a Learner"
+               hint:str     # what to do
+              )->None:      # raises `ValueError`
+    "Raise `ValueError` unless `value` is an instance of one of `kinds`"
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} must be {what}, got a {type(value).__name__}: {hint}")
+
+def check_arguments(function:str, # its name
+                    given:dict,   # arguments by name
+                    names:list    # those that it has
+                   )->None:       # raises `TypeError`
+    "Raise `TypeError`, as Python does, if a function does not have an argument, and list those it has"
+    unknown = [name for name in given if name not in names]
+    if unknown: raise TypeError(f"{function} has no argument {', '.join(unknown)}: it has {', '.join(names)}")
+
 # %% ../nbs/00_core.ipynb #cd8132ef
 def height_width(size # pixels, or (height, width)
                 )->tuple: # two numbers; raises `ValueError`
@@ -150,8 +168,10 @@ def unwrapped(model:nn.Module # perhaps compiled, or divided among devices
 # %% ../nbs/00_core.ipynb #117027ab
 UNFINISHED = ".????????.unfinished"   # what `tempfile.mkdtemp` adds, and our suffix
 
-def _lock(folder):
-    "A file descriptor that holds a lock on a folder until it is closed; raises `OSError` if another has it"
+def lock_folder(folder:str|Path # to lock for this process, without a file in it
+               )->int:          # for `unlock`, `None` on Windows; raises `BlockingIOError` if another process has it
+    "Lock a folder; raises another `OSError` on disks without locks"
+    if fcntl is None: return None
     fd = os.open(folder, os.O_RDONLY)
     try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except OSError:
@@ -159,27 +179,33 @@ def _lock(folder):
         raise
     return fd
 
+def unlock(fd:int # from `lock_folder`
+          )->None:
+    "Give a lock back, also where forked processes have inherited it"
+    if fd is None: return
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
 def remove_unfinished(folder:Path, # where the files are
                       name:str     # of a file, or a pattern of names
                      )->None:
     "Remove what killed processes left of writing a file"
     for hidden in Path(folder).glob(f".{name}{UNFINISHED}"):
         with suppress(OSError):    # another process is writing
-            fd = _lock(hidden) if fcntl else None
+            fd = lock_folder(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-            if fcntl: os.close(fd)
+            unlock(fd)
 
 # %% ../nbs/00_core.ipynb #317f06f3
 def _new_folder(path, tries=100):
     "A hidden folder beside `path` and its lock, `None` where there are no locks"
     for _ in range(tries):
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
-        if not fcntl: return folder,None
-        try: fd = _lock(folder)
+        try: fd = lock_folder(folder)
         except (FileNotFoundError, BlockingIOError): continue   # another process took it for one that a killed one left
         except OSError: return folder,None                      # some network disks have no locks
         if folder.exists(): return folder,fd
-        os.close(fd)
+        unlock(fd)
     raise OSError(f"other processes removed {tries} new folders")
 
 @contextmanager
@@ -191,7 +217,7 @@ def hidden_folder(path:Path # file to be written; its folder exists
     try: yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if fd is not None: os.close(fd)
+        unlock(fd)
 
 # %% ../nbs/00_core.ipynb #318f06f4
 def _flush(path):

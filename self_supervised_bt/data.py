@@ -43,7 +43,7 @@ from fasttransform import Pipeline, Transform
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .core import check_positive_int, height_width, shape_or_type
+from .core import check_kind, check_positive_int, height_width, shape_or_type
 
 # %% ../nbs/01_data.ipynb #5a0c1e12
 class BytesToFloats(IntToFloatTensor):
@@ -471,8 +471,7 @@ def entries_of(folder:str # folder
 def image_names(path:str|Path # folder to search
                )->list:       # file names as text; raises `FileNotFoundError` or `ValueError`
     "All image files below `path`, sorted folder by folder"
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path must be a folder, got a {type(path).__name__}: pass the folder that holds the images")
+    check_kind("path", path, (str, os.PathLike), "a folder", "pass the folder that holds the images")
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder: pass the folder that holds the images "
                                 "(known_dls takes the names of published data sets)")

@@ -38,7 +38,7 @@ from self_supervised_bt.layers import (
     check_plain_architecture,
     create_encoder,
     create_mlp_module,
-    is_plain,
+    is_plain_data,
     usable_whitening,
 )
 
@@ -127,7 +127,7 @@ def plain_call(encoder:nn.Module # any
               )->dict:           # `None` if there is none
     "The call of `create_encoder` that built the encoder, if it is plain data"
     created_by = getattr(encoder, "created_by", None)
-    odd = [k for k,v in (created_by or {}).items() if not is_plain(v)]
+    odd = [k for k,v in (created_by or {}).items() if not is_plain_data(v)]
     if not odd: return created_by
     warnings.warn(f"{', '.join(odd)} cannot be saved with the encoder, being no plain data: to load the file, "
                   "build the same architecture and pass it as encoder=", stacklevel=3)

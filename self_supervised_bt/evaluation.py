@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from .augmentations import CropTfm
 from self_supervised_bt.core import (
     check_dict,
+    check_kind,
     check_number,
     check_positive_int,
     height_width,
@@ -65,9 +66,9 @@ from .multiview import check_model, multiview_of
 def network_of(model)->nn.Module: # of a Learner, or what is a network itself
     "The network, out of its wrappers"
     net = model.model if isinstance(model, Learner) else model
-    if isinstance(net, nn.Module): return unwrapped(net)
-    raise ValueError(f"model must be a Learner, a BarlowTwinsModel or an encoder, got a {type(net).__name__}: "
-                     "load_encoder(file) reads one, create_encoder(arch) makes one")
+    check_kind("model", net, nn.Module, "a Learner, a BarlowTwinsModel or an encoder",
+               "load_encoder(file) reads one, create_encoder(arch) makes one")
+    return unwrapped(net)
 
 def encoder_of(model # a Learner, a `BarlowTwinsModel` or an encoder
               )->tuple: # the encoder, and the `Pipeline` its images need

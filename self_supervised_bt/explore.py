@@ -130,6 +130,7 @@ class RowEncoder:
         self.how = how_encoded(clean, size, tta, levels, self.whitening)
         self.batch = BatchEncoder(model, **self.how)
         self.n_in = encoder_channels(self.net) or 3
+        self.value_range = getattr(self.net, "value_range", None)   # of the images it was trained on
         self.about = dict(encoder=encoder_identity(self.net), width=None, stats=describe_input(clean).get("stats"),
                           **self.how, whiten=whitening_digest(self.whitening))
 
@@ -358,7 +359,7 @@ def file_rows(data,               # folder, table, shards, pattern, name of a da
     listed = isinstance(files, FileNames) and not os.path.isdir(str(data))   # by a user, so some may be missing
     gone = missing_files(list(files)) if listed else []
     there = files.take(without(range(len(files)), gone)) if gone else files
-    if value_range is None: value_range = getattr(encoder.net, "value_range", None)   # as in its training
+    if value_range is None: value_range = encoder.value_range
     if value_range is None: value_range = white_of(there)
     source = FileRows(files, classes, encoder.read_size(size), encoder.n_in, value_range)
     source.images.codes[gone] = 1 + REASONS.index("cannot be opened")
@@ -1067,8 +1068,8 @@ def image_row(encoder, image, table)->np.ndarray: # (F,); raises `BadImage`, `Ty
     side = table.attrs.get("read") or max(encoder.how["size"] or [0])
     if isinstance(image, Tensor) and image.ndim == 3 and table.attrs.get("read"): image = as_bytes_of(image)
     if isinstance(image, Tensor): x = image
-    elif isinstance(image, (str, Path)): x = read_image(named_image(image) or image, side or 224, encoder.n_in,
-                                                            getattr(encoder.net, "value_range", None))
+    elif isinstance(image, (str, Path)):
+        x = read_image(named_image(image) or image, side or 224, encoder.n_in, encoder.value_range)
     else:
         picture = as_picture(image)
         x = square_tensor(picture, side or min(picture.size), encoder.n_in)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.transforms import Normalize
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, tensor
 from fastai.vision.augment import RandTransform
 from fastcore.basics import patch
 from fasttransform import Transform, compose_tfms
@@ -103,6 +103,17 @@ class CentreResize(Transform):
     def encodes(self, x:TensorImage): return centre_resize(x.as_subclass(Tensor), self.size)
 
 # %% ../nbs/10_fused.ipynb #7fea0018
+def check_stats(stats # means and standard deviations
+               )->None: # raises `ValueError`
+    "Raise `ValueError` unless they are a pair, each one number or one per channel"
+    try:
+        mean,std = (tensor(s).float().flatten() for s in stats)
+        whole = len(mean) == len(std) or 1 in (len(mean), len(std))
+        if whole and mean.isfinite().all() and std.isfinite().all() and (std > 0).all(): return
+    except (TypeError, ValueError, RuntimeError, AttributeError): pass
+    raise ValueError("stats must be a pair (means, standard deviations > 0), each with one number per channel, or None "
+                     f"for no normalisation, got {stats!r:.80}: e.g. stats=imagenet_stats")
+
 class NormalizeViews(Normalize):
     "fastai's `Normalize` on the device of the batch; raises `ValueError` if the statistics do not fit the channels"
     @property
@@ -129,6 +140,13 @@ class NormalizeViews(Normalize):
     def decodes(self, x:TensorImage):
         mean,std = self._fit(x)
         return x*std + mean
+
+def normalisation(stats # means and standard deviations, or `None`
+                 )->NormalizeViews|None: # raises `ValueError`
+    "The transform that normalises views"
+    if stats is None: return None
+    check_stats(stats)
+    return NormalizeViews.from_stats(*stats, cuda=False)
 
 # %% ../nbs/10_fused.ipynb #54ee8864
 class Step:
@@ -637,7 +655,7 @@ class FusedViews(RandTransform):
                 ):
         super().__init__(p=1.)
         self.crop,self.steps,self.same_on_batch = crop,steps,same_on_batch
-        self.norm = None if stats is None else NormalizeViews.from_stats(*stats, cuda=False)
+        self.norm = normalisation(stats)
 
     @property
     def name(self): return " -> ".join(t.name for t in (self.crop, *self.steps, self.norm) if t)

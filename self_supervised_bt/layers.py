@@ -40,14 +40,14 @@ from self_supervised_bt.core import (
 
 # %% ../nbs/12_layers.ipynb #01b95d9c
 def first_conv(encoder:nn.Module # images to representations
-              )->nn.Conv2d|None:  # `None` if it has none
+              )->tuple:           # its name and itself, ("", None) if there is none
     "The first convolution"
-    return next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    return next(((name, m) for name,m in encoder.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
 
 def encoder_channels(encoder:nn.Module # images to representations
                     )->int|None:       # channels of its first convolution, `None` if it has none
     "How many channels an encoder takes"
-    return getattr(first_conv(encoder), "in_channels", None)
+    return getattr(first_conv(encoder)[1], "in_channels", None)
 
 def _probe_sizes(encoder):
     "Image sizes to try: those the encoder declares, then common ones"
@@ -123,7 +123,7 @@ def set_channels(model:nn.Module,      # its first convolution takes RGB
                  pretrained:bool=False # keep what the first convolution has learned?
                 )->nn.Module:          # the same model
     "Replace the first convolution by one for `n_in` channels; pretrained RGB filters are summed or repeated"
-    name,conv = next((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d))
+    name,conv = first_conv(model)
     if conv.in_channels == n_in: return model
     new = nn.Conv2d(n_in, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
                     conv.groups, conv.bias is not None, conv.padding_mode)
@@ -311,9 +311,9 @@ WEIGHT_SOURCES = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict
                   "pretrained_model_args", "checkpoint_path", "cache_dir", "progress")
 
 # %% ../nbs/12_layers.ipynb #d2c73f9d
-def is_plain(value,      # anything
-             depth:int=3 # levels of lists and dicts
-            )->bool:
+def is_plain_data(value,      # anything
+                  depth:int=3 # levels of lists and dicts
+                 )->bool:
     "Is it a literal of reasonable size: a number, a short text, or a short list or dict of them?"
     if value is None or isinstance(value, bool): return True
     if isinstance(value, int): return abs(value) <= 2**16
@@ -321,7 +321,7 @@ def is_plain(value,      # anything
     if isinstance(value, str): return len(value) <= 200 and value.isprintable()
     if not isinstance(value, (list, tuple, dict)) or not depth or len(value) > 64: return False
     if isinstance(value, dict) and not all(map(_is_name, value)): return False
-    return all(is_plain(v, depth-1) for v in (value.values() if isinstance(value, dict) else value))
+    return all(is_plain_data(v, depth-1) for v in (value.values() if isinstance(value, dict) else value))
 
 def _is_name(text): return isinstance(text, str) and len(text) <= 100 and text.isidentifier() and not iskeyword(text)
 
@@ -339,7 +339,8 @@ def check_plain_architecture(arch:str,    # name of an architecture
     for name,value in options.items():
         if not _is_name(name): raise ValueError(f"{name!r:.80} is no name of an argument")
         if name in WEIGHT_SOURCES: raise ValueError(f"{name} says where weights come from, not what is built")
-        if not is_plain(value): raise ValueError(f"{name} must be plain data of reasonable size, got {value!r:.80}")
+        if is_plain_data(value): continue
+        raise ValueError(f"{name} must be plain data of reasonable size, got {value!r:.80}")
 
 # %% ../nbs/12_layers.ipynb #228c8c6f
 def _build(arch, pretrained, n_in, pool_type, small_stem, size, options):
@@ -445,7 +446,7 @@ def init_from_patches(encoder:nn.Module, # whose first convolution is to start a
                       x:Tensor           # (B,C,H,W) images as the encoder sees them, e.g. views
                      )->nn.Module:       # the same encoder; raises `ValueError`
     "Start the kernels of the first convolution from the principal directions of patches of images"
-    conv = first_conv(encoder)
+    _,conv = first_conv(encoder)
     if conv is None: raise ValueError(f"the encoder ({type(encoder).__name__}) has no convolution to start anew")
     if conv.groups > 1: raise ValueError(f"the first convolution has {conv.groups} groups, and sees no whole patches")
     shape = tuple(x.shape)

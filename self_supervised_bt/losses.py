@@ -6,6 +6,7 @@
 __all__ = ['VARIANTS', 'cross_correlation', 'BarlowTwinsLoss', 'barlow_twins_loss', 'variant_loss']
 
 # %% ../nbs/13_losses.ipynb #e22a7efb
+from inspect import signature
 from itertools import combinations, pairwise
 from numbers import Real
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import check_choice
+from .core import check_arguments, check_choice
 
 # %% ../nbs/13_losses.ipynb #1a71d63c
 def check_embedding(name:str, # name for error messages
@@ -582,6 +583,8 @@ def variant_loss(name:str="baseline",  # a key of `VARIANTS`
                 )->VariantLoss:        # (z1,z2) to scalar
     "A variant of the loss by name"
     check_choice("variant", name, tuple(VARIANTS))
+    options = {**signature(VariantLoss).parameters, **signature(BarlowTwinsLoss).parameters}
+    check_arguments("variant_loss", kwargs, [o for o in options if o != "kwargs"])
     return VariantLoss(**{**VARIANTS[name], **kwargs})
 
 # %% ../nbs/13_losses.ipynb #47bb8cbd

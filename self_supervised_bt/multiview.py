@@ -109,6 +109,16 @@ class TermMean(Column):
         "Count a training batch, unless it makes no step (a batch without target)"
         if self.by_callback and learn.training and len(learn.yb): self.add(learn)
 
+# %% ../nbs/14_multiview.ipynb #7679a6fa
+def check_function(name:str, # name of the argument
+                   loss      # its value
+                  )->None:   # raises `TypeError`
+    "Raise `TypeError` unless a loss can be called with embeddings; a class would have to be called before"
+    if callable(loss) and not isinstance(loss, type): return
+    got = f"the class {loss.__name__}, without ()" if isinstance(loss, type) else repr(loss)
+    raise TypeError(f"{name} must be a function of embeddings (z1,z2,...), got {got}: "
+                    "e.g. BarlowTwinsLoss() or variant_loss('hsic')")
+
 # %% ../nbs/14_multiview.ipynb #2d87e2ed
 class MultiView(Callback):
     "Trains on two or more views of every batch with a loss of their embeddings"
@@ -125,6 +135,7 @@ class MultiView(Callback):
                  print_augs:bool=False,  # print the pipelines?
                  separate_bn:bool=False  # each view through the model by itself, as in the authors' code?
                 ):
+        check_function("objective", objective)
         self.augs = check_pipelines(aug_pipelines)
         self.clean = clean_pipeline(self.augs[0])
         self.objective,self.terms,self.separate_bn = objective,terms,separate_bn

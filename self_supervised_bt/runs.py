@@ -38,10 +38,27 @@ try:
 except ImportError: fcntl = None   # Windows
 
 # %% ../nbs/50_runs.ipynb #0eb0a29f
-from .checkpoints import Checkpoints, checkpoints_in, package_versions, read_checkpoint
+from self_supervised_bt.checkpoints import (
+    Checkpoints,
+    checkpoints_in,
+    from_all_ranks,
+    is_untrained,
+    package_versions,
+    read_checkpoint,
+    remove_untrained,
+)
 from .classifiers import subset_probe
 from .compared import say
-from .core import check_choice, check_positive_int, in_percent, undisturbed, whole_file, write_json
+from self_supervised_bt.core import (
+    check_choice,
+    check_positive_int,
+    in_percent,
+    lock_folder,
+    undisturbed,
+    unlock,
+    whole_file,
+    write_json,
+)
 from self_supervised_bt.data import (
     check_value_range,
     device_or_default,
@@ -282,11 +299,21 @@ def machine_in_words(device # of `dls`
 def run_settings(out:Path,    # folder of the run
                  resume:bool, # resume it?
                  **kwargs     # settings; `None` for not given
-                )->dict:      # all settings, `recipe` is `None` if the images choose it; raises `ValueError`
-    "Settings of a run: the saved ones when it resumes, otherwise new ones"
+                )->tuple:     # settings, and is it still to be resumed? Raises `ValueError`
+    "Settings of a run: the saved ones when it resumes, unless others are given and it has not trained a step"
     file = out/"run.json"
     given = {k: v for k,v in kwargs.items() if v is not None}
-    if resume and os.path.lexists(file): return saved_settings(file, given)
+    if resume and os.path.lexists(file):
+        try: return saved_settings(file, given),True
+        except OtherSettings:
+            if not (given.get("data") and has_not_trained(out)): raise
+        resume = False
+    return new_settings(out, given),resume
+
+def new_settings(out:Path,  # folder of the run
+                 given:dict # settings given by the caller
+                )->dict:    # all settings, `recipe` is `None` if the images choose it; raises `ValueError`
+    "The settings of a new run"
     if not given.get("data"):
         raise ValueError(f"data is missing, and {out} holds no run to resume: pass a folder of images")
     name,changes = given.pop("recipe", None),given.pop("changes", {})
@@ -307,10 +334,12 @@ def with_chosen_recipe(s:dict,      # from `run_settings`
     return {**s, "base_recipe": recipe.name.removesuffix(", changed"), "recipe": recipe, "reason": reason}
 
 # %% ../nbs/50_runs.ipynb #3c71b0a5
+class OtherSettings(ValueError): "Settings are given that are not those of the run to resume"
+
 def saved_settings(file:Path, # of a run's settings
                    given:dict # settings given by the caller
                   )->dict:    # all settings; raises `ValueError`
-    "The settings of a run, with more epochs if more are given; raise `ValueError` if another setting differs"
+    "The settings of a run, with more epochs if more are given; raise `OtherSettings` if another one differs"
     saved = read_settings(file)
     was = {**vars(saved["recipe"]), **saved, "recipe": saved["base_recipe"]}
     given = {**given, **given.get("changes", {})}
@@ -323,8 +352,10 @@ def saved_settings(file:Path, # of a run's settings
         saved["recipe"] = saved["recipe"].changed(epochs=given.pop("epochs"), name=saved["recipe"].name)
     differ = [f"{k}={v!r} (was {was.get(k)!r})" for k,v in given.items() if was.get(k) != v]
     if differ:
-        raise ValueError(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
-                         "Leave them out to resume it, or choose another folder")
+        choice = "choose another folder"
+        if has_not_trained(file.parent): choice = "give data and all other settings: it has not trained a step"
+        raise OtherSettings(f"{file.parent} holds a run with other settings: {', '.join(differ)}. "
+                            f"Leave them out to resume it, or {choice}")
     if "arch" not in given: check_described_here(file, saved["recipe"])
     return {**saved, "data": data, **place}
 
@@ -393,18 +424,31 @@ def files_in(folder:Path,  # that a run may use
     "Which of these files a folder holds already"
     return [name for name in names if os.path.lexists(folder/name)]
 
-def check_free(out:Path # folder of a new run
-              )->None:  # raises `ValueError`
-    "Refuse to overwrite a run, or files of others; a run that never reached its first checkpoint may start again"
-    steps = [f.name for f in checkpoints_in(out)]
-    if steps:
-        raise ValueError(f"{out} holds a run up to {steps[0]}: resume it with resume=True, or choose another folder")
-    found = files_in(out, OUTPUTS)
-    if set(found) <= {"run.json", "trained_on.npy"}:
-        if "run.json" in found: read_settings(out/"run.json")   # not another program's
-        found = []
-    if found:
+def has_not_trained(out:Path # folder of a run
+                   )->bool:
+    "Does a folder hold nothing that a training step gave?"
+    untrained = not checkpoints_in(out) or is_untrained(out)
+    return untrained and set(files_in(out, OUTPUTS)) <= {"run.json", "trained_on.npy"}
+
+def make_room(out:Path # folder of a new run
+             )->None:  # raises `ValueError`
+    "Refuse to overwrite a run, or files of others; one that has not trained a step is replaced"
+    steps,found = checkpoints_in(out),files_in(out, OUTPUTS)
+    if steps and (not is_untrained(out) or is_in_use(out)):
+        raise ValueError(f"{out} holds a run up to {steps[0].name}: resume it with resume=True, or choose another "
+                         "folder")
+    if not has_not_trained(out):
         raise ValueError(f"{out} holds {', '.join(found)}, which a new run would overwrite: choose another folder")
+    if "run.json" in found: read_settings(out/"run.json")   # not another program's
+    if steps or found: say(remove_untrained(out))
+
+def is_in_use(out:Path # folder
+             )->bool:
+    "Does another fit write checkpoints there?"
+    try: unlock(lock_folder(out))
+    except BlockingIOError: return True
+    except OSError: pass   # a disk without locks
+    return False
 
 # %% ../nbs/50_runs.ipynb #5bab31c2
 @contextmanager
@@ -629,27 +673,38 @@ def data_identity(dls:DataLoaders # from `run_dls`
     if not all(hasattr(ds, "identity") for ds in sets): return None
     return " ".join(ds.identity() for ds in sets)
 
+def check_same_images(out:Path, # folder of a run to resume
+                      s:dict,   # its settings
+                      now:dict  # number and identity of the images
+                     )->None:   # raises `ValueError`
+    "Refuse other images than those of the run"
+    if s.get("identity") in (None, now["identity"]): return
+    differ = f"{now['images']} now, {s.get('images')} then"
+    if now["images"] == s.get("images"): differ = f"{now['images']} as then, but other names or sizes of files"
+    raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out} ({differ}): "
+                     "restore them, or train into another folder")
+
 def begin_run(out:Path,        # folder of the run
               s:dict,          # from `run_settings`
               dls:DataLoaders, # from `run_dls`
-              resume:bool      # is the run resumed?
-             )->dict:          # the settings with what the images are; raises `ValueError`
+              resume:bool,     # is the run resumed?
+              can_start:bool=True # are the weights at hand from which it would start?
+             )->tuple:         # settings with what the images are, and is it still resumed? Raises `ValueError`
     "Refuse other images than those of a run to resume, and files in the way; write run.json"
     now = dict(images=sum(len(dl.dataset) for dl in dls.loaders), identity=data_identity(dls))
-    if s.get("identity") not in (None, now["identity"]):
-        differ = f"{now['images']} now, {s.get('images')} then"
-        if now["images"] == s.get("images"): differ = f"{now['images']} as then, but other names or sizes of files"
-        raise ValueError(f"data={str(s['data'])!r} does not hold the images of the run in {out} ({differ}): "
-                         "restore them, or train into another folder")
+    try: check_same_images(out, s, now)
+    except ValueError:
+        if not (can_start and has_not_trained(out)): raise
+        resume = False
     s = {**s, **now}
-    if rank_distrib() or has_ended(out, s["recipe"].epochs) and resume: return s
+    if rank_distrib() or has_ended(out, s["recipe"].epochs) and resume: return s,resume
     resuming = resume and bool(checkpoints_in(out))
-    if not resuming: check_free(out)
+    if not resuming: make_room(out)
     write_json(out/"run.json", {**s, "recipe": vars(s["recipe"])})
     files = getattr(dls.train.dataset, "files", None)
     known = resuming and (out/"trained_on.npy").exists() or isinstance(files, StreamImages)
     if files is not None and not known: save_digests(out, files)
-    return s
+    return s,resume
 
 # %% ../nbs/50_runs.ipynb #71175e22
 def has_ended(out:Path,       # folder of a run
@@ -754,16 +809,19 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
     check_tracker(tracker)
     setup_ranks()
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
-    s = run_settings(out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct,
-                     bad=bad, seed=seed, half=half, root=root and os.path.abspath(root), column=column,
-                     value_range=checked_range(value_range), labelled=None if labelled is None else as_data(labelled),
-                     eval_every=eval_every, eval_labels=eval_labels, changes=kwargs)
+    s,resume = run_settings(
+        out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad,
+        seed=seed, half=half, root=root and os.path.abspath(root), column=column, changes=kwargs,
+        value_range=checked_range(value_range), labelled=None if labelled is None else as_data(labelled),
+        eval_every=eval_every, eval_labels=eval_labels)
+    from_all_ranks(None)   # until all have read run.json
     if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
     s,loaded,dls = start_and_images(s, data, out, resume, bool(recipe), kwargs, num_workers, download, n)
     with run_lock(out):
-        s = begin_run(out, s, dls, resume)
+        can_start = loaded is not None or s["recipe"].weights is None
+        s,resume = begin_run(out, s, dls, resume, can_start)
         if resume and has_ended(out, s["recipe"].epochs): return ended_results(out)
-        checkpoints = run_checkpoints(out, dls, every, keep, resume, resume_with)
+        checkpoints = run_checkpoints(out, dls, every, keep, resume, resume_with, can_start)
         return train_run(out, s, dls, loaded, checkpoints, watching(out, s, dls, tracker, labelled, download))
 
 # %% ../nbs/50_runs.ipynb #8e973072
@@ -804,12 +862,13 @@ def train_run(out, s, dls, loaded, checkpoints, watched)->dict: # the content of
     fit_run(learn)
     return {} if rank_distrib() else save_results(learn, out, s)
 
-def run_checkpoints(out, dls, every, keep, resume, resume_with)->Checkpoints: # as for `pretrain`
+def run_checkpoints(out, dls, every, keep, resume, resume_with, can_start)->Checkpoints: # as for `pretrain`
     "The checkpoints of a run"
     monitor = "valid_loss" if len(dls.valid.dataset) else None
     cb = Checkpoints(out, every=every, keep=keep, resume=resume, monitor=monitor, signals=stop_signals(),
                      more_epochs=True)
-    cb.resume_with,cb.exit_status = resume_with,dict(SIGTERM=143)   # as the shell has it
+    cb.resume_with,cb.can_start = resume_with,can_start
+    cb.exit_status = dict(SIGTERM=143)   # as the shell has it
     return cb
 
 def said_of_more_epochs(out:Path,   # folder of a run
@@ -1529,7 +1588,7 @@ def diagnose_run(data="digits",          # as for `pretrain`
     changes = {k: v for k,v in kwargs.items() if v is not None}
     root = root and os.path.abspath(root)
     shown = str(data) if on_disk(data) else as_data(data)
-    s = run_settings(Path(), False, data=shown, recipe=recipe, seed=seed, root=root, column=column, changes=changes)
+    s,_ = run_settings(Path(), False, data=shown, recipe=recipe, seed=seed, root=root, column=column, changes=changes)
     images = listed_images(data, root, download, column)
     s = with_chosen_recipe(s, images, changes)
     set_seed(seed)

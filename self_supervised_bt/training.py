@@ -38,6 +38,14 @@ def scaled_to_weights(updates:list, # of tensors
     ratio = torch.where((w_norm > 0) & (u_norm > 0), eta*w_norm/u_norm, 1.)
     return torch._foreach_mul(updates, list(ratio.unbind()))
 
+# %% ../nbs/20_training.ipynb #b2603afe
+def rates_in(lr # learning rate, or a list of them
+            )->list: # raises `ValueError` if there are none
+    "One learning rate, or several"
+    rates = list(lr) if isinstance(lr, (list, tuple, L)) or hasattr(lr, "tolist") and lr.ndim else [lr]
+    if rates: return rates
+    raise ValueError(f"lr must be a number, or a list with one for each parameter group, got {lr!r}")
+
 # %% ../nbs/20_training.ipynb #262720dc
 class LARS(Optimizer):
     "Layer-wise adaptive rates (You et al. 2017), as the code of Zbontar et al. 2021 applies them"
@@ -47,7 +55,13 @@ class LARS(Optimizer):
                  mom:float=.9,    # momentum
                  wd:float=0.,     # weight decay, not of biases and norms
                  eta:float=1e-3   # size of an update relative to the size of the weights
-                ): super().__init__(params, [], lr=lr, mom=mom, wd=wd, eta=eta)
+                ):
+        rates = [lr.start or 0, lr.stop] if isinstance(lr, slice) else rates_in(lr)   # as fastai takes slices
+        for rate in rates: check_number("lr", rate)
+        check_number("mom", mom, most=1)
+        check_number("wd", wd)
+        check_number("eta", eta)
+        super().__init__(params, [], lr=lr, mom=mom, wd=wd, eta=eta)
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None:
@@ -105,9 +119,8 @@ class WarmupCosine(ParamScheduler):
                 ):
         check_number("warmup", warmup)
         check_number("end", end, most=1)
-        if not isinstance(lr, (list, tuple, L)): lr = [lr]
-        for rate in lr: check_number("lr", rate, zero=False)
-        self.lr,self.warmup,self.end = list(lr),warmup,end
+        self.lr,self.warmup,self.end = rates_in(lr),warmup,end
+        for rate in self.lr: check_number("lr", rate, zero=False)
         super().__init__({"lr": self.rates})
     def rates(self, pct): return [lr*warmup_cosine(pct, self.warmup/self.n_epoch, self.end) for lr in self.lr]
     def before_fit(self):
@@ -212,8 +225,8 @@ def conv_forward(conv:nn.Conv2d,            # whose method this replaces
     out = conv_by_matmul(conv, x, weight)
     return out if bias is None else out + bias.to(out.dtype)[:,None,None]
 
-def is_plain(m:nn.Module # any
-            )->bool:
+def is_replaceable(m:nn.Module # any
+                  )->bool:
     "Is it a `Conv2d` whose method can be replaced: no subclass, no groups, no dilation, padded with zeros?"
     if type(m) is not nn.Conv2d or m.groups > 1 or m.dilation != (1, 1) or m.padding_mode != "zeros": return False
     return not isinstance(m.padding, str) and all(p < k for p,k in zip(m.padding, m.kernel_size, strict=True))
@@ -228,7 +241,7 @@ class MatmulConvs(Callback):
     changed = ()   # convolutions of the current fit
     def before_fit(self):
         self.release()   # of a Learner that was saved in a fit
-        self.changed = [m for m in self.learn.model.modules() if is_plain(m)]
+        self.changed = [m for m in self.learn.model.modules() if is_replaceable(m)]
         for m in self.changed: vars(m)["_conv_forward"] = OwnInCopies(conv_forward, m)
     def after_fit(self): self.release()
     def release(self):

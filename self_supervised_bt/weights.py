@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .barlow_twins import BarlowTwinsModel
 from .classifiers import Classifier
-from .core import undisturbed, whole_file
+from .core import check_kind, undisturbed, whole_file
 from .data import eight_bit, open_image, square_tensor, upright
 from self_supervised_bt.encoder_files import (
     KEY,
@@ -144,9 +144,10 @@ def classifier_of(model # as for `inference_model`
         loaded = load_weights(model)
         net,names = classifier_from(loaded),loaded.classes
         if loaded.head is None: net = loaded.encoder
-    elif isinstance(model, (Learner, nn.Module)): net,names = network_of(model),class_names(model)
-    else: raise ValueError(f"model must be a Learner or model with a classifier, its file or its name, got a "
-                           f"{type(model).__name__}: classifier_learner(model, dls) makes one")
+    else:
+        check_kind("model", model, (Learner, nn.Module), "a Learner or model with a classifier, its file or its name",
+                   "classifier_learner(model, dls) makes one")
+        net,names = network_of(model),class_names(model)
     if isinstance(getattr(net, "head", None), nn.Module): return net,names
     raise ValueError(f"the {type(net).__name__} has no classifier, it gives representations: use encode(model, images) "
                      "for them, and train a classifier with classifier_learner(model, dls)")

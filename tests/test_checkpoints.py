@@ -17,7 +17,7 @@ import fastai
 import numpy as np
 import pytest
 import torch
-from callbacks import DoAt, DoToViews, KillAfter, Killed
+from callbacks import DoAt, DoToViews, KillAfter, Killed, RaiseAt
 from conftest import image_items, quiet, same, small_model, weights
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
@@ -31,10 +31,11 @@ from fastai.torch_core import TensorImage, set_seed
 from fastcore.foundation import L
 from fasttransform import Transform
 from safetensors.torch import save_file
+from torch import nn
 
 from self_supervised_bt import checkpoints
 from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import BarlowTwins
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
 from self_supervised_bt.checkpoints import (
     FORMAT,
     Checkpoints,
@@ -218,6 +219,77 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     set_seed(0)
     learn = small_learner(projection_size=32, cbs=[Checkpoints(tmp_path, resume=True)])
     with pytest.raises(ValueError, match=r"projection_size=32 \(was 16\)"): learn.fit(2)
+
+
+# A run that failed before its first step
+
+REPLACED = "has not trained a step: a new one replaces it"
+
+
+def failed(folder, bs=256, **kwargs):
+    "Leaves the checkpoint before the first step"
+    set_seed(0)
+    learn = small_learner(bs, cbs=[Checkpoints(folder), RaiseAt("before_batch", Killed("early"))], **kwargs)
+    with pytest.raises(Killed): learn.fit(2, 1e-2)
+    assert [f.name for f in folder.iterdir()] == ["step-0000000000.pt"] and learn.checkpoints.folder_lock is None
+
+
+@pytest.mark.parametrize("before", [dict(bs=128), dict(bs=256, projection_size=32)])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_has_not_trained_a_step_is_replaced(tmp_path, capsys, before, resume):
+    failed(tmp_path, **before)
+    first = read_checkpoint(tmp_path/"step-0000000000.pt")["run"]
+    assert same(weights(run(tmp_path, resume=resume, keep=9)), weights(run()))
+    assert capsys.readouterr().out.count(REPLACED) == 1
+    assert read_checkpoint(tmp_path/"step-0000000000.pt")["run"] != first
+    with pytest.raises(ValueError, match="holds a run up to step-0000000012"): run(tmp_path)
+
+
+def test_a_run_of_another_model_that_has_not_trained_a_step_is_replaced(tmp_path, capsys):
+    "Without a recipe, which would tell"
+    def fit(encoder, cbs):
+        set_seed(0)
+        learn = Learner(digits_dls(bs=256, device="cpu"), create_barlow_twins_model(encoder, 16, 16),
+                        cbs=[BarlowTwins(pipelines()), *cbs])
+        quiet(learn).fit(1, 1e-2)
+        return learn
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(Killed): fit(other, [Checkpoints(tmp_path), RaiseAt("before_batch", Killed("early"))])
+    again = fit(small_model().encoder, [Checkpoints(tmp_path, resume=True)])
+    assert same(weights(again), weights(fit(small_model().encoder, []))) and REPLACED in capsys.readouterr().out
+
+
+def test_the_same_run_resumes_from_before_its_first_step(tmp_path, capsys):
+    failed(tmp_path)
+    set_seed(1)
+    again = small_learner(cbs=[Checkpoints(tmp_path, resume=True)])
+    again.fit(2, 1e-2)
+    assert same(weights(again), weights(run())) and REPLACED not in capsys.readouterr().out
+
+
+def test_a_learner_without_the_weights_of_the_start_resumes_or_says_what_differs(tmp_path):
+    failed(tmp_path, bs=128)
+    learn = small_learner(cbs=[Checkpoints(tmp_path, resume=True)])
+    learn.checkpoints.can_start = False
+    with pytest.raises(ValueError, match=r"batches=6 \(was 12\)"): learn.fit(2, 1e-2)
+
+
+@pytest.mark.parametrize("contents", [b"mine", b""])
+def test_a_file_of_others_is_not_replaced(tmp_path, contents):
+    (tmp_path/"step-0000000000.pt").write_bytes(contents)
+    with pytest.raises(ValueError, match="holds a run up to step-0000000000"): run(tmp_path)
+    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be read"): run(tmp_path, resume=True)
+    assert (tmp_path/"step-0000000000.pt").read_bytes() == contents
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks")
+def test_a_run_that_trains_its_first_epoch_is_not_replaced(tmp_path):
+    def other(learn):
+        with pytest.raises(ValueError, match="holds a run up to step-0000000000"): run(tmp_path)
+        seen.append(learn.train_iter)
+    seen = []
+    run(tmp_path, cbs=[DoAt("before_batch", other, step=2)])
+    assert seen == [2] and names(tmp_path) == [f"step-{step:010d}.pt" for step in (12, 6, 0)]
 
 
 @pytest.mark.parametrize("bad, message", [

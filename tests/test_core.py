@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from self_supervised_bt.core import _lock, in_percent, remove_unfinished, unwrapped, whole_file, write_json
+from self_supervised_bt.core import (
+    in_percent,
+    lock_folder,
+    remove_unfinished,
+    unlock,
+    unwrapped,
+    whole_file,
+    write_json,
+)
 
 
 def names(folder): return sorted(f.name for f in folder.iterdir())
@@ -125,11 +133,11 @@ def test_a_new_folder_that_another_process_removes_before_it_is_locked(tmp_path,
 
     def mkdtemp(*args, **kwargs):
         made.append(real(*args, **kwargs))
-        if len(made) == 1 and held: locks.append(_lock(made[0]))   # the other process is about to remove it
+        if len(made) == 1 and held: locks.append(lock_folder(made[0]))   # the other process is about to remove it
         elif len(made) == 1: remove_unfinished(tmp_path, "a.txt")
         return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
     with whole_file(tmp_path/"a.txt") as part: part.write_text("whole")
-    for lock in locks: os.close(lock)
+    for lock in locks: unlock(lock)
     assert len(made) == 2 and (tmp_path/"a.txt").read_text() == "whole" and not os.path.exists(made[1])

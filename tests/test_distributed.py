@@ -376,10 +376,10 @@ def test_processes_can_be_forked_after_work_on_several_threads():
     finally: torch.set_num_threads(threads)
 
 
-def fit_digits(seed, cbs):
+def fit_digits(seed, cbs, bs=64):
     "Weights after two distributed epochs"
     set_seed(seed)
-    learn = bt_learner(digits_dls(bs=64, device="cpu"), "timm/test_resnet", 8, small_stem=False,
+    learn = bt_learner(digits_dls(bs=bs, device="cpu"), "timm/test_resnet", 8, small_stem=False,
                        hidden_size=16, projection_size=16, cbs=cbs)
     with learn.no_logging(), learn.distrib_ctx(): learn.fit(2, 1e-2)
     return [p.detach().numpy().copy() for p in learn.model.parameters()]
@@ -399,6 +399,21 @@ def test_a_run_of_several_ranks_resumes_to_the_last_bit(tmp_path, at):
         assert names[0] == f"step-{at - at % 2 if at < 12 else 14:010d}.pt"
         for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".trial*"))
+
+
+def failed_and_replaced(rank, folder, resume):
+    "Weights of a whole run, and of one in the folder of another that failed before its first step"
+    whole = fit_digits(0, [])
+    with pytest.raises(Killed): fit_digits(0, [Checkpoints(folder), RaiseAt("before_batch", Killed("early"))], bs=32)
+    names = [f.name for f in checkpoints_in(folder)]
+    return whole, fit_digits(0, [Checkpoints(folder, resume=resume)]), names
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_all_ranks_replace_a_run_that_has_not_trained_a_step(tmp_path, resume):
+    for whole, again, names in run_ranks(partial(failed_and_replaced, folder=tmp_path, resume=resume)):
+        assert names == ["step-0000000000.pt"]
+        for a, b in zip(whole, again): np.testing.assert_array_equal(a, b)
 
 
 def signal_rank1(number):

@@ -1,10 +1,15 @@
 "Wrong arguments, kind by kind, to functions of all modules: the error names the argument, what came and what to do"
+import signal
+
+import numpy as np
 import pytest
 import torch
 from conftest import small_encoder, small_model
+from fastcore.basics import first
 
-from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines
-from self_supervised_bt.barlow_twins import create_barlow_twins_model
+from self_supervised_bt.augmentations import get_barlow_twins_aug_pipelines, get_batch_augs, show_strength
+from self_supervised_bt.barlow_twins import BarlowTwins, create_barlow_twins_model
+from self_supervised_bt.checkpoints import Checkpoints
 from self_supervised_bt.classifiers import classifier_learner, fit_protocol, semi_supervised
 from self_supervised_bt.data import hold_out, image_files, load_images, tensor_dls
 from self_supervised_bt.doctor import diagnose
@@ -19,8 +24,11 @@ from self_supervised_bt.evaluation import (
     unlabelled_table,
 )
 from self_supervised_bt.folders import bad_images, check_images, labelled_dls, unlabelled_dls
+from self_supervised_bt.losses import BarlowTwinsLoss, variant_loss
+from self_supervised_bt.multiview import MultiView
 from self_supervised_bt.recipes import bt_learner
 from self_supervised_bt.reports import report
+from self_supervised_bt.training import LARS, WarmupCosine
 from self_supervised_bt.weights import inference_model, save_encoder
 
 X = torch.rand(8, 1, 8, 8)
@@ -121,6 +129,67 @@ def test_what_is_no_batch_size(folder, bs):
 
 def test_no_images():
     with pytest.raises(ValueError, match=r"x holds no images, got \(0, 1, 8, 8\)"): tensor_dls(X[:0], bs=4)
+
+
+def test_what_is_no_option():
+    "The names that there are stand beside it"
+    with pytest.raises(TypeError, match="variant_loss has no argument foo: it has lmb, .*queue, scale, .*check_finite"):
+        variant_loss("hsic", foo=3)
+    with pytest.raises(TypeError, match="get_batch_augs has no argument foo: it has rotate, .*backend$"):
+        get_barlow_twins_aug_pipelines(8, foo=3)
+    assert variant_loss("hsic", lmb=.1, eps=1e-4).eps == 1e-4
+
+
+@pytest.mark.parametrize("backend", ["fused", "kornia"])
+@pytest.mark.parametrize("stats", [3, "imagenet", ([.5],), ("a", "b"), ([.5], None), ([.5], [0.]), ([.5]*3, [.5]*2),
+                                   ([float("nan")], [.5])])
+def test_what_are_no_statistics(stats, backend):
+    with pytest.raises(ValueError, match=r"stats must be a pair .*, got .*: e.g. stats=imagenet_stats"):
+        get_batch_augs(8, stats=stats, backend=backend)
+
+
+@pytest.mark.parametrize("stats", [(.5, .5), ([.5]*3, [.5]*3), (torch.zeros(3), np.ones(3)), ([.5]*4, .5)])
+def test_statistics_of_any_kind_of_numbers(stats): assert get_batch_augs(8, stats=stats)[0].norm is not None
+
+
+def test_what_is_no_image_to_show():
+    for value in (None, 3, "cat.jpg", X, X[0].numpy()):
+        with pytest.raises(ValueError, match=r"x must be a tensor \(C,H,W\), got .*load_images"):
+            show_strength(value, "jitter_s", [.1])
+    with pytest.raises(ValueError, match=r"values must be a list, got a float: write \[0.1\]"):
+        show_strength(X[0], "jitter_s", .1)
+    with pytest.raises(ValueError, match="n must be a positive int, got 0"): show_strength(X[0], "jitter_s", [.1], n=0)
+
+
+@pytest.mark.parametrize("value, got", [(None, "None"), ("hsic", "'hsic'"), (BarlowTwinsLoss, "the class Barlow")])
+def test_what_is_no_loss(value, got):
+    augs = get_barlow_twins_aug_pipelines(8)
+    with pytest.raises(TypeError, match=f"objective must be a function of .*, got {got}.*variant_loss"):
+        MultiView(augs, value)
+    if value is None: return   # a loss of its own
+    with pytest.raises(TypeError, match=f"loss must be a function of .*, got {got}"): BarlowTwins(augs, loss=value)
+
+
+def test_what_is_no_learning_rate():
+    weights = [torch.nn.Parameter(torch.ones(2, 2))]
+    for make in (lambda lr: LARS(weights, lr), lambda lr: WarmupCosine(lr, 1)):
+        for lr in (-1, "fast", None, [.1, -1], float("nan")):
+            with pytest.raises(ValueError, match="lr must be a finite number .*, got"): make(lr)
+        with pytest.raises(ValueError, match=r"lr must be a number, or a list .*, got \[\]"): make([])
+        for lr in ([.1], np.array([.1]), np.float64(.1)): make(lr)
+    LARS(weights, slice(.1))
+    for other in (dict(mom=2), dict(mom="a"), dict(wd=-1), dict(eta=None)):
+        with pytest.raises(ValueError, match=f"{first(other)} must be a finite number"): LARS(weights, .1, **other)
+
+
+@pytest.mark.parametrize("signals, got", [("SIGTERM", "'SIGTERM'"), (3, "3"), (None, "None"),
+                                          (("SIGTERM", "foo"), "'foo'"), (("SIGKILL",), "'SIGKILL'"), ((15,), "15")])
+def test_what_are_no_signals(signals, got):
+    "The letters of a name were names of no signal, and nothing was caught"
+    with pytest.raises(ValueError, match=f"signals must be a tuple of names .*, got {got}: .*SIGUSR1.*for none"):
+        Checkpoints("run", signals=signals)
+    assert Checkpoints("run", signals=[signal.SIGTERM, "SIGINT"]).signals == ("SIGTERM", "SIGINT")
+    for path in (None, 3): named("path", path, "folder of this run", Checkpoints)
 
 
 def test_right_ones_are_taken():

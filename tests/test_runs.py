@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 
 from self_supervised_bt import runs, sources
 from self_supervised_bt.checkpoints import read_checkpoint
+from self_supervised_bt.core import lock_folder, unlock
 from self_supervised_bt.data import PATIENCE, image_files, load_images
 from self_supervised_bt.evaluation import encode, knn_accuracy, linear_probe
 from self_supervised_bt.explore import embed, similar
@@ -165,6 +167,82 @@ def test_a_finished_run_without_its_checkpoints_is_not_overwritten(trained, run)
     with pytest.raises(ValueError, match="which a new run would overwrite"):
         pretrain(trained[0]/"images", "cifar", run, **SMALL)
     assert contents(run) == before
+
+
+# A run that failed before its first training step
+
+START = ["run.json", "step-0000000000.pt", "trained_on.npy"]
+REPLACED = "has not trained a step: a new one replaces it"
+
+
+@pytest.fixture
+def failed(trained, tmp_path):
+    "A folder of a run that failed at its first batch"
+    with pytest.raises(ValueError, match="batch of one image"):
+        pretrain(trained[0]/"images", "cifar", tmp_path/"failed", valid_pct=.2, **SMALL | dict(bs=1))
+    assert sorted(contents(tmp_path/"failed")) == START
+    return tmp_path/"failed"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_corrected_run_replaces_it_and_is_protected_then(trained, failed, capsys, resume):
+    home, results = trained
+    if resume:   # what was given is not the whole of a run
+        with pytest.raises(ValueError, match=r"bs=16 \(was 1\).*give data and all other settings: it has not trained"):
+            pretrain(out=failed, resume=True, bs=16)
+    args = dict(valid_pct=.2, resume=resume, **SMALL)
+    assert pretrain(home/"images", "cifar", failed, **args)["train_loss"] == results["train_loss"]
+    assert (failed/"encoder.safetensors").read_bytes() == (home/"run/encoder.safetensors").read_bytes()
+    assert capsys.readouterr().out.count(REPLACED) == 1
+    before = contents(failed)
+    with pytest.raises(ValueError, match="holds a run"):
+        pretrain(home/"images", "cifar", failed, **args | dict(bs=32))
+    assert contents(failed) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_same_command_starts_or_resumes_it(trained, tmp_path, monkeypatch, capsys, resume):
+    home, results = trained
+    def end(learn): raise RuntimeError("ended here")
+    again = partial(pretrain, home/"images", "cifar", tmp_path/"run", valid_pct=.2, resume=resume, **SMALL)
+    with monkeypatch.context() as m:
+        do_at(m, "before_batch", end)
+        with pytest.raises(RuntimeError, match="ended here"): again()
+    assert again()["train_loss"] == results["train_loss"]
+    assert (tmp_path/"run/encoder.safetensors").read_bytes() == (home/"run/encoder.safetensors").read_bytes()
+    assert (REPLACED in capsys.readouterr().out) == (not resume)
+
+
+def test_it_may_get_other_images(trained, failed, tmp_path, capsys):
+    more = class_pictures(tmp_path/"more", 60, side=4)
+    settings = json.loads((failed/"run.json").read_text())
+    (failed/"run.json").write_text(json.dumps({**settings, "recipe": {**settings["recipe"], "bs": 16}}))
+    assert pretrain(more, out=failed, resume=True, num_workers=0)["images"] == 48
+    assert REPLACED in capsys.readouterr().out
+    assert json.loads((failed/"run.json").read_text())["images"] == 60
+
+
+def test_it_only_resumes_where_the_weights_that_it_starts_from_are_gone(trained, run, tmp_path, monkeypatch):
+    home, out = trained[0], tmp_path/"more"
+    def end(learn): raise RuntimeError("ended here")
+    with monkeypatch.context() as m:
+        do_at(m, "before_batch", end)
+        with pytest.raises(RuntimeError, match="ended here"):
+            pretrain(home/"images", weights=run, out=out, valid_pct=.2, epochs=1, bs=16, num_workers=0)
+    shutil.rmtree(run)
+    before = contents(out)
+    with pytest.raises(ValueError, match="does not hold the images of the run"):
+        pretrain(class_pictures(tmp_path/"others", 60, side=4), out=out, resume=True)
+    assert contents(out) == before and pretrain(out=out, resume=True, num_workers=0)["epochs"] == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks")
+def test_it_is_not_replaced_while_another_process_trains_there(trained, failed):
+    lock, before = lock_folder(failed), contents(failed)
+    with pytest.raises(ValueError, match="holds a run up to step-0000000000.pt"):
+        pretrain(trained[0]/"images", "cifar", failed, valid_pct=.2, **SMALL)
+    assert contents(failed) == before
+    unlock(lock)
 
 
 # Damaged files
@@ -325,13 +403,17 @@ def test_size_and_channels_are_read_from_the_images(folder):
 
 
 def test_two_ranks_train_one_run(folder, tmp_path):
+    "It replaces one that failed before its first step"
     pytest.importorskip("accelerate")
-    command = (f"torchrun --nproc-per-node 2 --no-python bt_pretrain {folder} --out run --arch timm/test_resnet "
-               "--width 16 --bs 16 --epochs 2 --workers 0 --valid-pct 0.2")
+    with pytest.raises(ValueError, match="batch of one image"):
+        pretrain(folder, "cifar", tmp_path/"run", **SMALL | dict(bs=1))
+    command = (f"torchrun --nproc-per-node 2 --no-python bt_pretrain {folder} --out run --resume "
+               "--arch timm/test_resnet --width 16 --bs 16 --epochs 2 --workers 0 --valid-pct 0.2")
     done = subprocess.run(command.split(), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     results = json.loads((tmp_path/"run/results.json").read_text())
     assert results["recipe"]["bs"] == 16 and results["steps"] == 4 and done.stdout.count("Saved in run/") == 1
+    assert done.stdout.count(REPLACED) == 1
     assert load_encoder(tmp_path/"run/encoder.safetensors").created_by["arch"] == "timm/test_resnet"
 
 

@@ -15,7 +15,7 @@ from self_supervised_bt.barlow_twins import BarlowTwinsModel
 from self_supervised_bt.data import tensor_dls
 from self_supervised_bt.layers import create_mlp_module
 from self_supervised_bt.recipes import bt_learner
-from self_supervised_bt.training import Autocast, MatmulConvs, by_matmul, conv_by_matmul, conv_forward, is_plain
+from self_supervised_bt.training import Autocast, MatmulConvs, by_matmul, conv_by_matmul, conv_forward, is_replaceable
 
 
 def gradients(out, *inputs):
@@ -54,11 +54,11 @@ def test_only_where_it_is_faster():
 
 def test_what_is_no_plain_convolution_stays():
     class Own(nn.Conv2d): pass
-    assert is_plain(nn.Conv2d(4, 4, 3, padding=1))
+    assert is_replaceable(nn.Conv2d(4, 4, 3, padding=1))
     others = [Own(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Linear(4, 4),
               nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
               nn.Conv2d(4, 4, 3, padding=3), nn.ConvTranspose2d(4, 4, 3)]
-    assert not any(map(is_plain, others))
+    assert not any(map(is_replaceable, others))
 
 
 def network():
