@@ -513,7 +513,8 @@ def _dict_in(config, key): return config[key] if isinstance(config.get(key), dic
 
 def _timm_call(config, path):
     "The call of `create_encoder` for a model that timm saved; raises `ValueError`"
-    args,pool = _dict_in(config, "model_args"),config.get("global_pool", "avg")
+    args = _dict_in(config, "model_args")
+    pool = args.get("global_pool", config.get("global_pool"))   # timm builds by the first and notes the second
     options = {k: v for k,v in args.items() if k not in ("in_chans", "num_classes", "global_pool", "pretrained")}
     size = _dict_in(config, "pretrained_cfg").get("input_size")
     n_in = args.get("in_chans", size[0] if isinstance(size, list) and size else 3)

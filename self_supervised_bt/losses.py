@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'cross_correlation', 'BarlowTwinsLoss', 'barlow_twins_los
 
 # %% ../nbs/13_losses.ipynb #e22a7efb
 from inspect import signature
-from itertools import combinations, pairwise
+from itertools import combinations
 from numbers import Real
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -171,7 +171,7 @@ def product_diagonal(a:Tensor,       # (N,D)
 def _strips(n, device):
     "Ranges of rows that are multiplied at once"
     parts = 4 if n >= 256 and device.type == "cpu" else 1
-    return list(pairwise(n*i//parts for i in range(parts + 1)))
+    return [(n*i//parts, n*(i + 1)//parts) for i in range(parts)]
 
 def _add_gram(k, a):
     "`k + a a'` in place, below the diagonal only if there are several strips; `k` is `None` for the first addend"

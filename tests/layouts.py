@@ -342,7 +342,7 @@ def plain(folder, prefix="", classifier=False, file="weights.pth", format="torch
 def hugging_face(folder, arch="resnet18", pool="avg"):
     model = lived_in(timm.create_model(arch, num_classes=7, global_pool=pool, pretrained_cfg_overlay=dict(
         mean=(.1, .2, .3), std=(.4, .5, .6), input_size=(3, 48, 48))))
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=dict(global_pool=pool))
     encoder = timm.create_model(arch, num_classes=0, global_pool=pool)
     head = model.get_classifier()
     missing = encoder.load_state_dict(model.state_dict(), strict=False)

@@ -3,6 +3,7 @@ import collections
 import copy
 import gzip
 import importlib
+import json
 import os
 import pickle
 import re
@@ -578,6 +579,14 @@ def test_config_json_is_checked(config, tmp_path):
     if CONFIGS[config]:
         with pytest.raises(ValueError, match=CONFIGS[config]): read(made)
     else: assert same(read(made).encoder.conv1.weight, made.encoder.conv1.weight)
+
+
+@pytest.mark.parametrize("pools", [{"global_pool": "max"}, {"model_args": {"global_pool": "max"}},
+                                   {"model_args": {"global_pool": "max"}, "global_pool": "avg"}])
+def test_the_pooling_is_what_timm_builds(pools, tmp_path):
+    made = layouts.hugging_face(tmp_path)
+    (tmp_path/"config.json").write_text(json.dumps({"architecture": "resnet18", **pools}))
+    assert read(made).encoder.created_by["pool_type"] == "max"
 
 
 def test_solo_learns_stem_survives_files_and_export(tmp_path):

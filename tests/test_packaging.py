@@ -53,6 +53,17 @@ def test_the_wheel(copy):
     assert any("LICENSE" in n for n in names)
 
 
+def test_the_oldest_versions_are_the_lower_bounds():
+    "Every bound is a version that the tests run with, and one package has one bound"
+    pins = dict(l.split("==") for l in (root/"constraints-oldest.txt").read_text().split("\n") if "==" in l)
+    tools = {"dev", "docs", "bench", "mutants"}   # of these extras, only what the library uses is held at its bound
+    needs = [n for key in cfg if key.endswith("requirements") for n in cfg[key].split()
+             if key.removesuffix("_requirements") not in tools or n.split(">=")[0] in pins]
+    for name, bound in (need.split(">=") for need in needs if ">=" in need):
+        assert f"{pins.get(name)}.".startswith(f"{bound}."), f"{name}>={bound}, tested with {pins.get(name)}"
+    assert pins.keys() == {re.split("[<>=]", need)[0] for need in needs}
+
+
 def test_the_library_is_what_the_notebooks_export(copy):
     pytest.importorskip("nbdev")
     before = {f.name: f.read_text() for f in sorted((copy/"self_supervised_bt").glob("*.py"))}
