@@ -3374,6 +3374,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised_bt.runs.seen_in_training': ( 'runs.html#seen_in_training',
                                                                                        'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.seen_size': ('runs.html#seen_size', 'self_supervised_bt/runs.py'),
+                                         'self_supervised_bt.runs.set_up_process': ( 'runs.html#set_up_process',
+                                                                                     'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.settings_in': ('runs.html#settings_in', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.short_run': ('runs.html#short_run', 'self_supervised_bt/runs.py'),
                                          'self_supervised_bt.runs.short_run_folder': ( 'runs.html#short_run_folder',

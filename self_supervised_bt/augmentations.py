@@ -24,6 +24,7 @@ from fastcore.meta import delegates
 from fasttransform import Pipeline
 from torch import Tensor
 
+# %% ../nbs/11_augmentations.ipynb #5482ad08
 from self_supervised_bt.core import (
     check_arguments,
     check_choice,

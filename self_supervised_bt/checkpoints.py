@@ -418,8 +418,7 @@ class Checkpoints(Callback):
     order,run_valid = 1000,True
     resumed_from = epoch_start = random_after_train = best = stop_signal = failed = run_id = data = None
     in_fit,stepped,stopped,said,handlers,protected = False,False,False,False,(),()
-    folder_lock,in_use = None,False
-    seconds_before,started,ended = 0.,0.,None
+    folder_lock,in_use,seconds_before,started,ended = None,False,0.,0.,None
     resume_with = "resume=True"   # how the user resumes, for messages
     exit_status = {}              # of the process after a signal, 75 for those not named
     can_start = True              # does the Learner hold what a run starts from? Otherwise it can only resume
@@ -798,6 +797,7 @@ def same_shapes(a:dict, # a model's state
     def shapes(state): return {k: getattr(v, "shape", None) for k,v in state.items()}
     return shapes(a) == shapes(b)
 
+# %% ../nbs/22_checkpoints.ipynb #cae3cd20
 @patch
 def best_value(self:Checkpoints,
                state:dict # of the checkpoint that is resumed

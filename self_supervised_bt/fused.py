@@ -114,6 +114,7 @@ def check_stats(stats # means and standard deviations
     raise ValueError("stats must be a pair (means, standard deviations > 0), each with one number per channel, or None "
                      f"for no normalisation, got {stats!r:.80}: e.g. stats=imagenet_stats")
 
+# %% ../nbs/10_fused.ipynb #254eed3e
 class NormalizeViews(Normalize):
     "fastai's `Normalize` on the device of the batch; raises `ValueError` if the statistics do not fit the channels"
     @property
@@ -344,6 +345,7 @@ def _affine(v, across, down):   # those of `_source_of`
     grid = torch.view_as_real(across + down)   # (b,h,w,2), by one fast sum
     return F.grid_sample(v, grid, padding_mode="reflection", align_corners=False)
 
+# %% ../nbs/10_fused.ipynb #2ad82b22
 class AffineStep(Step):
     "Rotation and horizontal shear around the centre, bilinear, mirrored at the edge"
     name = "RandomAffine"

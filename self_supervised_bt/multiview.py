@@ -112,9 +112,9 @@ class TermMean(Column):
 # %% ../nbs/14_multiview.ipynb #7679a6fa
 def check_function(name:str, # name of the argument
                    loss      # its value
-                  )->None:   # raises `TypeError`
+                  )->callable: # the same; raises `TypeError`
     "Raise `TypeError` unless a loss can be called with embeddings; a class would have to be called before"
-    if callable(loss) and not isinstance(loss, type): return
+    if callable(loss) and not isinstance(loss, type): return loss
     got = f"the class {loss.__name__}, without ()" if isinstance(loss, type) else repr(loss)
     raise TypeError(f"{name} must be a function of embeddings (z1,z2,...), got {got}: "
                     "e.g. BarlowTwinsLoss() or variant_loss('hsic')")
@@ -135,10 +135,9 @@ class MultiView(Callback):
                  print_augs:bool=False,  # print the pipelines?
                  separate_bn:bool=False  # each view through the model by itself, as in the authors' code?
                 ):
-        check_function("objective", objective)
         self.augs = check_pipelines(aug_pipelines)
         self.clean = clean_pipeline(self.augs[0])
-        self.objective,self.terms,self.separate_bn = objective,terms,separate_bn
+        self.objective,self.terms,self.separate_bn = check_function("objective", objective),terms,separate_bn
         if print_augs: print(*self.augs, sep="\n")
     def before_fit(self):
         self.swap_loss()

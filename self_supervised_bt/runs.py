@@ -59,6 +59,8 @@ from self_supervised_bt.core import (
     whole_file,
     write_json,
 )
+
+# %% ../nbs/50_runs.ipynb #4e55687c
 from self_supervised_bt.data import (
     check_value_range,
     device_or_default,
@@ -805,16 +807,13 @@ def pretrain(data=None,            # images as `unlabelled_dls` takes them, or n
             )->dict:               # the content of results.json
     "Train an encoder without labels, with checkpoints from which the run can resume"
     out = Path(out)
-    check_workers(num_workers)
-    check_tracker(tracker)
-    setup_ranks()
+    set_up_process(num_workers, tracker)
     if kwargs.get("weights"): kwargs["weights"] = weights_name(kwargs["weights"])
     s,resume = run_settings(
         out, resume, data=None if data is None else as_data(data), recipe=recipe, valid_pct=valid_pct, bad=bad,
         seed=seed, half=half, root=root and os.path.abspath(root), column=column, changes=kwargs,
         value_range=checked_range(value_range), labelled=None if labelled is None else as_data(labelled),
         eval_every=eval_every, eval_labels=eval_labels)
-    from_all_ranks(None)   # until all have read run.json
     if resume and data is None and has_ended(out, s["recipe"].epochs): return ended_results(out)
     s,loaded,dls = start_and_images(s, data, out, resume, bool(recipe), kwargs, num_workers, download, n)
     with run_lock(out):
@@ -838,6 +837,7 @@ def run_images(data, s:dict, download:bool, n:int): # from `listed_images`; data
 
 def start_and_images(s:dict, data, out, resume, named, changes, num_workers, download, n)->tuple: # of `pretrain`
     "The settings with their recipe, weights to continue from, and `dls`"
+    from_all_ranks(None)   # until all have read run.json
     images = run_images(data, s, download, n) if s["recipe"] is None else None
     s,loaded = run_start(with_chosen_recipe(s, images, changes), out, resume, named, changes)
     s,dls = run_loaders(images or run_images(data, s, download, n), s, num_workers, download)
@@ -948,6 +948,14 @@ def check_workers(num_workers:int # or `None`
     "Refuse a negative number of worker processes"
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"num_workers must be an int >= 0, got {num_workers}: 0 reads files in this process")
+
+def set_up_process(num_workers:int, # or `None`
+                   tracker:str      # or `None`
+                  )->None:          # raises `ValueError`
+    "What needs neither settings nor images: checks, and the ranks that find each other"
+    check_workers(num_workers)
+    check_tracker(tracker)
+    setup_ranks()
 
 def as_data(data   # as for `pretrain`
            )->str: # an absolute path for a folder

@@ -61,7 +61,7 @@ class LARS(Optimizer):
         check_number("mom", mom, most=1)
         check_number("wd", wd)
         check_number("eta", eta)
-        super().__init__(params, [], lr=lr, mom=mom, wd=wd, eta=eta)
+        super().__init__(params, [], lr=lr if isinstance(lr, slice) else rates, mom=mom, wd=wd, eta=eta)
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None:

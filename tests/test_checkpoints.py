@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from callbacks import DoAt, DoToViews, KillAfter, Killed, RaiseAt
-from conftest import image_items, quiet, same, small_model, weights
+from conftest import image_items, quiet, same, small_encoder, small_model, weights
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
@@ -247,16 +247,16 @@ def test_a_run_that_has_not_trained_a_step_is_replaced(tmp_path, capsys, before,
 
 def test_a_run_of_another_model_that_has_not_trained_a_step_is_replaced(tmp_path, capsys):
     "Without a recipe, which would tell"
-    def fit(encoder, cbs):
+    def fit(make_encoder, cbs):
         set_seed(0)
-        learn = Learner(digits_dls(bs=256, device="cpu"), create_barlow_twins_model(encoder, 16, 16),
-                        cbs=[BarlowTwins(pipelines()), *cbs])
+        model = create_barlow_twins_model(make_encoder(), 16, 16)
+        learn = Learner(digits_dls(bs=256, device="cpu"), model, cbs=[BarlowTwins(pipelines()), *cbs])
         quiet(learn).fit(1, 1e-2)
         return learn
-    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def other(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(Killed): fit(other, [Checkpoints(tmp_path), RaiseAt("before_batch", Killed("early"))])
-    again = fit(small_model().encoder, [Checkpoints(tmp_path, resume=True)])
-    assert same(weights(again), weights(fit(small_model().encoder, []))) and REPLACED in capsys.readouterr().out
+    again = fit(small_encoder, [Checkpoints(tmp_path, resume=True)])
+    assert same(weights(again), weights(fit(small_encoder, []))) and REPLACED in capsys.readouterr().out
 
 
 def test_the_same_run_resumes_from_before_its_first_step(tmp_path, capsys):
