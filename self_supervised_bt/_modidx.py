@@ -3817,6 +3817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.WarmupStableDecay': ( 'training.html#warmupstabledecay',
                                                                                                 'self_supervised_bt/training.py'),
+                                             'self_supervised_bt.training.WarmupStableDecay.__init__': ( 'training.html#warmupstabledecay.__init__',
+                                                                                                         'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.WarmupStableDecay.rates': ( 'training.html#warmupstabledecay.rates',
                                                                                                       'self_supervised_bt/training.py'),
                                              'self_supervised_bt.training.by_matmul': ( 'training.html#by_matmul',

@@ -132,6 +132,10 @@ class WarmupCosine(ParamScheduler):
 # %% ../nbs/20_training.ipynb #5d1a7c30
 class WarmupStableDecay(WarmupCosine):
     "`warmup_stable_decay` of the learning rates, step by step"
+    def __init__(self,
+                 lr:list,      # largest learning rate of each parameter group
+                 warmup:float  # epochs that it rises
+                ): super().__init__(lr, warmup, end=0)
     def rates(self, pct): return [lr*warmup_stable_decay(pct, self.warmup/self.n_epoch) for lr in self.lr]
 
 # %% ../nbs/20_training.ipynb #4008c13a
